@@ -1,0 +1,554 @@
+"""What several scripts call identically and no algorithm box contains: models, group sampling (its code is in
+sampling.py), logprobs of completions, batches, the optimizer over fp32 master weights, runs and checkpoints.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from inspect import getfile
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from torch.utils.tensorboard import SummaryWriter
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from sampling import Rollout, decode, join_groups, make_rollout, sample_groups  # noqa: F401  the scripts' common.*
+
+transformers_logging.disable_progress_bar()  # "Loading weights", "Writing model shards": ours is the one to watch
+
+
+def fail(message: str) -> NoReturn:
+    """Bad input: one clear line on stderr and exit code 2, no traceback."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+AT_LEAST_0 = "iterations warmup_iterations accuracy_weight format_weight eval_every save_every kl_coef".split()
+AT_LEAST_1 = (
+    "prompts_per_step group_size max_new_tokens update_epochs minibatch_size micro_batch_tokens eval_problems "
+    "max_sampling_rounds demonstrations num_samples batch_size"
+).split()
+MORE_THAN_0 = "temperature learning_rate max_grad_norm clip_low clip_high".split()
+
+
+def check_flags(args) -> None:
+    """Every number must be finite and in its range: one line that names the flag and what is allowed."""
+    for name, value in vars(args).items():
+        if isinstance(value, int | float):
+            bounds = ((AT_LEAST_0, value >= 0, "0 or more"), (AT_LEAST_1, value >= 1, "1 or more"))
+            bounds += ((MORE_THAN_0, value > 0, "more than 0"), ([name], math.isfinite(value), "finite"))
+            for names, fits, allowed in bounds:
+                if name in names and not fits:
+                    fail(f"--{name.replace('_', '-')} {value}: must be {allowed}")
+
+
+def derive_seed(*parts) -> int:
+    """A seed from (args.seed, step, purpose, ...): every draw has one of its own, so a resumed run draws the same."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
+
+
+# ---- Models and tokenizers -----------------------------------------------------------------------------------------
+
+
+def resolve_device(device: str) -> torch.device:
+    """auto: the GPU where there is one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        resolved = torch.device(device)
+        torch.empty(1, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {device}: not usable on this machine ({str(error).splitlines()[0]}); try --device auto")
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 on a GPU (with fp32 master weights, see `MasterAdamW`), float32 on a CPU."""
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, dtype)
+
+
+def load_config(path: str):
+    """The model's config, or one line that says what is wrong with the path."""
+    if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+        fail(f"--model {path}: the directory has no config.json; a Hugging Face model directory is expected")
+    try:
+        return AutoConfig.from_pretrained(path)
+    except Exception as error:  # OSError, ValueError, and whatever the hub client raises
+        reason = str(error).strip().splitlines()[0]
+        fail(f"--model {path}: neither a local model directory nor a hub name that can be reached ({reason})")
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    load_config(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        fail(f"--model {path}: its tokenizer can't be loaded ({str(error).strip().splitlines()[0]})")
+    if tokenizer.eos_token_id is None:
+        fail(f"--model {path}: its tokenizer has no EOS token, so no completion could ever end")
+    if not tokenizer.chat_template:
+        print(f"note: {path} has no chat template: prompts are the bare questions", file=sys.stderr)
+    return tokenizer
+
+
+def load_policy(path: str, device="cpu", dtype=torch.float32, from_scratch: bool = False) -> PreTrainedModel:
+    """The causal LM in eval mode, where it stays: dropout in the rollouts, or between them and the first update,
+    would move the importance ratio away from 1 before anything was learned.
+
+    from_scratch: random weights from the config alone.
+    """
+    # fp32 products in fewer passes: twice as fast on CPUs that have bf16 instructions, error about 4e-6 on AMD
+    # (real bf16 rounding on Intel's AMX). On GPUs it allows TF32 for what is left in fp32.
+    torch.set_float32_matmul_precision("medium")
+    # On a CPU, torch keeps what it compiled for each of the last 1,024 shapes of a product, in two caches, and every
+    # batch of ragged rows brings new shapes: gigabytes for nothing.
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, "32")
+    # With that setting torch's fused CPU attention is 5 to 9 times slower than the same written as plain products.
+    plain = torch.device(device).type == "cpu" and dtype == torch.float32
+    options = {"dtype": dtype, "attn_implementation": "eager" if plain else None}
+    config = load_config(path)
+    try:
+        if from_scratch:
+            model = AutoModelForCausalLM.from_config(config, **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, **options)
+    except Exception as error:
+        fail(f"--model {path}: its weights can't be loaded ({str(error).strip().splitlines()[0]})")
+    return model.to(device).eval()
+
+
+def context_length(config) -> float:
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
+def check_context(prompts: list[list[int]], names: list[str], config, max_new_tokens: int) -> None:
+    """Every prompt, with room for its completion, must fit the model's context."""
+    context = context_length(config)
+    too_long = [i for i, prompt in enumerate(prompts) if len(prompt) + max_new_tokens > context]
+    if too_long:
+        name, tokens = names[too_long[0]], len(prompts[too_long[0]])
+        more = f" (so do {len(too_long) - 1} more)" if len(too_long) > 1 else ""
+        need = f"{tokens} prompt tokens + --max-new-tokens {max_new_tokens}"
+        fail(f"problem {name!r}: {need} exceed the model's context of {context}{more}")
+
+
+# ---- Logprobs of completions ---------------------------------------------------------------------------------------
+
+LOGITS_AT_ONCE = 2**25  # fp32 elements: 128 MB
+
+
+@torch.no_grad()
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """True where logits = output embedding of the last hidden state, to the bit: no soft-capping, scaling or bias
+    in between. Found out by trying, once for a model."""
+    if not hasattr(model, "plain_head"):
+        ids, head = torch.tensor([[0, 1]], device=model.device), model.get_output_embeddings()
+        hidden = model.base_model(ids, use_cache=False)[0]
+        model.plain_head = head is not None and torch.equal(head(hidden), model(ids, use_cache=False).logits)
+        if not model.plain_head:
+            print("note: this model's head is not a plain linear layer: logprobs take more memory", file=sys.stderr)
+    return model.plain_head
+
+
+def token_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """logprobs (N,) of the targets and entropy (N,) (without gradient), from hidden states (N, H); fp32."""
+    logprobs = (head(hidden).float() / temperature).log_softmax(-1)
+    with torch.no_grad():
+        entropy = torch.special.entr(logprobs.exp()).sum(-1)
+    return logprobs.gather(1, targets[:, None])[:, 0], entropy
+
+
+def completion_logprobs(
+    model: PreTrainedModel, rollout: Rollout, rows: list[int], temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """logprobs and entropy, both (R, T) and 0 on padding, of the completions in `rows`, in one forward pass.
+
+    Rows are right-padded: under a causal mask nothing real can see the padding, so no mask is needed and positions
+    simply count. Logits exist for completion tokens only and, forward as backward, for one chunk of them at a time.
+    """
+    device, lengths = model.device, rollout.lengths.tolist()
+    prompts = [rollout.prompt_ids[row // rollout.group_size] for row in rows]
+    completions = [rollout.completion_ids[row, : lengths[row]].to(device) for row in rows]
+    ids = [torch.cat([torch.tensor(p, device=device), c]) for p, c in zip(prompts, completions, strict=True)]
+    input_ids = pad_sequence(ids, batch_first=True)  # (R, L)
+
+    mask = rollout.mask[rows].to(device)  # (R, T)
+    row, column = mask.nonzero(as_tuple=True)  # (N,) each
+    starts = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    position = starts[row] + column - 1  # token t of a completion is predicted one position earlier
+    targets = rollout.completion_ids[rows].to(device)[mask]
+    if has_plain_head(model):
+        head = model.get_output_embeddings()
+        hidden = model.base_model(input_ids, use_cache=False)[0][row, position]
+    else:
+        head = nn.Identity()
+        hidden = model(input_ids, use_cache=False).logits[row, position]
+
+    chunks = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+    results = []
+    for h, t in zip(hidden.split(chunks), targets.split(chunks), strict=True):
+        if torch.is_grad_enabled() and len(targets) > chunks:  # the backward pass computes the chunk's logits again
+            results.append(checkpoint(token_logprobs, head, h, t, temperature, use_reentrant=False))
+        else:
+            results.append(token_logprobs(head, h, t, temperature))
+    logprobs, entropy = (torch.cat(parts) for parts in zip(*results, strict=True))
+    zeros = torch.zeros(mask.shape, device=device)
+    return zeros.index_put((row, column), logprobs), zeros.index_put((row, column), entropy)
+
+
+# ---- Weights and batches -------------------------------------------------------------------------------------------
+
+
+def token_weights(mask: Tensor, loss_norm: str, max_new_tokens: int) -> Tensor:
+    """(B, T) weights with which a per-token loss is summed, exactly 0 where mask is False; of the whole minibatch at
+    once, so that its split into micro-batches can't change the gradient.
+
+    "sequence": mean over rows of the mean over each row's tokens (DeepSeekMath, arXiv:2402.03300, eq. 3).
+    "token": mean over all tokens (DAPO, arXiv:2503.14476, eq. 8).
+    "constant": sum over a row's tokens / max_new_tokens, mean over rows (Dr. GRPO, arXiv:2503.20783).
+    """
+    m = mask.float()
+    if loss_norm == "sequence":
+        return m / m.sum(1, keepdim=True).clamp(min=1) / len(m)
+    if loss_norm == "token":
+        return m / m.sum().clamp(min=1)
+    if loss_norm == "constant":
+        return m / (len(m) * max_new_tokens)
+    raise ValueError(f"loss_norm is 'sequence', 'token' or 'constant', not {loss_norm!r}")
+
+
+def minibatches(rollout: Rollout, size: int, seed: int) -> list[list[int]]:
+    """Rows in random minibatches of `size` completions, always whole groups; the last one may be smaller."""
+    G = rollout.group_size
+    groups = list(range(len(rollout.prompt_ids)))
+    random.Random(seed).shuffle(groups)
+    per_batch = max(1, size // G)
+    batches = [groups[i : i + per_batch] for i in range(0, len(groups), per_batch)]
+    return [[p * G + g for p in batch for g in range(G)] for batch in batches]
+
+
+def micro_batches(rollout: Rollout, rows: list[int], max_tokens: int) -> list[list[int]]:
+    """`rows` in slices of at most max_tokens tokens, padding counted (a single row may exceed it): whole groups of
+    similar length together, or a slice of one group that is too large."""
+    G, lengths = rollout.group_size, rollout.lengths.tolist()
+    size = {row: len(rollout.prompt_ids[row // G]) + lengths[row] for row in rows}
+    groups: dict[int, list[int]] = {}
+    for row in sorted(rows, key=lambda row: (size[row], row)):  # ascending: the last row added is the longest
+        groups.setdefault(row // G, []).append(row)
+    batches, batch = [], []
+    for group in sorted(groups.values(), key=lambda group: size[group[-1]]):
+        if len(group) * size[group[-1]] > max_tokens:
+            piece = []
+            for row in group:
+                if piece and (len(piece) + 1) * size[row] > max_tokens:
+                    batches.append(piece)
+                    piece = []
+                piece.append(row)
+            batches.append(piece)
+        elif batch and (len(batch) + len(group)) * size[group[-1]] > max_tokens:
+            batches.append(batch)
+            batch = list(group)
+        else:
+            batch += group
+    return batches + [batch] if batch else batches
+
+
+# ---- The optimizer -------------------------------------------------------------------------------------------------
+
+
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW whose parameters are fp32 master copies of the model's weights (the weights themselves where they are
+    fp32 already). At a learning rate of 1e-6 most steps are smaller than bf16 can resolve and would be lost; here
+    they add up. Gradients are collected in fp32 too, micro-batch by micro-batch.
+
+    Use it as any optimizer, with `masters` for clipping: clip_grad_norm_(optimizer.masters, ...), step(), zero_grad().
+    """
+
+    def __init__(self, model: nn.Module, lr: float, **options):
+        self.weights = [p for p in model.parameters() if p.requires_grad]
+        self.masters = [w if w.dtype == torch.float32 else w.detach().float() for w in self.weights]
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            if master is not weight:
+                weight.register_post_accumulate_grad_hook(lambda w, master=master: self.collect(w, master))
+        super().__init__(self.masters, lr=lr, weight_decay=options.pop("weight_decay", 0.0), fused=True, **options)
+
+    @staticmethod
+    def collect(weight: Tensor, master: Tensor) -> None:
+        master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
+        weight.grad = None
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step(closure)
+        self.copy_to_weights()
+
+    @torch.no_grad()
+    def copy_to_weights(self) -> None:
+        """In place: whoever samples from the model reads the same tensors."""
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            if master is not weight:
+                weight.copy_(master)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+# ---- Runs: arguments, directory, metrics, checkpoints --------------------------------------------------------------
+
+RESUME_MAY_CHANGE = ("iterations", "eval_every", "save_every", "device", "run_root", "resume")
+
+
+def parse_args(Args, argv: list[str] | None = None):
+    """tyro.cli(Args). With `--resume RUN` the run's saved arguments are the defaults, and only those of
+    RESUME_MAY_CHANGE may differ from them."""
+    argv = sys.argv[1:] if argv is None else argv
+    run = next((a.partition("=")[2] for a in argv if a.startswith("--resume=")), None)
+    if "--resume" in argv[:-1]:
+        run = argv[argv.index("--resume") + 1]
+    if run is None:
+        return tyro.cli(Args, args=argv)
+    file = Path(run) / "args.json"
+    try:
+        saved = Args(**json.loads(file.read_text()))
+    except OSError:
+        fail(f"--resume {run}: no run directory ({file} can't be read)")
+    except (ValueError, TypeError) as error:
+        fail(f"--resume {run}: {file} does not hold this script's arguments ({error})")
+    args = tyro.cli(Args, args=argv, default=dataclasses.replace(saved, resume=run))
+    for name, value in vars(args).items():
+        if value != getattr(saved, name) and name not in RESUME_MAY_CHANGE:
+            flag = "--" + name.replace("_", "-")
+            allowed = ", ".join("--" + n.replace("_", "-") for n in RESUME_MAY_CHANGE[:-1])
+            started = f"the run was started with {getattr(saved, name)}"
+            fail(f"{flag} {value}: {started}; on --resume only {allowed} may differ")
+    return args
+
+
+def start_run(args, state: dict) -> tuple[Path, SummaryWriter]:
+    """The run directory (of the resumed run, or a new one under --run-root) with args.json, and its event writer.
+
+    state: of the checkpoint that is gone on from, or {}. Events after it, written by the run before it was
+    interrupted, are purged.
+    """
+    script = Path(getfile(type(args))).stem
+    if args.resume:
+        run_dir = Path(args.resume)
+    else:
+        data = getattr(args, "data", None) or args.problems
+        parts = script, Path(data).stem, Path(args.model).name, f"s{args.seed}", time.strftime("%Y%m%d-%H%M%S")
+        run_dir = Path(args.run_root) / re.sub(r"[^\w.-]", "-", "__".join(parts))
+        while run_dir.exists():
+            run_dir = run_dir.with_name(run_dir.name + "x")
+    try:
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (run_dir / "args.json.tmp").write_text(json.dumps(vars(args) | {"resume": None}, indent=2) + "\n")
+        os.replace(run_dir / "args.json.tmp", run_dir / "args.json")
+        writer = SummaryWriter(str(run_dir), purge_step=state.get("x", -1) + 1 if args.resume else None)
+    except OSError as error:
+        fail(f"--run-root {args.run_root}: {run_dir} can't be written ({error.strerror})")
+    if not state:
+        rows = "\n".join(f"| {name} | {value} |" for name, value in vars(args).items())
+        writer.add_text("hyperparameters", f"| flag | value |\n|---|---|\n{rows}\n\ngit commit: {git_commit()}", 0)
+    print(f"run directory: {run_dir}")
+    return run_dir, writer
+
+
+def git_commit() -> str:
+    def git(*words: str) -> str:
+        here = Path(__file__).parent
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+class Metrics:
+    """Weighted means over everything added; names that end in "max" keep the largest value instead."""
+
+    def __init__(self):
+        self.tokens = 0  # sampled
+        self.sums: dict[str, float] = {}
+        self.weights: dict[str, float] = {}
+
+    def add(self, values: dict[str, float], weight: float = 1.0) -> None:
+        for name, value in values.items():
+            if name.endswith("max"):
+                self.sums[name] = max(float(value), self.sums.get(name, -float("inf")))
+                self.weights[name] = 1.0
+            elif weight > 0:
+                self.sums[name] = self.sums.get(name, 0.0) + weight * float(value)
+                self.weights[name] = self.weights.get(name, 0.0) + weight
+
+    def means(self) -> dict[str, float]:
+        return {name: total / self.weights[name] for name, total in self.sums.items()}
+
+
+class Clock:
+    """Seconds between one lap and the next, the device's queued work included."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds = device, {}
+        self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
+        self.last = now
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The GPU's peak of allocated memory, or the process's peak resident size on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def add_rollout_metrics(metrics: Metrics, rollout: Rollout, rewards: Tensor, components: dict[str, Tensor]) -> None:
+    """reward/* and rollout/* of one sampled batch. rewards, components: (P, G)."""
+    lengths, right = rollout.lengths.float().cpu(), components["accuracy"].flatten() > 0
+    metrics.add({f"reward/{name}": values.mean() for name, values in components.items()}, len(rewards))
+    values = {
+        "reward/total": rewards.mean(),
+        "reward/std_within_group": rewards.std(1).mean(),
+        "reward/frac_all_right": (components["accuracy"] > 0).all(1).float().mean(),
+        "reward/frac_all_wrong": (components["accuracy"] == 0).all(1).float().mean(),
+        "rollout/length_mean": lengths.mean(),
+        "rollout/length_max": lengths.max(),
+        "rollout/finished": rollout.finished.float().mean(),
+    }
+    metrics.add(values, len(rewards))
+    for name, chosen in (("right", right), ("wrong", ~right)):
+        if chosen.any():
+            metrics.add({f"rollout/length_{name}": lengths[chosen].mean()}, chosen.sum().item())
+    metrics.tokens += int(lengths.sum())
+
+
+def add_logprob_gap(metrics: Metrics, rollout: Rollout, old_logprobs: Tensor) -> None:
+    """Sampler against trainer: the same weights and tokens, so all that differs is kernels, cache and rounding."""
+    gap = (rollout.sampler_logprobs - old_logprobs)[rollout.mask].abs()
+    metrics.add({"rollout/logprob_gap_mean": gap.mean(), "rollout/logprob_gap_max": gap.max()})
+
+
+def log_scalars(writer: SummaryWriter, scalars: dict[str, float], x: int) -> None:
+    for tag, value in scalars.items():
+        writer.add_scalar(tag, value, x)
+
+
+def log_iteration(writer: SummaryWriter, metrics: Metrics, clock: Clock, x: int) -> dict[str, float]:
+    scalars = metrics.means() | {f"time/{name}": seconds for name, seconds in clock.seconds.items()}
+    if metrics.tokens:
+        scalars["rollout/tokens_per_second"] = metrics.tokens / clock.seconds["sample"]
+    log_scalars(writer, scalars, x)
+    return scalars
+
+
+def log_samples(writer: SummaryWriter, tokenizer, rollout: Rollout, texts, components: dict, x: int) -> None:
+    """The first completion of the first eight prompts, as indented blocks: markdown would eat tags and newlines."""
+    parts = []
+    for p in range(min(8, len(rollout.prompt_ids))):
+        row = p * rollout.group_size
+        scores = ", ".join(f"{name} {values[p, 0].item():g}" for name, values in components.items())
+        text = f"{tokenizer.decode(rollout.prompt_ids[p])}\n----\n{texts[row]}"
+        parts.append(f"{scores}\n\n" + "\n".join("    " + line for line in text.split("\n")))
+    writer.add_text("samples", "\n\n".join(parts), x)
+
+
+class StopSignal:
+    """The first Ctrl-C or SIGTERM only sets `number`: the script ends its iteration, saves and leaves. The second
+    one ends it at once."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame) -> None:
+        self.number = number
+        print("\nstopping after this iteration, with a checkpoint; once more to stop at once", file=sys.stderr)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def leave(self, run_dir: Path) -> None:
+        print(f"stopped; go on with --resume {run_dir}", file=sys.stderr)
+        raise SystemExit(128 + self.number)
+
+
+def file_digests(directory: Path) -> dict[str, str]:
+    files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != "digests.json")
+    digests = {}
+    for path in files:
+        with path.open("rb") as file:
+            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def save_checkpoint(target: Path, model, tokenizer, optimizer: MasterAdamW | None = None, state: dict | None = None):
+    """An ordinary Hugging Face directory. With an optimizer also trainer.pt, all that the run needs to go on exactly,
+    and the digests by which `load_checkpoint` knows that everything is whole.
+
+    It is written aside and renamed: `target` is never there in part, whenever the process is killed.
+    state: plain values and tensors; "x", the events' step so far, among them.
+    """
+    aside = target.with_name(target.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    if optimizer is not None:
+        masters = [] if model.dtype == torch.float32 else optimizer.masters
+        torch.save(state | {"optimizer": optimizer.state_dict(), "masters": masters}, aside / "trainer.pt")
+        (aside / "digests.json").write_text(json.dumps(file_digests(aside)))
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(aside, target)
+
+
+def load_checkpoint(run: str | None) -> dict:
+    """The state of a run's newest whole checkpoint, with its directory as "model"; {} for no run, or for one that
+    has no checkpoint yet and so starts over."""
+    if not run:
+        return {}
+    directories = sorted((Path(run) / "checkpoints").glob("step_*[0-9]"), reverse=True)
+    for directory in directories:
+        try:
+            if json.loads((directory / "digests.json").read_text()) != file_digests(directory):
+                raise ValueError("its files are not as they were written")
+            state = torch.load(directory / "trainer.pt", weights_only=True, map_location="cpu")
+            return state | {"model": str(directory)}
+        except Exception as error:  # whatever a damaged file makes json, torch or the file system raise
+            print(f"warning: {directory} is damaged ({error}); trying the one before it", file=sys.stderr)
+    if directories:
+        fail(f"--resume {run}: none of its checkpoints is whole")
+    print(f"note: {run} has no checkpoint yet: starting over in it", file=sys.stderr)
+    return {}
+
+
+def restore_optimizer(optimizer: MasterAdamW, state: dict) -> None:
+    optimizer.load_state_dict(state["optimizer"])
+    with torch.no_grad():
+        for master, saved in zip(optimizer.masters, state["masters"], strict=False):  # [] where the weights are fp32
+            master.copy_(saved)

@@ -1,0 +1,331 @@
+"""Problems, prompts, problem samplers and demonstrations.
+
+A problem is a question and its gold answer. `load_problems` reads them from the built-in generator ("arithmetic"),
+a JSONL file or a hub dataset; `encode_prompts` turns questions into token ids through the model's chat template;
+`ProblemSampler` decides which problems an iteration sees.
+"""
+
+import hashlib
+import json
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import fail
+from rewards import extract_answer
+
+# ---- Problems ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Problem:
+    question: str
+    answer: str
+    id: str = ""
+    topic: str = ""
+    difficulty: int | None = None
+
+
+def is_held_out(question: str) -> bool:
+    """True for one question in ten. Decided by the question's text alone, so that no seed, order or file can
+    put the same problem into both the train and the eval split."""
+    return int.from_bytes(hashlib.sha256(question.encode()).digest()[:8], "big") % 10 == 0
+
+
+def load_problems(source: str, split: str, limit: int | None = None, seed: int = 0) -> list[Problem]:
+    """Problems of one split ("train" or "eval"; "all": both, for a file) of one source.
+
+    source: "arithmetic", the path of a .jsonl file, or a hub dataset's name (`name:config` where it has configs).
+    A file, and a hub dataset without a test or validation split, is split by `is_held_out`.
+    limit: at most so many: of a file a random choice, in its order; of the generator, whose list cycles through the
+    difficulties, the first ones.
+    seed: of the generator and of that choice.
+    """
+    if split not in ("train", "eval", "all"):
+        raise ValueError(f"split is 'train', 'eval' or 'all', not {split!r}")
+    if source == "arithmetic":
+        problems = arithmetic_problems(split, limit or (6000 if split == "train" else 3000), seed)
+    elif source.endswith((".jsonl", ".json")) or Path(source).is_file():
+        rows = read_jsonl(source)
+        problems = read_problems([(f"{source}:{line}", row) for line, row in rows], source)
+        problems = [p for p in problems if split == "all" or is_held_out(p.question) == (split == "eval")]
+    else:
+        problems = hub_problems(source, split)
+    if not problems:
+        hint = "; give held-out problems with --eval-data" if split == "eval" else ""
+        fail(f"{source}: no problem left in its {split} split{hint}")
+    if limit and limit < len(problems) and source != "arithmetic":
+        chosen = random.Random(f"limit {seed}").sample(range(len(problems)), limit)
+        problems = [problems[i] for i in sorted(chosen)]
+    return problems
+
+
+def load_eval_problems(problems: str, eval_data: str | None, limit: int) -> list[Problem]:
+    """Held-out problems: all of --eval-data where it is given, else the held-out part of --problems."""
+    if eval_data and eval_data != "arithmetic":
+        return load_problems(eval_data, "all", limit)
+    return load_problems(eval_data or problems, "eval", limit)
+
+
+def read_jsonl(path: str) -> list[tuple[int, dict]]:
+    """(line number, object) of every non-blank line; every malformed line is reported, the first five in full."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8", errors="surrogateescape")
+    except OSError as error:
+        fail(f"{path}: can't be read: {error.strerror}")
+    rows, errors = [], []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            if re.search("[\udc80-\udcff]", line):
+                raise ValueError("invalid UTF-8")
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"a JSON object is expected, not {type(row).__name__}")
+            rows.append((number, row))
+        except (ValueError, RecursionError) as error:
+            errors.append(f"{path}:{number}: {error}")
+    fail_on(errors, path)
+    if not rows:
+        fail(f"{path}: is empty")
+    return rows
+
+
+def fail_on(errors: list[str], source: str) -> None:
+    if errors:
+        more = f"\n... and {len(errors) - 5} more lines of {source}" if len(errors) > 5 else ""
+        fail("\n".join(errors[:5]) + more)
+
+
+def text_field(row: dict, names: tuple[str, ...]) -> str:
+    """The first of the named fields as text; a number becomes its text. Raises ValueError with what is wrong."""
+    name = next((name for name in names if row.get(name) is not None), None)
+    if name is None:
+        raise ValueError(f"no field {' or '.join(map(repr, names))} (it has {', '.join(map(repr, row))})")
+    value = row[name]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"field {name!r} is of type {type(value).__name__}, text is expected")
+    if not str(value).strip():
+        raise ValueError(f"field {name!r} is empty")
+    return str(value)
+
+
+def read_problems(rows: list[tuple[str, dict]], source: str) -> list[Problem]:
+    """rows: (place, row) with `question` or `prompt`, `answer`, optionally `id`, `topic`, `difficulty`."""
+    problems, errors = [], []
+    for place, row in rows:
+        try:
+            answer = text_field(row, ("answer",))
+            if "####" in answer:  # GSM8K: a worked solution that ends in "#### 72"
+                answer = extract_answer(answer) or ""
+                if not answer:
+                    raise ValueError("nothing stands behind '####' in field 'answer'")
+            difficulty = row.get("difficulty")
+            if difficulty is not None and (isinstance(difficulty, bool) or not isinstance(difficulty, int)):
+                raise ValueError(f"field 'difficulty' is {difficulty!r}, a whole number is expected")
+            question = text_field(row, ("question", "prompt"))
+            id = str(row.get("id") or place)
+            problems.append(Problem(question, answer.strip(), id, str(row.get("topic") or ""), difficulty))
+        except ValueError as error:
+            errors.append(f"{place}: {error}")
+    fail_on(errors, source)
+    return problems
+
+
+def hub_problems(source: str, split: str) -> list[Problem]:
+    try:
+        import datasets
+    except ImportError:
+        fail(f"{source}: no such file; to read it as a hub dataset: pip install datasets")
+    name, _, config = source.partition(":")
+    try:
+        splits = datasets.load_dataset(name, config or None)
+    except Exception as error:  # the hub's errors are many: no such dataset, no network, a config is needed, ...
+        fail(f"{source}: neither a file nor a hub dataset that can be loaded: {str(error).strip().splitlines()[0]}")
+    held_out = next((s for s in ("test", "validation") if s in splits), None)
+    if split != "train" and held_out:
+        rows = splits[held_out]
+    elif "train" in splits:
+        rows = splits["train"]
+    else:
+        fail(f"{source}: has no split 'train' (it has {', '.join(splits)})")
+    problems = read_problems([(f"{source} row {i}", row) for i, row in enumerate(rows)], source)
+    if held_out or split == "all":
+        return problems
+    return [p for p in problems if is_held_out(p.question) == (split == "eval")]
+
+
+# ---- The built-in problems: chains of additions and subtractions, "12+7-5=", difficulty = number of operations -----
+
+HARDEST = 6
+
+
+def draw_chain(rng: random.Random, difficulty: int) -> tuple[int, list[int]]:
+    """A first operand (1-99) and `difficulty` signed ones (1-9) whose running total stays within 0-99."""
+    first = total = rng.randint(1, 99)
+    steps = []
+    while len(steps) < difficulty:
+        step = rng.choice((-1, 1)) * rng.randint(1, 9)
+        if 0 <= total + step <= 99:
+            steps.append(step)
+            total += step
+    return first, steps
+
+
+def chain_question(first: int, steps: list[int]) -> str:
+    return f"{first}{''.join(f'{step:+d}' for step in steps)}="
+
+
+def arithmetic_problems(split: str, limit: int, seed: int = 0) -> list[Problem]:
+    """At most `limit` distinct problems of a split, difficulties 1-6 in turn (there are about 1,700 of one operation,
+    so its share ends first)."""
+    by_difficulty = []
+    for difficulty in range(1, HARDEST + 1):
+        rng = random.Random(f"problems {split} {difficulty} {seed}")
+        wanted, found = -(-limit // HARDEST), {}
+        for _ in range(200 * wanted):  # enough draws to meet every single problem of one operation
+            first, steps = draw_chain(rng, difficulty)
+            question = chain_question(first, steps)
+            if split != "all" and is_held_out(question) != (split == "eval"):
+                continue
+            topic = "add" if min(steps) > 0 else "subtract" if max(steps) < 0 else "mixed"
+            found[question] = Problem(question, str(first + sum(steps)), question, topic, difficulty)
+            if len(found) == wanted:
+                break
+        by_difficulty.append(list(found.values()))
+    in_turn = [group[i] for i in range(max(map(len, by_difficulty))) for group in by_difficulty if i < len(group)]
+    return in_turn[:limit]
+
+
+def arithmetic_demonstrations(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """(question, completion) pairs by a sloppy teacher, for the SFT model that RL starts from.
+
+    A good one reads "<think>19 14</think><answer>14</answer>" for "12+7-5=": the running totals, then the last of them.
+    The teacher gets a step wrong one time in five (and goes on from the wrong total), leaves out a tag one time in
+    five, and of chains longer than four operations, which it rarely shows, it mostly drops the end. So the model
+    learns the task, knows the right way, and does not prefer it: what is left for RL to do.
+    """
+    rng = random.Random(f"demonstrations {seed}")
+    demonstrations = []
+    while len(demonstrations) < count:
+        difficulty = rng.choices(range(1, HARDEST + 1), weights=(8, 10, 12, 14, 4, 4))[0]
+        first, steps = draw_chain(rng, difficulty)
+        shown = steps[:4] if difficulty > 4 and rng.random() < 0.65 else steps
+        total, totals = first, []
+        for step in shown:
+            total += step
+            if rng.random() < 0.2:
+                total += rng.choice((-10, -2, -1, 1, 2, 10))
+            total = min(max(total, 0), 99)
+            totals.append(str(total))
+        parts = ["<think>", " ".join(totals), "</think>", "<answer>", totals[-1], "</answer>"]
+        if rng.random() < 0.2:
+            del parts[rng.choice((0, 2, 3, 5))]
+        demonstrations.append((chain_question(first, steps), "".join(parts)))
+    return demonstrations
+
+
+# ---- Prompts -------------------------------------------------------------------------------------------------------
+
+SYSTEM_PROMPT = (
+    "Think about the question first, then answer it. Write your reasoning between <think> and </think>, and after it "
+    "only the final answer between <answer> and </answer>, like this: <think>reasoning</think><answer>42</answer>"
+)
+
+
+def encode_prompts(tokenizer, questions: list[str], system_prompt: str = "") -> list[list[int]]:
+    """Token ids of each question as a chat turn, up to where the assistant's text begins.
+
+    Without a chat template the prompt is the bare question. A template that refuses a system turn (Gemma's) gets
+    the system prompt at the head of the user's turn.
+    """
+    if not tokenizer.chat_template:
+        return [tokenizer(question).input_ids for question in questions]
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+
+    def chats(in_user_turn: bool) -> list:
+        if in_user_turn:
+            return [[{"role": "user", "content": f"{system_prompt}\n\n{question}"}] for question in questions]
+        return [[*system, {"role": "user", "content": question}] for question in questions]
+
+    def encode(conversations: list) -> list[list[int]]:
+        ids = []
+        for start in range(0, len(conversations), 1000):
+            chunk = conversations[start : start + 1000]
+            texts = tokenizer.apply_chat_template(chunk, add_generation_prompt=True, tokenize=False)
+            # The template writes the BOS itself where there is one: adding special tokens again would double it.
+            ids += tokenizer(texts, add_special_tokens=False).input_ids
+        return ids
+
+    from jinja2 import TemplateError
+
+    try:
+        return encode(chats(in_user_turn=False))
+    except TemplateError:
+        return encode(chats(in_user_turn=True))
+
+
+def encode_completions(tokenizer, completions: list[str]) -> list[list[int]]:
+    """Token ids of each completion and the EOS that ends it. They follow a prompt's ids, never merged with them."""
+    ids = []
+    for start in range(0, len(completions), 1000):  # the tokenizer's own records of a batch are a hundred times its ids
+        ids += tokenizer(completions[start : start + 1000], add_special_tokens=False).input_ids
+    return [tokens + [tokenizer.eos_token_id] for tokens in ids]
+
+
+def load_demonstrations(source: str, count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """(prompt, completion) texts: "arithmetic-demonstrations", `count` of them made from the seed, or a .jsonl file
+    with the fields `prompt` (or `question`) and `completion`."""
+    if source == "arithmetic-demonstrations":
+        return arithmetic_demonstrations(count, seed)
+    demonstrations, errors = [], []
+    for line, row in read_jsonl(source):
+        try:
+            demonstrations.append((text_field(row, ("prompt", "question")), text_field(row, ("completion",))))
+        except ValueError as error:
+            errors.append(f"{source}:{line}: {error}")
+    fail_on(errors, source)
+    return demonstrations
+
+
+# ---- Which problems an iteration sees ------------------------------------------------------------------------------
+
+
+class ProblemSampler:
+    """Draws problem indices. Its whole state is in `state_dict()`: a resumed run goes on where it stopped.
+
+    mode "uniform": every problem once per epoch, in an order that (seed, epoch) fixes.
+    """
+
+    def __init__(self, problems: list, mode: str = "uniform", seed: int = 0):
+        if mode != "uniform":
+            raise ValueError(f"mode is 'uniform', not {mode!r}")
+        self.size, self.seed, self.drawn = len(problems), seed, 0
+        self.attempts, self.successes = [0] * self.size, [0.0] * self.size
+        self.epoch, self.order = -1, []
+
+    def draw(self, count: int) -> list[int]:
+        indices = []
+        while len(indices) < count:
+            epoch, position = divmod(self.drawn, self.size)
+            if epoch != self.epoch:
+                self.epoch, self.order = epoch, list(range(self.size))
+                random.Random(f"epoch {epoch} {self.seed}").shuffle(self.order)
+            taken = self.order[position : position + count - len(indices)]
+            indices += taken
+            self.drawn += len(taken)
+        return indices
+
+    def record(self, index: int, success_rate: float) -> None:
+        """The ledger: how often a problem was drawn and the sum of its groups' success rates."""
+        self.attempts[index] += 1
+        self.successes[index] += success_rate
+
+    def state_dict(self) -> dict:
+        return {"drawn": self.drawn, "attempts": list(self.attempts), "successes": list(self.successes)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.drawn = state["drawn"]
+        self.attempts, self.successes = list(state["attempts"]), list(state["successes"])

@@ -1,0 +1,68 @@
+"""Makes the tokenizer and the config of the embedded model; `train_sft.py --from-scratch` then trains it.
+
+    python models/make_tiny.py runs/tiny
+
+The tokenizer is a character tokenizer: every printable ASCII character, newline and the four tags are one token
+each; anything else is `<unk>`. The tags are ordinary vocabulary, not registered special tokens: decoding with
+`skip_special_tokens=True` must keep them, since the rewards read them.
+"""
+
+import sys
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
+SPECIAL = ["<pad>", "<eos>", "<unk>"]
+# User turns are the question as it stands; a system prompt is ignored: the model was never shown one.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'user' %}{{ message.content }}"
+    "{% elif message.role == 'assistant' %}{{ message.content + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    characters = [chr(code) for code in range(32, 127)] + ["\n"]
+    vocabulary = {token: index for index, token in enumerate(SPECIAL + TAGS + characters)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    pattern = Regex("|".join(TAGS) + r"|[\s\S]")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=256,
+    )
+
+
+def make_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    return LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=344,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    directory = Path(sys.argv[1])
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(directory)
+    make_config(tokenizer).save_pretrained(directory)
+    print(f"wrote the tokenizer ({len(tokenizer)} tokens) and the config to {directory}")

@@ -1,0 +1,321 @@
+"""Verifiers and reward components: pure functions of a completion's text, each 1.0 or 0.0.
+
+    accuracy_reward = answers_match(extract_answer(text), gold)     is the final answer right?
+    format_reward                                                   is it written the way it was asked for?
+
+Everything here reads model output, and a policy under RL finds every hole in it: nothing raises, nothing
+evaluates the text as code, and everything takes linear or bounded time.
+"""
+
+import functools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from fractions import Fraction
+from importlib.util import find_spec
+
+FORMAT_STYLES = ("answer-tags", "think")
+MAX_ANSWER_CHARS = 1_000  # a longer answer is never right; keeps every step after the extraction short
+MATH_VERIFY_SECONDS = 1.0  # processor time for one comparison; a usual one takes 0.01 to 0.1
+MATH_VERIFY_BYTES = 2 << 30
+
+
+# ---------------------------------------------------------------- extraction
+
+
+def remove_thinking(text: str) -> str:
+    """Takes a completion, returns what is left of it without its thinking, "" if nothing is.
+
+    An unclosed <think> runs to the end of the text. A </think> without an opening tag makes thinking of all that
+    stands before it: some chat templates open the block in the prompt.
+    """
+    visible, start, inside = [], 0, False
+    for tag in re.finditer(r"</?think>", text):
+        if tag.group() == "<think>":
+            if not inside:
+                visible.append(text[start : tag.start()])
+            inside = True
+        else:
+            if not inside:
+                visible = []
+            inside, start = False, tag.end()
+    if not inside:
+        visible.append(text[start:])
+    return "\n".join(visible)
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Takes a text, returns what is inside its last closed \boxed{...} or \fbox{...}, None if there is none.
+
+    Of nested boxes the inner one counts.
+    """
+    open_braces = []  # where the content starts for a box, None for any other brace
+    last_start, last_end = -1, -1
+    # The regex only cuts out the tokens. Balancing them on a stack takes one pass, however many boxes stay open.
+    for token in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", text, re.DOTALL):
+        if token.group() == "{":
+            open_braces.append(None)
+        elif token.group() == "}":
+            start = open_braces.pop() if open_braces else None
+            if start is not None and start > last_start:
+                last_start, last_end = start, token.start()
+        elif len(token.group()) > 2:  # a box; the tokens of two characters are escapes such as \{
+            open_braces.append(token.end())
+    return text[last_start:last_end] if last_start >= 0 else None
+
+
+def extract_answer(text: str) -> str | None:
+    r"""Takes a completion, returns its final answer as text, None where it gives none.
+
+    Outside of the thinking, the last <answer>...</answer> counts, else the last \boxed{...}, else the last
+    "#### x" up to the end of its line. A box or #### inside the <answer> is unwrapped. The last one counts even if
+    it is empty: then there is no answer.
+    """
+    text = remove_thinking(text)
+    answer = None
+    start = text.rfind("<answer>", 0, max(text.rfind("</answer>"), 0))
+    if start >= 0:
+        answer = text = text[start + len("<answer>") : text.find("</answer>", start)]
+    boxed = last_boxed(text)
+    if boxed is not None:
+        answer = boxed
+    elif "####" in text:
+        answer = text[text.rfind("####") + len("####") :].partition("\n")[0]
+    return (answer or "").strip() or None
+
+
+# ---------------------------------------------------------------- comparison
+
+# Words that make "18 <words>" something else than 18 of a unit: other answers, other numbers, functions.
+NOT_A_UNIT = (
+    r"(?i:\b(?:and|or|plus|minus|times|over|mod|half|halves|thirds?|hundred|thousand|million|billion"
+    r"|trillion|dozen|squared|cubed|sqrt|sin|cos|tan|log|exp)\b)"
+)
+TEXT_COMMAND = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*"
+# Short units by name and any word of three letters, of four where no space stands before it. A letter or two
+# may be variables: 2k and 2ab are not 2.
+UNIT = (
+    rf"(?!.*{NOT_A_UNIT})"
+    r"(?:\s*%|\s*(?:cm|mm|km|kg|mg|ml|lbs?|oz|ft|in|mi|mph|hrs?|mins?|secs?)(?![A-Za-z])|\s+[A-Za-z]{3}|[A-Za-z]{4})"
+    r"(?:[A-Za-z .,'()/-]|\^\{?[23]\}?)*"
+)
+LATEX_UNIT = rf"(?<=[0-9}})])\s*{TEXT_COMMAND}\{{(?!.*{NOT_A_UNIT})[A-Za-z ./]*\}}(?:\^\{{?[23]\}}?)?$"  # 5\text{ m}^2
+# [0-9] and not \d, which takes the digits of all scripts. Fraction("1e999999999") would fill the memory: three
+# digits of exponent at most.
+DECIMAL = (
+    r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"  # 1,234.50  18.  .5
+    r"(?:[eE][+-]?[0-9]{1,3})?"
+)
+NUMBER = re.compile(
+    r"(?P<sign>[+-]?)\s*(?:(?P<whole>[0-9]+)\s+(?=[0-9]+\s*/))?"  # the 1 of 1 1/2
+    rf"(?P<top>{DECIMAL})(?:\s*/\s*(?P<bottom>{DECIMAL}))?\s*(?:{UNIT})?"
+)
+TEXT = re.compile(TEXT_COMMAND + r"\{([^{}]*)\}")
+FRACTION = re.compile(r"\\frac\s*\{\s*(-?[0-9.,]+)\s*\}\s*(?:\{\s*([0-9.,]+)\s*\}|([0-9]))")
+# In order. A backslash after a backslash belongs to a line break \\ and not to what follows.
+CLEANING = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in [
+        (r"[\u2010-\u2015\u2212]", "-"),  # unicode minus and dashes
+        (r"(?<!\\)\\!\s*", ""),
+        (r"(?<=[0-9])(?:\{,\}|\\,)(?=[0-9]{3})", ","),  # 10{,}080 and 10\,080
+        (r"(?<!\\)\\[,;: ()\[\]]|\\?\$|[€£¥₹~]", " "),
+        (r"\\(?:left|right)\.?(?![A-Za-z])|\\displaystyle(?![A-Za-z])", ""),
+        (r"\\[dt]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\frac\s*([0-9])\s*(?=[0-9{])", r"\\frac{\1}"),  # \frac12 and \frac1{2}
+        (r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"\\%", "%"),
+        (r"\^\s*\{?\s*\\circ\s*\}?|°", ""),
+        (r"\s+", " "),
+        (r"^[ *\"'`“‘]+|[ *\"'`”’.,;:]+$", ""),  # no dot at the front: .5
+        (LATEX_UNIT, ""),
+    ]
+]
+
+
+def clean(text: str) -> str:
+    """Takes an answer, returns it without what carries no meaning: $, quotes, final dot, thin spaces, LaTeX units."""
+    for pattern, replacement in CLEANING:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def parse_number(text: str) -> Fraction | None:
+    """Takes a cleaned answer, returns its exact value if it is one plain number, with or without a unit, else None."""
+    text = FRACTION.sub(r" \1/\2\3 ", TEXT.sub(r" \1 ", text)).strip()
+    match = NUMBER.fullmatch(text)
+    if match is None:
+        return None
+    top, bottom = (Fraction((match[name] or "1").replace(",", "")) for name in ("top", "bottom"))
+    if bottom == 0:
+        return None
+    value = int(match["whole"] or 0) + top / bottom
+    return -value if match["sign"] == "-" else value
+
+
+def normalise(text: str) -> str:
+    r"""Takes a cleaned answer, returns it for comparison as a string: without case, \text{} and needless spaces."""
+    text = TEXT.sub(r" \1 ", text).lower()
+    text = re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
+    text = re.sub(r"\s*([^\w\s])\s*", r"\1", " ".join(text.split()))  # the space of "1 2" stays: it is not 12
+    return re.sub(r"^\(([a-z])\)$", r"\1", text)  # the choice (C)
+
+
+def answers_match(predicted: str | None, gold: str) -> bool:
+    r"""Takes an extracted answer (or None) and the gold answer, returns whether they are the same answer.
+
+    Plain numbers are compared exactly (1,000 = 1000, 1 1/2 = 1.5 = \frac{3}{2}, 0.333 is not 1/3). A unit is
+    ignored, also where the two differ: the number decides. Percent is a unit as well: 50% = 50, not 0.5.
+    "5 million" and "10 or 18" are not plain numbers. Other answers match as normalised strings, else, where there is
+    mathematics in them, if math-verify (where it is installed) finds them equal, to 12 decimals where one of them
+    is a decimal number. A number in another base (52_8) only matches as a string. None, "", nan and inf match nothing.
+    """
+    if not predicted or not gold or max(len(predicted), len(gold)) > MAX_ANSWER_CHARS:
+        return False
+    predicted, gold = clean(predicted), clean(gold)
+    numbers = parse_number(predicted), parse_number(gold)
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+    strings = normalise(predicted), normalise(gold)
+    if any(string.lstrip("+-") in ("", "nan", "inf", "infinity") for string in strings):
+        return False
+    if strings[0] == strings[1]:
+        return True
+    return is_mathematics(predicted, gold) and math_verify_match(predicted, gold)
+
+
+# ---------------------------------------------------------------- math-verify
+
+
+# What math-verify would misread. It leaves out the base of 52_8 and all that follows \approx, adds up two numbers side
+# by side (10 \quad 8, (10)(8) and {10}{8} would be 18), and reads only a part of a text that ends in a backslash or
+# holds the word answer.
+MISREAD = re.compile(
+    r"[0-9]\s*_|\\approx|[0-9](?:[\s(){'\"]|\\q?quad|\\l?dots)+[0-9]|(?:^|[\s(])\{[^{}]*\}\s*[({0-9]|\\$|(?i:answer)"
+)
+# What would only run into the time limit: powers as in 9^{9^9} and 9^{99999999}, factorials of factorials, ten
+# brackets open at once.
+TOO_LARGE = re.compile(r"\^[\s{(]*-?[\s{(]*(?:[0-9]{4}|[0-9]+[\s})]*\^)|![\s)}]*!|(?:[({\[][^(){}\[\]]*){10}")
+MATHEMATICS = re.compile(r"[\\^=+*/(\[{<>,-]|sqrt")
+
+
+def is_mathematics(predicted: str, gold: str) -> bool:
+    """Takes two cleaned answers, returns whether math-verify should compare them."""
+    if any(pattern.search(text) for pattern in (MISREAD, TOO_LARGE) for text in (predicted, gold)):
+        return False
+    return any(MATHEMATICS.search(text) for text in (predicted, gold))
+
+
+math_verify_process: subprocess.Popen | None = None
+math_verify_lock = threading.Lock()
+
+
+@functools.lru_cache(maxsize=10_000)  # a group of completions gives the same answer many times
+def math_verify_match(predicted: str, gold: str) -> bool:
+    """Takes two cleaned answers, returns whether math-verify finds them equal; False on any failure or without it.
+
+    It runs in a process of its own (serve_math_verify below). Sympy can be made to hang, or to fill the memory, in
+    ways that no filter foresees, and the package's own time limit is an alarm signal, for the main thread only.
+    A process can be given its limits from any thread, and they count its own time, not that of a busy machine.
+    """
+    global math_verify_process
+    if os.name != "posix" or find_spec("math_verify") is None:
+        return False
+    with math_verify_lock:
+        reply = ""
+        try:
+            if math_verify_process is None:
+                # -P: the modules of this folder must not shadow those that sympy imports
+                math_verify_process = subprocess.Popen(
+                    [sys.executable, "-P", __file__],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    start_new_session=True,  # Ctrl-C is for the training process
+                )
+            math_verify_process.stdin.write(json.dumps([predicted, gold]) + "\n")
+            math_verify_process.stdin.flush()
+            reply = math_verify_process.stdout.readline()
+        except OSError:
+            pass
+        finally:
+            # Also after an interrupt: a reply that is left in the pipe would answer the next question.
+            if not reply and math_verify_process is not None:
+                math_verify_process.kill()
+                math_verify_process.wait()
+                math_verify_process = None
+        return reply == "true\n"
+
+
+def serve_math_verify() -> None:
+    """Reads [predicted, gold] from stdin, a JSON list a line, and writes true or false for each, until stdin closes."""
+    import logging
+    import resource
+
+    import math_verify
+    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
+
+    replies, sys.stdout, sys.stderr = sys.stdout, open(os.devnull, "w"), open(os.devnull, "w")
+    logging.disable(logging.CRITICAL)
+    resource.setrlimit(resource.RLIMIT_AS, (MATH_VERIFY_BYTES, MATH_VERIFY_BYTES))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # its default is to end the process, inside C code as well
+    # LaTeX only: the package's other reader hands the text to sympy's parse_expr, which evaluates it. Without
+    # units: it counts letters such as m, s and ab among them, and 5m would equal 5.
+    latex = math_verify.LatexExtractionConfig(
+        normalization_config=NormalizationConfig(
+            basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
+        )
+    )
+
+    def parse(text: str) -> list:
+        return math_verify.parse(f"${text}$", [latex], fallback_mode="no_fallback", parsing_timeout=None)
+
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_PROF, MATH_VERIFY_SECONDS)
+        try:
+            predicted, gold = (parse(text) for text in json.loads(line))
+            matched = math_verify.verify(gold, predicted, float_rounding=12, timeout_seconds=None)
+        except Exception:
+            matched = False
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(bool(matched)), file=replies, flush=True)
+
+
+# ---------------------------------------------------------------- rewards
+
+
+def accuracy_reward(text: str, gold: str) -> float:
+    """Takes a completion and the gold answer, returns 1.0 if its final answer is the gold answer, else 0.0."""
+    return 1.0 if answers_match(extract_answer(text), gold) else 0.0
+
+
+def format_reward(text: str, style: str = "answer-tags") -> float:
+    """Takes a completion and one of FORMAT_STYLES, returns 1.0 if it keeps to that format, else 0.0.
+
+    "answer-tags" (DeepSeek-R1-Zero): <think>...</think> <answer>...</answer>, each once, and nothing else.
+    "think" (Qwen3): <think>...</think> at the start, once, then the answer as free text.
+    The answer must not be empty; the thinking may be, as it is in Qwen3's answers without thinking. The opening tag
+    must be in the text: where the chat template puts it into the prompt, put it back in front.
+    """
+    if style == "answer-tags":
+        pieces = re.split(r"(</?(?:think|answer)>)", text)  # text, tag, text, tag, ..., text
+        if pieces[1::2] != ["<think>", "</think>", "<answer>", "</answer>"]:
+            return 0.0
+        before, _, between, answer, after = pieces[0::2]
+        outside = before + between + after
+    elif style == "think":
+        pieces = re.split(r"(</?think>)", text)
+        if pieces[1::2] != ["<think>", "</think>"]:
+            return 0.0
+        outside, _, answer = pieces[0::2]
+    else:
+        raise ValueError(f"unknown format style {style!r}, choose one of {', '.join(FORMAT_STYLES)}")
+    return 1.0 if answer.strip() and not outside.strip() else 0.0
+
+
+if __name__ == "__main__":
+    serve_math_verify()

@@ -1,0 +1,172 @@
+"""Bad input gets one clear line on stderr and exit code 2, before anything slow and with nothing left on disk."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import EMBEDDED
+
+import common
+import evaluate
+import train_grpo
+import train_sft
+
+
+def refuse(main, args, capsys) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(args)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.count("error: ") == 1 and "Traceback" not in error
+    return error
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Whatever is refused here is refused before any weights are read."""
+
+    def load_policy(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(common, "load_policy", load_policy)
+
+
+FLAGS = [
+    ({"group_size": 1}, "--group-size 1: must be at least 2"),
+    ({"group_size": 0}, "--group-size 0: must be 1 or more"),
+    ({"minibatch_size": 4}, "--minibatch-size 4: must be a multiple of --group-size 8, at most 256"),
+    ({"minibatch_size": 12}, "--minibatch-size 12: must be a multiple of --group-size 8, at most 256"),
+    ({"minibatch_size": 512}, "--minibatch-size 512: must be a multiple of --group-size 8, at most 256"),
+    ({"minibatch_size": 0}, "--minibatch-size 0: must be 1 or more"),
+    ({"accuracy_weight": 0.0, "format_weight": 0.0}, "--accuracy-weight and --format-weight are both 0"),
+    ({"temperature": 0.0}, "--temperature 0.0: must be more than 0"),
+    ({"temperature": -1.0}, "--temperature -1.0: must be more than 0"),
+    ({"temperature": float("nan")}, "--temperature nan: must be"),
+    ({"learning_rate": 0.0}, "--learning-rate 0.0: must be more than 0"),
+    ({"learning_rate": float("inf")}, "--learning-rate inf: must be finite"),
+    ({"iterations": -1}, "--iterations -1: must be 0 or more"),
+    ({"prompts_per_step": 0}, "--prompts-per-step 0: must be 1 or more"),
+    ({"max_new_tokens": 0}, "--max-new-tokens 0: must be 1 or more"),
+    ({"micro_batch_tokens": 0}, "--micro-batch-tokens 0: must be 1 or more"),
+    ({"update_epochs": 0}, "--update-epochs 0: must be 1 or more"),
+    ({"max_grad_norm": 0.0}, "--max-grad-norm 0.0: must be more than 0"),
+    ({"eval_problems": 0}, "--eval-problems 0: must be 1 or more"),
+    ({"clip_low": 0.0}, "--clip-low 0.0: must be more than 0"),
+    ({"kl_coef": -0.1}, "--kl-coef -0.1: must be 0 or more"),
+    ({"device": "cuda:99"}, "--device cuda:99: not usable on this machine"),
+    ({"device": "abacus"}, "--device abacus: not usable on this machine"),
+    ({"max_new_tokens": 300}, "exceed the model's context of 256"),
+    ({"model": "no/such/model"}, "--model no/such/model: neither a local model directory nor a hub name"),
+    ({"problems": "no-such-file.jsonl"}, "no-such-file.jsonl: can't be read"),
+    ({"eval_data": "no-such-file.jsonl"}, "no-such-file.jsonl: can't be read"),
+]
+
+
+@pytest.mark.parametrize("changes,message", FLAGS, ids=[message[:50] for _, message in FLAGS])
+def test_flags(changes, message, tmp_path, capsys, no_model):
+    args = train_grpo.Args(**({"model": EMBEDDED, "run_root": str(tmp_path / "runs")} | changes))
+    assert message in refuse(train_grpo.main, args, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["train_grpo.py", "train_sft.py", "evaluate.py"])
+def test_from_the_command_line(script):
+    """What tyro finds, what we find, and --help: in a process of its own, with the exit code."""
+    unknown = subprocess.run([sys.executable, script, "--no-such-flag", "1"], capture_output=True, text=True)
+    assert unknown.returncode == 2 and "Traceback" not in unknown.stderr
+    ours = subprocess.run([sys.executable, script, "--model", "/nowhere"], capture_output=True, text=True)
+    assert ours.returncode == 2 and ours.stderr.startswith("error: --model /nowhere: ") and ours.stderr.count("\n") == 1
+    shown = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0 and "--max-new-tokens" in shown.stdout
+
+
+def copy_model(target: Path) -> Path:
+    shutil.copytree(EMBEDDED, target)
+    return target
+
+
+def test_directory_without_a_config(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    error = refuse(train_grpo.main, train_grpo.Args(model=str(tmp_path / "empty")), capsys)
+    assert "the directory has no config.json" in error
+
+
+def test_broken_config(tmp_path, capsys):
+    model = copy_model(tmp_path / "model")
+    (model / "config.json").write_text("{")
+    assert f"--model {model}" in refuse(train_grpo.main, train_grpo.Args(model=str(model)), capsys)
+
+
+def test_tokenizer_without_eos(tmp_path, capsys):
+    model = copy_model(tmp_path / "model")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config.pop("eos_token")
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    assert "its tokenizer has no EOS token" in refuse(train_grpo.main, train_grpo.Args(model=str(model)), capsys)
+
+
+def test_missing_or_truncated_weights(tmp_path, capsys):
+    model = copy_model(tmp_path / "model")
+    content = (model / "model.safetensors").read_bytes()
+    args = train_grpo.Args(model=str(model), run_root=str(tmp_path / "runs"), device="cpu")
+    (model / "model.safetensors").write_bytes(content[:1000])
+    assert "its weights can't be loaded" in refuse(train_grpo.main, args, capsys)
+    (model / "model.safetensors").unlink()
+    assert "its weights can't be loaded" in refuse(train_grpo.main, args, capsys)
+
+
+def test_no_chat_template_is_a_note_and_the_bare_question(tmp_path, capsys):
+    model = copy_model(tmp_path / "model")
+    (model / "chat_template.jinja").unlink()
+    tokenizer = common.load_tokenizer(str(model))
+    assert not tokenizer.chat_template
+    assert "has no chat template: prompts are the bare questions" in capsys.readouterr().err
+
+
+def test_run_root_that_can_not_be_written(tmp_path, capsys, no_model):
+    (tmp_path / "file").write_text("in the way")
+    args = train_grpo.Args(model=EMBEDDED, run_root=str(tmp_path / "file" / "runs"), eval_problems=6)
+    assert f"--run-root {tmp_path}/file/runs: " in refuse(train_grpo.main, args, capsys)
+
+
+def test_prompt_longer_than_the_context(tmp_path, capsys, no_model):
+    rows = [{"question": f"{i}+1=", "answer": "1", "id": f"short {i}"} for i in range(40)]
+    rows.append({"question": "1+" * 150 + "1=", "answer": "151", "id": "the long one"})
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = train_grpo.Args(model=EMBEDDED, problems=str(path), run_root=str(tmp_path / "runs"))
+    error = refuse(train_grpo.main, args, capsys)
+    assert "'the long one'" in error and "302 prompt tokens" in error
+
+
+def test_sft_flags(tmp_path, capsys, no_model):
+    runs = str(tmp_path / "runs")
+    none = train_sft.Args(model=EMBEDDED, demonstrations=0, run_root=runs)
+    assert "--demonstrations 0: must be 1 or more" in refuse(train_sft.main, none, capsys)
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"prompt": "1+1=", "completion": "2"}\n')
+    args = train_sft.Args(model=EMBEDDED, data=str(path), run_root=runs)
+    assert "--minibatch-size 128: only" in refuse(train_sft.main, args, capsys)
+    path.write_text('{"prompt": "1+1=", "completion": "2"}\n{"prompt": "1+1="}\n')
+    assert "d.jsonl:2: no field 'completion'" in refuse(train_sft.main, args, capsys)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_sft_drops_and_counts_what_the_context_would_cut(tmp_path, capsys):
+    """Pins: truncation that eats the end of a completion, where the answer and the EOS stand."""
+    rows = [{"prompt": f"{i}+1=", "completion": "2" * (300 if i < 3 else 5)} for i in range(40)]
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = train_sft.Args(
+        model=EMBEDDED, data=str(path), run_root=str(tmp_path), iterations=1, minibatch_size=8, eval_problems=6
+    )
+    train_sft.main(args)
+    assert "3 of 40 demonstrations exceed the context of 256: dropped" in capsys.readouterr().out
+
+
+def test_evaluate_output_directory_is_checked_first(tmp_path, capsys, no_model):
+    args = evaluate.Args(model=EMBEDDED, output=str(tmp_path / "missing" / "samples.jsonl"))
+    assert "--output" in refuse(evaluate.main, args, capsys)

@@ -1,0 +1,42 @@
+"""The same code on a GPU. Skipped where there is none."""
+
+import pytest
+import torch
+from conftest import EMBEDDED
+
+import common
+import train_grpo
+from common import completion_logprobs, sample_groups
+from data import encode_prompts, load_problems
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def test_greedy_completions_are_the_cpus():
+    tokenizer = common.load_tokenizer(EMBEDDED)
+    prompts = encode_prompts(tokenizer, [p.question for p in load_problems("arithmetic", "eval", 60)])
+    texts = []
+    for device in ("cpu", "cuda"):
+        policy = common.load_policy(EMBEDDED, device)
+        torch.set_float32_matmul_precision("highest")
+        texts.append(common.decode(tokenizer, sample_groups(policy, prompts, 1, 40, temperature=0)))
+    assert sum(a == b for a, b in zip(*texts, strict=True)) >= 58  # a tie may fall the other way
+
+
+def test_sampler_and_trainer_agree_in_bf16():
+    tokenizer = common.load_tokenizer(EMBEDDED)
+    policy = common.load_policy(EMBEDDED, "cuda", torch.bfloat16)
+    prompts = encode_prompts(tokenizer, [p.question for p in load_problems("arithmetic", "eval", 60)])
+    rollout = sample_groups(policy, prompts, 8, 40)
+    with torch.no_grad():
+        logprobs, _ = completion_logprobs(policy, rollout, list(range(480)))
+    assert (logprobs - rollout.sampler_logprobs)[rollout.mask].abs().mean() < 0.05
+
+
+def test_a_run_learns(tmp_path):
+    args = train_grpo.Args(model=EMBEDDED, run_root=str(tmp_path), iterations=30, eval_problems=60, device="cuda")
+    train_grpo.main(args)
+    (run_dir,) = tmp_path.iterdir()
+    state = common.load_checkpoint(str(run_dir))
+    assert state["masters"] and all(master.dtype == torch.float32 for master in state["masters"])
+    assert state["scores"]["eval/accuracy"] > state["before"]["eval/accuracy"] + 0.1

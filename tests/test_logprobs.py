@@ -1,0 +1,130 @@
+"""There is one logprob path; it must be right to the token."""
+
+import pytest
+import torch
+from conftest import EOS, make_model, ragged_prompts
+from transformers import AutoModelForCausalLM, Gemma2Config
+
+import common
+from common import completion_logprobs, make_rollout, sample_groups
+
+COMPLETIONS = [[3, 4, EOS], [9, EOS], [20, 21, 22, 23, EOS], [EOS], [0, 0, 7, EOS], [30, 31, 32]]
+
+
+def batch(group_size: int = 2):
+    return make_rollout(ragged_prompts(), COMPLETIONS, group_size)
+
+
+def one_at_a_time(model, rollout, row: int, temperature: float = 1.0) -> torch.Tensor:
+    """An autoregressive loop: every token from a forward pass over nothing but what stands before it."""
+    ids = list(rollout.prompt_ids[row // rollout.group_size])
+    logprobs = []
+    for token in rollout.completion_ids[row][rollout.mask[row]].tolist():
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1].float()
+        logprobs.append((logits / temperature).log_softmax(-1)[token])
+        ids.append(token)
+    return torch.stack(logprobs)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_equal_to_an_autoregressive_loop(model, temperature):
+    """Pins: positions wrong under padding; the first token scored off by one; a real token equal to pad (id 0) zeroed;
+    temperature missing."""
+    rollout = batch()
+    logprobs, entropy = completion_logprobs(model, rollout, list(range(6)), temperature)
+    for row in range(6):
+        expected = one_at_a_time(model, rollout, row, temperature)
+        assert torch.allclose(logprobs[row][rollout.mask[row]], expected, atol=1e-5)
+        assert (logprobs[row][~rollout.mask[row]] == 0).all()
+    assert (entropy[rollout.mask] > 0).all() and (entropy[~rollout.mask] == 0).all()
+    assert not entropy.requires_grad
+
+
+def test_rows_may_be_any_subset_in_any_order(model):
+    rollout = batch()
+    everything, _ = completion_logprobs(model, rollout, list(range(6)))
+    some, _ = completion_logprobs(model, rollout, [4, 1, 2])
+    assert torch.allclose(some, everything[[4, 1, 2]], atol=1e-5)
+
+
+def test_what_stands_after_the_eos_changes_nothing(model):
+    """Pins: tokens after EOS counted. Corrupting them changes neither logprobs nor gradients, to the bit."""
+    gradients = []
+    for garbage in (0, 17):
+        rollout = batch()
+        rollout.completion_ids[~rollout.mask] = garbage
+        model.zero_grad()
+        logprobs, _ = completion_logprobs(model, rollout, list(range(6)))
+        logprobs.sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_pad_may_be_eos():
+    """Pins: masks from `ids != pad` where pad == eos: the mask comes from the sampler alone."""
+    model = make_model("llama", pad_token_id=EOS)
+    rollout = sample_groups(model, ragged_prompts(), 8, 10, temperature=1.5)
+    plain = sample_groups(make_model("llama"), ragged_prompts(), 8, 10, temperature=1.5)
+    assert torch.equal(rollout.mask, plain.mask) and rollout.finished.any()
+    last = rollout.completion_ids.gather(1, rollout.lengths[:, None] - 1)[:, 0]
+    assert (last[rollout.finished] == EOS).all()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+def test_chunked_head_equals_the_naive_one(model, chunk, monkeypatch):
+    """Forward and backward through chunks of the head against one full log_softmax."""
+    rollout, rows = batch(), list(range(6))
+    coefficients = torch.randn(rollout.mask.shape) * rollout.mask
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        logprobs, _ = completion_logprobs(model, rollout, rows, 0.7)
+        (logprobs * coefficients).sum().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    monkeypatch.setattr(common, "LOGITS_AT_ONCE", chunk * model.config.vocab_size)
+    ours = gradients()
+    model.zero_grad()
+    total = sum((one_at_a_time(model, rollout, r, 0.7) * coefficients[r][rollout.mask[r]]).sum() for r in rows)
+    total.backward()
+    naive = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(torch.allclose(a, b, atol=1e-5, rtol=1e-4) for a, b in zip(ours, naive, strict=True))
+
+
+def test_a_head_that_is_not_plain_is_seen():
+    """Gemma-2 caps its logits with a tanh: hidden states times the head's weights would be another distribution."""
+    config = Gemma2Config(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, final_logit_softcapping=1.0, max_position_embeddings=64,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    assert not common.has_plain_head(model)
+    assert common.has_plain_head(make_model("llama"))
+    logprobs, _ = completion_logprobs(model, batch(), [2])
+    assert torch.allclose(logprobs[0][batch().mask[2]], one_at_a_time(model, batch(), 2), atol=1e-5)
+
+
+def test_softmax_is_taken_in_fp32():
+    """Pins: log_softmax in bf16. The logprobs of a bf16 model are those of its logits, upcast; a second pass over the
+    same rows gives the same bits, so that the first ratio is exactly 1."""
+    model = make_model("llama").to(torch.bfloat16)
+    rollout = batch()
+    logprobs, _ = completion_logprobs(model, rollout, [2])
+    ids = torch.cat([torch.tensor(rollout.prompt_ids[1]), rollout.completion_ids[2]])[None]
+    logits = model(ids, use_cache=False).logits[0, :-1].float()
+    expected = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    assert logprobs.dtype == torch.float32
+    assert torch.allclose(logprobs[0], expected, atol=1e-5)
+    again, _ = completion_logprobs(model, rollout, [2])
+    assert torch.equal((again - logprobs).exp(), torch.ones_like(logprobs))
+
+
+def test_dropout_is_off():
+    """Pins: dropout on in rollouts or in the first update. A loaded policy is, and stays, in eval mode."""
+    model = make_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    rollout = sample_groups(model, ragged_prompts(), 4, 8)
+    first, _ = completion_logprobs(model, rollout, list(range(12)))
+    second, _ = completion_logprobs(model, rollout, list(range(12)))
+    assert torch.equal(first, second)
+    assert (first - rollout.sampler_logprobs).abs().max() < 1e-4
+    assert not model.training

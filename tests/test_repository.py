@@ -1,0 +1,68 @@
+"""What the README and the design promise about the files themselves."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = sorted(Path(".").glob("train_*.py"))
+README = Path("README.md").read_text()
+
+
+def counted_lines(path: Path) -> int:
+    """Non-blank lines outside the module docstring and the Args dataclass."""
+    text = path.read_text()
+    tree = ast.parse(text)
+    skipped = set(range(1, tree.body[0].end_lineno + 1))
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == "Args":
+            skipped |= set(range(node.lineno - 1, node.end_lineno + 1))
+    return sum(bool(line.strip()) for number, line in enumerate(text.splitlines(), 1) if number not in skipped)
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, Path("evaluate.py")], ids=str)
+def test_the_readme_counts_the_lines(path):
+    (stated,) = re.findall(rf"\[{path.name}\].*\| (\d+) \|", README)
+    assert int(stated) == counted_lines(path)
+
+
+def test_scripts_stay_small():
+    assert all(counted_lines(path) <= 260 for path in SCRIPTS)
+    assert counted_lines(Path("common.py")) <= 450 and counted_lines(Path("sampling.py")) <= 450
+
+
+def flags_of(path: Path) -> dict[str, str | None]:
+    """Field name -> docstring under it, of the Args dataclass."""
+    (args,) = (n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef) and n.name == "Args")
+    flags = {}
+    for node, after in zip(args.body, [*args.body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign):
+            documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            flags[node.target.id] = after.value.value if documented else None
+    return flags
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=str)
+def test_every_flag_is_documented(path):
+    assert [name for name, text in flags_of(path).items() if not text and name != "seed"] == []
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=str)
+def test_the_banners_stand_in_order(path):
+    banners = re.findall(r"# -{20,} (Setup|\d [a-z ]+)", path.read_text())
+    assert banners[0] == "Setup" and banners[1:] == sorted(banners[1:])
+    names = ["1 sample", "2 reward", "3 logprobs", "4 advantages", "5 update", "6 log", "7 evaluate and save"]
+    assert set(banners[1:]) <= set(names)
+
+
+def test_the_readme_names_real_flags_and_files():
+    known = {flag for path in [*SCRIPTS, Path("evaluate.py")] for flag in flags_of(path)}
+    for flag in set(re.findall(r"--([a-z][a-z-]+)", README)) - {"logdir", "help"}:
+        assert flag.replace("-", "_").removeprefix("no_") in known, flag
+    for name in re.findall(r"\]\(([\w/.-]+)\)", README):
+        assert Path(name).exists(), name
+
+
+def test_the_embedded_model_is_small():
+    assert Path("models/tiny-arithmetic/model.safetensors").stat().st_size <= 4_000_000

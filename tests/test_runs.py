@@ -1,0 +1,445 @@
+"""Whole runs of the train scripts: they learn, log what they say, and go on after an interruption as if there had been
+none."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EMBEDDED, make_model
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import common
+import train_grpo
+import train_sft
+from common import Metrics, completion_logprobs, sample_groups
+
+SMALL = {"model": EMBEDDED, "device": "cpu", "prompts_per_step": 4, "group_size": 4, "eval_problems": 12}
+
+
+def grpo_args(root: Path, **changes) -> train_grpo.Args:
+    return train_grpo.Args(**(SMALL | {"run_root": str(root), "eval_every": 2, "save_every": 2} | changes))
+
+
+def run(main, args) -> Path:
+    """Runs main and returns the run directory it made (or went on in)."""
+    if args.resume:
+        main(args)
+        return Path(args.resume)
+    before = set(Path(args.run_root).glob("*"))
+    main(args)
+    (made,) = set(Path(args.run_root).glob("*")) - before
+    return made
+
+
+def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def texts(run_dir: Path, tag: str) -> list[str]:
+    events = EventAccumulator(str(run_dir), size_guidance={"tensors": 0})
+    events.Reload()
+    return [e.tensor_proto.string_val[0].decode() for e in events.Tensors(f"{tag}/text_summary")]
+
+
+def weights(directory: Path) -> bytes:
+    return (directory / "model.safetensors").read_bytes()
+
+
+TAGS = """
+    reward/total reward/accuracy reward/format reward/std_within_group reward/frac_all_right reward/frac_all_wrong
+    rollout/length_mean rollout/length_max rollout/length_right rollout/length_wrong rollout/finished
+    rollout/tokens_per_second rollout/logprob_gap_mean rollout/logprob_gap_max
+    loss/policy loss/entropy loss/clip_low loss/clip_high loss/ratio_max loss/grad_norm loss/learning_rate
+    eval/accuracy eval/accuracy_greedy eval/format eval/length eval/truncated eval/no_answer eval/pass_at_k
+    eval/accuracy_difficulty_1 eval/accuracy_difficulty_6 eval/accuracy_greedy_difficulty_6
+    time/sample time/reward time/logprobs time/update memory/peak_gb
+""".split()
+
+
+def test_a_short_run_learns(tmp_path):
+    """The reward really rises: 25 iterations of 16 x 8 completions, the last five against the first five, by more than
+    chance: the standard error of a mean of 640 rewards is under 0.025."""
+    changes = {"prompts_per_step": 16, "group_size": 8, "iterations": 25, "eval_every": 0, "save_every": 0}
+    changes["learning_rate"] = 3e-4
+    run_dir = run(train_grpo.main, grpo_args(tmp_path, **changes, eval_problems=60, warmup_iterations=2))
+    values = scalars(run_dir)
+    reward = [value for _, value in values["reward/total"]]
+    assert sum(reward[-5:]) / 5 > sum(reward[:5]) / 5 + 0.15
+    assert values["eval/accuracy"][-1][1] > values["eval/accuracy"][0][1] + 0.1
+    assert [x for x, _ in values["reward/total"]] == [128 * (i + 1) for i in range(25)]  # completions sampled
+    assert not set(TAGS) - set(values)
+    assert max(gap for _, gap in values["rollout/logprob_gap_max"]) < 1e-4
+    assert all(ratio == 1.0 for _, ratio in values["loss/ratio_max"])  # one update a batch: on policy
+    assert all(abs(loss) < 1e-5 for _, loss in values["loss/policy"])
+    assert "<think>" in texts(run_dir, "samples")[0]
+    assert "learning_rate" in texts(run_dir, "hyperparameters")[0]
+    reloaded = common.load_policy(str(run_dir / "final"))
+    assert reloaded.generation_config.eos_token_id is not None
+
+
+def test_sft_from_scratch_learns(tmp_path):
+    changes = {"iterations": 40, "minibatch_size": 32, "demonstrations": 2000, "learning_rate": 3e-3}
+    args = train_sft.Args(
+        model=EMBEDDED, from_scratch=True, device="cpu", run_root=str(tmp_path), eval_problems=60, **changes
+    )
+    run_dir = run(train_sft.main, args)
+    values = scalars(run_dir)
+    assert values["loss/policy"][0][1] > 4.0  # near log(103): nothing of the shipped weights was read
+    assert values["eval/loss"][-1][1] < 2.0 < 4.0 < values["eval/loss"][0][1]
+
+
+class StopAtIterationThree(common.StopSignal):
+    """As if Ctrl-C came during the third iteration: the scripts ask twice an iteration."""
+
+    asked = 0
+
+    @property
+    def number(self):
+        self.asked += 1
+        return signal.SIGINT if self.asked >= 5 else 0
+
+    @number.setter
+    def number(self, value):
+        pass
+
+
+@pytest.mark.parametrize("lost_work", [False, True])
+@pytest.mark.parametrize("script", ["grpo", "grpo-many-updates", "sft"])
+def test_an_interrupted_run_equals_the_uninterrupted_one(script, lost_work, tmp_path, monkeypatch):
+    """Pins: a resume that misses optimizer, data cursor, sampler ledger or a seed. Weights to the byte, every event but
+    times and memory to the bit, no step missing or twice; also where the newest checkpoint is older than the events."""
+    if script == "sft":
+        module, changes = train_sft, {"minibatch_size": 16, "demonstrations": 200, "max_new_tokens": 24}
+    else:
+        module, changes = train_grpo, {"prompts_per_step": 4, "group_size": 4}
+    if script == "grpo-many-updates":
+        changes |= {"update_epochs": 2, "minibatch_size": 8, "kl_coef": 0.05, "dynamic_sampling": True}
+    shared = {"model": EMBEDDED, "device": "cpu", "run_root": str(tmp_path), "eval_problems": 12}
+    args = module.Args(**shared, **changes, iterations=5, eval_every=3, save_every=2)
+    whole = run(module.main, args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(common, "StopSignal", StopAtIterationThree)
+        with pytest.raises(SystemExit) as stopped:
+            module.main(args)
+    assert stopped.value.code == 130
+    (broken,) = set(tmp_path.iterdir()) - {whole}
+    if lost_work:
+        shutil.rmtree(broken / "checkpoints" / "step_000003")
+    run(module.main, common.parse_args(module.Args, ["--resume", str(broken)]))
+
+    assert weights(whole / "final") == weights(broken / "final")
+    ours, theirs = scalars(whole), scalars(broken)
+    assert set(ours) == set(theirs)
+    for tag in ours:
+        assert [x for x, _ in ours[tag]] == [x for x, _ in theirs[tag]], tag
+        if not tag.startswith(("time/", "memory/")) and tag != "rollout/tokens_per_second":
+            assert ours[tag] == theirs[tag], tag
+    states = [torch.load(d / "checkpoints/step_000005/trainer.pt", weights_only=True) for d in (whole, broken)]
+    assert states[0]["sampler"] == states[1]["sampler"]
+
+
+def start(*flags: str, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def wait_for(condition, process, seconds: float = 120) -> None:
+    end = time.time() + seconds
+    while not condition():
+        assert process.poll() is None and time.time() < end, process.stderr.read()[-2000:]
+        time.sleep(0.01)
+
+
+def test_a_killed_process_resumes_to_the_same_bytes(tmp_path):
+    """kill -9 at a random moment after the first checkpoint."""
+    flags = ["train_grpo.py", "--device", "cpu", "--prompts-per-step", "4", "--group-size", "4", "--iterations", "24"]
+    flags += ["--eval-problems", "12", "--eval-every", "0", "--save-every", "1", "--run-root"]
+    whole = start(*flags, str(tmp_path / "whole"))
+    assert whole.wait(300) == 0
+    killed = start(*flags, str(tmp_path / "killed"))
+    wait_for(lambda: list((tmp_path / "killed").glob("*/checkpoints/step_000002")), killed)
+    time.sleep(random.random())
+    killed.kill()
+    killed.wait()
+    (run_dir,) = (tmp_path / "killed").iterdir()
+    assert not (run_dir / "final").exists()
+    resumed = start("train_grpo.py", "--resume", str(run_dir))
+    assert resumed.wait(300) == 0
+    (other,) = (tmp_path / "whole").iterdir()
+    assert weights(run_dir / "final") == weights(other / "final")
+    assert [x for x, _ in scalars(run_dir)["reward/total"]] == [16 * (i + 1) for i in range(24)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_iteration_and_saves(number, tmp_path):
+    flags = ["train_grpo.py", "--device", "cpu", "--prompts-per-step", "4", "--group-size", "4", "--iterations", "5000"]
+    process = start(*flags, "--eval-problems", "12", "--save-every", "0", "--run-root", str(tmp_path))
+    wait_for(lambda: any(os.path.getsize(f) > 20_000 for f in tmp_path.glob("*/events*")), process)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    (run_dir,) = tmp_path.iterdir()
+    assert f"--resume {run_dir}" in error and "Traceback" not in error
+    assert common.load_checkpoint(str(run_dir))["iteration"] >= 1
+
+
+def test_a_damaged_checkpoint_is_seen_and_the_one_before_it_taken(tmp_path, capsys):
+    run_dir = run(train_grpo.main, grpo_args(tmp_path, iterations=4))
+    newest, older = (run_dir / "checkpoints" / f"step_00000{i}" for i in (4, 2))
+    for name in ("model.safetensors", "trainer.pt"):
+        content = (newest / name).read_bytes()
+        middle = len(content) // 2
+        for damaged in (content[:middle], content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]):
+            (newest / name).write_bytes(damaged)
+            assert common.load_checkpoint(str(run_dir))["model"] == str(older)
+            assert f"{newest} is damaged" in capsys.readouterr().err
+        (newest / name).write_bytes(content)
+    assert common.load_checkpoint(str(run_dir))["model"] == str(newest)
+    for directory in (newest, older):
+        (directory / "trainer.pt").unlink()
+    with pytest.raises(SystemExit):
+        common.load_checkpoint(str(run_dir))
+    assert "none of its checkpoints is whole" in capsys.readouterr().err
+
+
+def test_a_run_without_a_checkpoint_starts_over_in_place(tmp_path, capsys):
+    run_dir = run(train_grpo.main, grpo_args(tmp_path, iterations=2, save_every=0))
+    first = weights(run_dir / "final")
+    main_args = common.parse_args(train_grpo.Args, ["--resume", str(run_dir)])
+    train_grpo.main(main_args)
+    assert "starting over" in capsys.readouterr().err
+    assert weights(run_dir / "final") == first
+    assert [x for x, _ in scalars(run_dir)["reward/total"]] == [16, 32]
+
+
+def test_resume_refuses_other_arguments_by_name(tmp_path, capsys):
+    run_dir = run(train_grpo.main, grpo_args(tmp_path, iterations=2))
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    for flag, value in (("--learning-rate", "1e-3"), ("--group-size", "8"), ("--seed", "7"), ("--model", "elsewhere")):
+        with pytest.raises(SystemExit) as stopped:
+            common.parse_args(train_grpo.Args, ["--resume", str(run_dir), flag, value])
+        assert stopped.value.code == 2 and f"{flag} {value}" in capsys.readouterr().err.replace("0.001", "1e-3")
+    allowed = ["--iterations", "9", "--eval-every", "1", "--save-every", "1", "--run-root", "x", "--device", "auto"]
+    args = common.parse_args(train_grpo.Args, [f"--resume={run_dir}", *allowed])
+    assert args.iterations == 9 and args.prompts_per_step == 4 and args.resume == str(run_dir)
+    with pytest.raises(SystemExit):
+        common.parse_args(train_grpo.Args, ["--resume", str(tmp_path / "nowhere")])
+    assert "no run directory" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+
+
+def test_two_runs_with_one_seed_are_equal_and_other_seeds_differ(tmp_path):
+    first, second, other = (run(train_grpo.main, grpo_args(tmp_path, iterations=2, seed=s)) for s in (1, 1, 2))
+    assert weights(first / "final") == weights(second / "final") != weights(other / "final")
+
+
+def test_micro_batches_do_not_change_the_first_update(tmp_path):
+    """--micro-batch-tokens is about memory only."""
+    logged = []
+    for tokens in (100, 16384):
+        run_dir = run(train_grpo.main, grpo_args(tmp_path, iterations=1, micro_batch_tokens=tokens, update_epochs=2))
+        logged.append(scalars(run_dir))
+    for tag in logged[0]:
+        if tag.startswith(("loss/", "reward/")):
+            assert logged[0][tag][0][1] == pytest.approx(logged[1][tag][0][1], abs=1e-4, rel=1e-4), tag
+
+
+def count_steps(monkeypatch) -> dict[str, int]:
+    calls = {"steps": 0, "clips": 0, "loads": 0, "passes": 0}
+
+    def counting(name, function):
+        def wrapped(*args, **kwargs):
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    monkeypatch.setattr(common.MasterAdamW, "step", counting("steps", common.MasterAdamW.step))
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", counting("clips", clip))
+    monkeypatch.setattr(common, "load_policy", counting("loads", common.load_policy))
+    monkeypatch.setattr(common, "completion_logprobs", counting("passes", common.completion_logprobs))
+    return calls
+
+
+def test_one_clip_and_one_step_for_every_minibatch(tmp_path, monkeypatch):
+    """Pins: clip or optimizer step inside the accumulation. 2 iterations x 3 epochs x 2 minibatches = 12, whatever the
+    number of micro-batches. And kl_coef 0 loads no reference."""
+    calls = count_steps(monkeypatch)
+    changes = {"update_epochs": 3, "minibatch_size": 8, "micro_batch_tokens": 60}
+    run_dir = run(train_grpo.main, grpo_args(tmp_path, iterations=2, **changes))
+    assert calls["steps"] == calls["clips"] == 12 and calls["loads"] == 1
+    assert calls["passes"] > 24
+    ratios = [value for _, value in scalars(run_dir)["loss/ratio_max"]]
+    assert all(ratio > 1.0 for ratio in ratios)  # Pins: old logprobs recomputed in every minibatch
+
+
+def test_one_update_takes_no_extra_pass(tmp_path, monkeypatch):
+    """Old logprobs of a single update are the ones it computes anyway."""
+    calls = count_steps(monkeypatch)
+    run(train_grpo.main, grpo_args(tmp_path, iterations=3))
+    assert calls["passes"] == 3 and calls["steps"] == 3
+
+
+def test_the_reference_is_another_model_and_never_moves(tmp_path, monkeypatch):
+    """Pins: a reference that is trainable, in train mode, or the policy itself."""
+    loaded = []
+    load = common.load_policy
+
+    def remembering(*args, **kwargs):
+        model = load(*args, **kwargs)
+        loaded.append((model, [p.detach().clone() for p in model.parameters()]))
+        return model
+
+    monkeypatch.setattr(common, "load_policy", remembering)
+    run_dir = run(train_grpo.main, grpo_args(tmp_path, iterations=3, kl_coef=0.1))
+    (policy, at_first), (ref, ref_at_first) = loaded
+    assert all(torch.equal(a, b) for a, b in zip(ref.parameters(), ref_at_first, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(policy.parameters(), at_first, strict=True))
+    assert not ref.training and not any(p.requires_grad for p in ref.parameters())
+    kl = [value for _, value in scalars(run_dir)["loss/kl"]]
+    assert abs(kl[0]) < 1e-6 < kl[2]
+
+
+def test_temperature_is_in_every_logprob(tmp_path):
+    """Pins: a temperature missing from some logprobs: at 0.5 too the sampler and the trainer agree, and the ratio of
+    the first of several updates is 1."""
+    args = grpo_args(tmp_path, iterations=1, temperature=0.5, update_epochs=2, learning_rate=1e-12)
+    values = scalars(run(train_grpo.main, args))
+    assert values["rollout/logprob_gap_max"][0][1] < 1e-4
+    assert values["loss/ratio_max"][0][1] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_model_with_dropout_runs_without_it(tmp_path):
+    """Pins: dropout on in the first update (p = 0.5 would move every ratio away from 1)."""
+    _, tokenizer = common.load_policy(EMBEDDED), common.load_tokenizer(EMBEDDED)
+    model = make_model("gpt2", vocab_size=len(tokenizer), resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    common.save_checkpoint(tmp_path / "dropout", model, tokenizer)
+    assert not common.load_policy(str(tmp_path / "dropout")).training
+    changes = {"model": str(tmp_path / "dropout"), "update_epochs": 2, "learning_rate": 1e-12, "max_new_tokens": 10}
+    values = scalars(run(train_grpo.main, grpo_args(tmp_path / "runs", iterations=1, **changes)))
+    assert values["loss/ratio_max"][0][1] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_training_uses_the_sampled_ids(tmp_path, monkeypatch):
+    """Pins: decoded and re-encoded text trained on. No text is tokenized once the run has begun to sample."""
+    from transformers import PreTrainedTokenizerFast
+
+    run_args = grpo_args(tmp_path, iterations=2)
+    sampled = {"begun": False}
+    sample, encode = common.sample_groups, PreTrainedTokenizerFast.__call__
+
+    def sampling(*args, **kwargs):
+        sampled["begun"] = True
+        return sample(*args, **kwargs)
+
+    def encoding(*args, **kwargs):
+        assert not sampled["begun"]
+        return encode(*args, **kwargs)
+
+    monkeypatch.setattr(common, "sample_groups", sampling)
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", encoding)
+    run(train_grpo.main, run_args)
+
+
+def test_logged_means_are_token_weighted_over_the_whole_iteration(tmp_path, monkeypatch):
+    """Pins: metrics from the last micro-batch only, entropy divided twice, means over padding."""
+    seen = {}
+    sample = common.sample_groups
+
+    def remembering(model, *args, **kwargs):
+        rollout = sample(model, *args, **kwargs)
+        if rollout.group_size == 8:  # a training batch, before its update
+            rows = list(range(16))
+            logprobs, entropy = completion_logprobs(model, rollout, rows)
+            seen["entropy"] = (entropy.sum() / rollout.mask.sum()).item()
+            seen["length"] = rollout.mask.sum().item() / 16
+        return rollout
+
+    monkeypatch.setattr(common, "sample_groups", remembering)
+    changes = {"micro_batch_tokens": 70, "eval_every": 0, "prompts_per_step": 2, "group_size": 8}
+    values = scalars(run(train_grpo.main, grpo_args(tmp_path, iterations=1, **changes)))
+    assert values["loss/entropy"][0][1] == pytest.approx(seen["entropy"], rel=1e-4)
+    assert values["rollout/length_mean"][0][1] == pytest.approx(seen["length"], rel=1e-5)
+
+
+def test_metrics():
+    metrics = Metrics()
+    metrics.add({"a": 1.0, "b_max": 3.0}, weight=1)
+    metrics.add({"a": 4.0, "b_max": 2.0, "c": 5.0}, weight=2)
+    metrics.add({"a": 99.0}, weight=0)
+    assert metrics.means() == {"a": 3.0, "b_max": 3.0, "c": 5.0}
+
+
+def test_reward_components_are_logged_apart(tmp_path):
+    """Pins: a format term that swamps correctness unseen: accuracy has its own column, whatever the weights."""
+    values = scalars(run(train_grpo.main, grpo_args(tmp_path, iterations=1, accuracy_weight=0.5, format_weight=5.0)))
+    accuracy, form = values["reward/accuracy"][0][1], values["reward/format"][0][1]
+    assert 0 <= accuracy <= 1 and 0 <= form <= 1
+    assert values["reward/total"][0][1] == pytest.approx(0.5 * accuracy + 5.0 * form)
+
+
+def test_dynamic_sampling_replaces_groups_that_teach_nothing(tmp_path):
+    """At most --max-sampling-rounds batches an iteration, all of them counted on the x-axis."""
+    changes = {"dynamic_sampling": True, "max_sampling_rounds": 3, "prompts_per_step": 4, "temperature": 0.3}
+    values = scalars(run(train_grpo.main, grpo_args(tmp_path, iterations=4, **changes)))
+    steps = [x for x, _ in values["loss/policy"]]
+    batches = [(b - a) // 16 for a, b in zip([0, *steps[:-1]], steps, strict=True)]
+    assert all(1 <= n <= 3 for n in batches) and max(batches) > 1
+    assert all(norm > 0 for _, norm in values["loss/grad_norm"])
+
+
+def test_small_steps_are_not_lost_in_bf16():
+    """Pins: updates of 1e-6 lost in bf16 weights. Fifty steps move a bf16 model's masters as they move fp32 weights."""
+    moved = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_model("llama").to(torch.bfloat16).to(dtype)  # equal start
+        optimizer = common.MasterAdamW(model, lr=1e-6)
+        start = [master.detach().clone() for master in optimizer.masters]
+        rollout = sample_groups(make_model("llama"), [[5, 6, 7]], 4, 8)
+        for _ in range(50):
+            logprobs, _ = completion_logprobs(model, rollout, list(range(4)))
+            (-logprobs.sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        moved[dtype] = torch.cat([(m - s).flatten() for m, s in zip(optimizer.masters, start, strict=True)])
+        assert all(torch.equal(w, m.to(dtype)) for w, m in zip(optimizer.weights, optimizer.masters, strict=True))
+    expected, got = moved[torch.float32], moved[torch.bfloat16]
+    assert (got - expected).norm() < 0.35 * expected.norm()
+    assert got.norm() == pytest.approx(expected.norm().item(), rel=0.05)
+    assert expected.abs().max() > 4e-5  # nearly 50 steps of 1e-6, far under what bf16 resolves
+
+
+def test_masters_collect_gradients_over_micro_batches_in_fp32():
+    model = make_model("llama").to(torch.bfloat16)
+    optimizer = common.MasterAdamW(model, lr=1e-3)
+    rollout = sample_groups(make_model("llama"), [[5, 6, 7]], 4, 8)
+    for row in range(4):
+        completion_logprobs(model, rollout, [row])[0].sum().backward()
+    assert all(w.grad is None for w in optimizer.weights)
+    assert all(m.grad.dtype == torch.float32 for m in optimizer.masters)
+    optimizer.zero_grad()
+    assert all(m.grad is None for m in optimizer.masters)
+
+
+def test_a_bf16_checkpoint_keeps_its_masters(tmp_path):
+    args = grpo_args(tmp_path, iterations=2, dtype="bfloat16")
+    run_dir = run(train_grpo.main, args)
+    state = torch.load(run_dir / "checkpoints/step_000002/trainer.pt", weights_only=True)
+    policy = common.load_policy(str(run_dir / "final"), dtype=torch.bfloat16)
+    optimizer = common.MasterAdamW(policy, lr=1.0)
+    common.restore_optimizer(optimizer, state)
+    assert state["masters"] and all(m.dtype == torch.float32 for m in state["masters"])
+    for weight, master in zip(optimizer.weights, optimizer.masters, strict=True):
+        assert torch.equal(weight, master.bfloat16())

@@ -1,0 +1,159 @@
+"""The sampler draws from the plain softmax, stops where it must, and returns what it drew."""
+
+import pytest
+import torch
+from conftest import EOS, VOCABULARY, make_model, ragged_prompts
+
+from common import completion_logprobs, decode, join_groups, make_rollout, sample_groups
+from sampling import sample_tokens
+
+
+def reference_logits(model, ids: list[int]) -> torch.Tensor:
+    """Next-token logits of one sequence alone: no padding, no cache."""
+    with torch.no_grad():
+        return model(torch.tensor([ids]), use_cache=False).logits[0, -1].float()
+
+
+def test_greedy_equals_a_loop_without_cache_or_padding(model):
+    """Pins: wrong position ids under left padding; a KV cache expanded or compacted to the wrong rows."""
+    prompts = ragged_prompts()
+    rollout = sample_groups(model, prompts, 2, 12, temperature=0)
+    for row in range(len(prompts) * 2):
+        ids, expected = list(prompts[row // 2]), []
+        while len(expected) < 12 and EOS not in expected:
+            expected.append(reference_logits(model, ids + expected).argmax().item())
+        assert rollout.completion_ids[row][rollout.mask[row]].tolist() == expected
+
+
+def test_greedy_equals_generate(model):
+    prompt = [5, 6, 7]
+    ours = sample_groups(model, [prompt], 1, 15, temperature=0)
+    theirs = model.generate(
+        torch.tensor([prompt]), attention_mask=torch.ones(1, 3), max_new_tokens=15, do_sample=False, pad_token_id=0
+    )
+    assert ours.completion_ids[0][ours.mask[0]].tolist() == theirs[0, 3:].tolist()
+
+
+def test_sampler_logprobs_are_the_trainers(model):
+    """Pins: sampler and trainer that disagree (cache, padding, temperature)."""
+    rollout = sample_groups(model, ragged_prompts(), 4, 12, temperature=0.7, seed=3)
+    logprobs, _ = completion_logprobs(model, rollout, list(range(12)), 0.7)
+    assert (logprobs - rollout.sampler_logprobs).abs().max() < 1e-4
+    assert rollout.sampler_logprobs[~rollout.mask].abs().sum() == 0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_first_tokens_follow_the_softmax(temperature):
+    """Pins: top-k or top-p at sampling against a full softmax in training; a wrong temperature. Chi-square test."""
+    model = make_model("llama")
+    draws = 4000
+    rollout = sample_groups(model, [[5, 6]], draws, 1, temperature, seed=1)
+    probabilities = (reference_logits(model, [5, 6]) / temperature).softmax(-1)
+    counts = rollout.completion_ids[:, 0].bincount(minlength=VOCABULARY).float()
+    likely = probabilities * draws >= 5
+    chi2 = ((counts - probabilities * draws)[likely] ** 2 / (probabilities * draws)[likely]).sum().item()
+    degrees = likely.sum().item() - 1
+    assert degrees >= 5
+    assert chi2 < degrees + 4 * (2 * degrees) ** 0.5  # mean + 4 standard deviations
+
+
+def test_generation_config_changes_nothing():
+    """Pins: generation_config.json silently setting top_k, top_p, a temperature or a repetition penalty."""
+    model = make_model("qwen3")
+    clean = sample_groups(model, ragged_prompts(), 4, 8, seed=5)
+    model.generation_config.update(do_sample=True, top_k=1, top_p=0.1, temperature=0.1, repetition_penalty=9.0)
+    poisoned = sample_groups(model, ragged_prompts(), 4, 8, seed=5)
+    assert torch.equal(clean.completion_ids, poisoned.completion_ids)
+
+
+def test_every_eos_id_stops():
+    """Pins: only one of several EOS ids stops a row. The EOS is part of the completion; a cut one isn't finished."""
+    model = make_model("llama")
+    ids = list(range(1, 12))
+    rollout = sample_groups(model, ragged_prompts(), 32, 10, temperature=1.5, eos_token_ids=ids)
+    model.generation_config.eos_token_id = ids
+    again = sample_groups(model, ragged_prompts(), 32, 10, temperature=1.5)
+    assert torch.equal(rollout.completion_ids, again.completion_ids)
+    last = rollout.completion_ids.gather(1, rollout.lengths[:, None] - 1)[:, 0]
+    stopped = torch.isin(last, torch.tensor(ids))
+    assert torch.equal(stopped, rollout.finished)
+    assert len(set(last[stopped].tolist())) > 3
+    before_last = rollout.mask.clone().scatter_(1, rollout.lengths[:, None] - 1, False)
+    assert not torch.isin(rollout.completion_ids[before_last], torch.tensor(ids)).any()
+    assert (rollout.lengths[~rollout.finished] == 10).all()
+
+
+def test_a_completion_of_eos_alone_has_one_token():
+    """Pins: EOS left out of the mask, so that stopping is never trained."""
+    rollout = sample_groups(make_model("llama"), [[5, 6]], 3, 6, eos_token_ids=list(range(VOCABULARY)))
+    assert rollout.mask.sum(1).tolist() == [1, 1, 1]
+    assert rollout.finished.all()
+
+
+def test_a_row_draws_the_same_whoever_else_is_in_the_batch():
+    """Compaction: rows that end early must change nothing for those that go on."""
+    model = make_model("llama")
+    together = sample_groups(model, [[5, 6, 7]], 8, 12, seed=2)
+    never = sample_groups(model, [[5, 6, 7]], 8, 12, seed=2, eos_token_ids=[VOCABULARY + 1])
+    assert together.finished.any() and not together.finished.all()
+    for row in range(8):
+        n = together.lengths[row]
+        assert torch.equal(together.completion_ids[row, :n], never.completion_ids[row, :n])
+
+
+def test_seeds():
+    model = make_model("gpt2")
+    first, second, other = (sample_groups(model, ragged_prompts(), 4, 8, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first.completion_ids, second.completion_ids)
+    assert not torch.equal(first.completion_ids, other.completion_ids)
+
+
+def test_rows_belong_to_their_prompts(embedded):
+    """Pins: groups interleaved wrongly (repeat against repeat_interleave): row p*G + g answers prompt p."""
+    policy, tokenizer = embedded
+    questions = ["50+1=", "60+2=", "70+3="]
+    prompts = [tokenizer(q).input_ids for q in questions]
+    rollout = sample_groups(policy, prompts, 4, 40, temperature=0)
+    texts = tokenizer.batch_decode([ids[m] for ids, m in zip(rollout.completion_ids, rollout.mask, strict=True)])
+    assert [t.split("</think>")[0] for t in texts[::4]] == ["<think>51", "<think>62", "<think>73"]
+    assert all(len(set(texts[p * 4 : p * 4 + 4])) == 1 for p in range(3))
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_short_limits_and_one_prompt(limit):
+    rollout = sample_groups(make_model("llama"), [[5]], 1, limit)
+    assert rollout.completion_ids.shape[0] == 1
+    assert 1 <= rollout.completion_ids.shape[1] <= limit
+
+
+def test_inverse_cdf_never_leaves_the_support():
+    """A uniform number of 0, or the largest below 1, must not reach a token of probability 0."""
+    logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]]).repeat(3, 1)
+    tokens, logprobs = sample_tokens(logits, 1.0, torch.tensor([0.0, 0.5, 1 - 2**-24]))
+    assert tokens.tolist() == [1, 2, 2]
+    assert torch.isfinite(logprobs).all()
+
+
+def test_join_groups_keeps_rows_together():
+    a = make_rollout([[1], [2]], [[3], [4, 4], [5, 5, 5], [6]], group_size=2)
+    b = make_rollout([[7]], [[8, 8], [9]], group_size=2)
+    joined = join_groups([(a, [1]), (b, [0]), (a, [])])
+    assert joined.prompt_ids == [[2], [7]]
+    rows = [ids[m].tolist() for ids, m in zip(joined.completion_ids, joined.mask, strict=True)]
+    assert rows == [[5, 5, 5], [6], [8, 8], [9]]
+
+
+def test_no_eos_anywhere_is_an_error():
+    model = make_model("llama")
+    model.generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match="eos_token_id"):
+        sample_groups(model, [[5]], 2, 3)
+
+
+def test_decode(embedded):
+    """Texts end before the EOS; a think block that the prompt opens is part of the text."""
+    _, tokenizer = embedded
+    prompts = [tokenizer("1+1=").input_ids, tokenizer("1+2=<think>\n").input_ids]
+    completions = [tokenizer(t).input_ids + [tokenizer.eos_token_id] for t in ("a", "b", "c</think>", "d")]
+    rollout = make_rollout(prompts, completions, group_size=2)
+    assert decode(tokenizer, rollout) == ["a", "b", "<think>c</think>", "<think>d"]
