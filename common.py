@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from sampling import Rollout, decode, join_groups, make_rollout, sample_groups  # noqa: F401  the scripts' common.*
@@ -39,7 +40,9 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-AT_LEAST_0 = "iterations warmup_iterations accuracy_weight format_weight eval_every save_every kl_coef".split()
+AT_LEAST_0 = (
+    "iterations warmup_iterations accuracy_weight format_weight eval_every save_every kl_coef weight_decay".split()
+)
 AT_LEAST_1 = (
     "prompts_per_step group_size max_new_tokens update_epochs minibatch_size micro_batch_tokens eval_problems "
     "max_sampling_rounds demonstrations num_samples batch_size"
@@ -58,6 +61,11 @@ def check_flags(args) -> None:
                     fail(f"--{name.replace('_', '-')} {value}: must be {allowed}")
 
 
+def reason(error: Exception) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def derive_seed(*parts) -> int:
     """A seed from (args.seed, step, purpose, ...): every draw has one of its own, so a resumed run draws the same."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
@@ -74,7 +82,7 @@ def resolve_device(device: str) -> torch.device:
         resolved = torch.device(device)
         torch.empty(1, device=resolved)
     except (RuntimeError, AssertionError) as error:
-        fail(f"--device {device}: not usable on this machine ({str(error).splitlines()[0]}); try --device auto")
+        fail(f"--device {device}: not usable on this machine ({reason(error)}); try --device auto")
     return resolved
 
 
@@ -87,21 +95,22 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 def load_config(path: str):
     """The model's config, or one line that says what is wrong with the path."""
-    if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+    local = Path(path).is_dir()
+    if local and not (Path(path) / "config.json").exists():
         fail(f"--model {path}: the directory has no config.json; a Hugging Face model directory is expected")
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, and whatever the hub client raises
-        reason = str(error).strip().splitlines()[0]
-        fail(f"--model {path}: neither a local model directory nor a hub name that can be reached ({reason})")
+        what = "its config can't be read" if local else "neither a local directory nor a hub name that can be reached"
+        fail(f"--model {path}: {what} ({reason(error)})")
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str) -> Tokenizer:
     load_config(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
-        fail(f"--model {path}: its tokenizer can't be loaded ({str(error).strip().splitlines()[0]})")
+        fail(f"--model {path}: its tokenizer can't be loaded ({reason(error)})")
     if tokenizer.eos_token_id is None:
         fail(f"--model {path}: its tokenizer has no EOS token, so no completion could ever end")
     if not tokenizer.chat_template:
@@ -109,30 +118,36 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_policy(path: str, device="cpu", dtype=torch.float32, from_scratch: bool = False) -> PreTrainedModel:
+def load_policy(
+    path: str, device="cpu", dtype=torch.float32, eos_token_id: int | None = None, from_scratch: bool = False
+) -> PreTrainedModel:
     """The causal LM in eval mode, where it stays: dropout in the rollouts, or between them and the first update,
     would move the importance ratio away from 1 before anything was learned.
 
+    eos_token_id: the tokenizer's, at which completions end besides the ids that the model's generation config names.
     from_scratch: random weights from the config alone.
     """
-    # fp32 products in fewer passes: twice as fast on CPUs that have bf16 instructions, error about 4e-6 on AMD
-    # (real bf16 rounding on Intel's AMX). On GPUs it allows TF32 for what is left in fp32.
-    torch.set_float32_matmul_precision("medium")
+    # On CPUs with bf16 instructions "medium" makes fp32 products twice as fast, in three bf16 passes (error 4e-6). With
+    # AMX it would be one pass, and on a GPU TF32: too coarse for logprobs that sampler and trainer should agree on.
+    # With it torch's fused CPU attention is 5 to 9 times slower than the same written as plain products ("eager").
+    medium = torch.device(device).type == "cpu" and not torch.cpu._is_amx_tile_supported()
+    torch.set_float32_matmul_precision("medium" if medium else "highest")
+    attention = "eager" if medium and dtype == torch.float32 else None
     # On a CPU, torch keeps what it compiled for each of the last 1,024 shapes of a product, in two caches, and every
     # batch of ragged rows brings new shapes: gigabytes for nothing.
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(cache, "32")
-    # With that setting torch's fused CPU attention is 5 to 9 times slower than the same written as plain products.
-    plain = torch.device(device).type == "cpu" and dtype == torch.float32
-    options = {"dtype": dtype, "attn_implementation": "eager" if plain else None}
+    options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
     config = load_config(path)
     try:
-        if from_scratch:
-            model = AutoModelForCausalLM.from_config(config, **options)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(path, **options)
+        load = AutoModelForCausalLM.from_config if from_scratch else AutoModelForCausalLM.from_pretrained
+        model = load(config if from_scratch else path, **options)
     except Exception as error:
-        fail(f"--model {path}: its weights can't be loaded ({str(error).strip().splitlines()[0]})")
+        fail(f"--model {path}: its weights can't be loaded ({reason(error)})")
+    # A new generation config, with nothing in it but where to stop: what is trained is the plain softmax.
+    named = model.generation_config.eos_token_id
+    stops = {*(named if isinstance(named, list) else [named]), eos_token_id} - {None}
+    model.generation_config = GenerationConfig(eos_token_id=sorted(stops) or None, pad_token_id=config.pad_token_id)
     return model.to(device).eval()
 
 
@@ -162,8 +177,11 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     in between. Found out by trying, once for a model."""
     if not hasattr(model, "plain_head"):
         ids, head = torch.tensor([[0, 1]], device=model.device), model.get_output_embeddings()
-        hidden = model.base_model(ids, use_cache=False)[0]
-        model.plain_head = head is not None and torch.equal(head(hidden), model(ids, use_cache=False).logits)
+        try:
+            hidden = model.base_model(ids, use_cache=False)[0]
+            model.plain_head = torch.equal(head(hidden), model(ids, use_cache=False).logits)
+        except (RuntimeError, TypeError):  # no head of its own, or none that takes these hidden states
+            model.plain_head = False
         if not model.plain_head:
             print("note: this model's head is not a plain linear layer: logprobs take more memory", file=sys.stderr)
     return model.plain_head
@@ -185,23 +203,20 @@ def completion_logprobs(
     Rows are right-padded: under a causal mask nothing real can see the padding, so no mask is needed and positions
     simply count. Logits exist for completion tokens only and, forward as backward, for one chunk of them at a time.
     """
-    device, lengths = model.device, rollout.lengths.tolist()
+    device, mask = model.device, rollout.mask[rows]  # (R, T)
     prompts = [rollout.prompt_ids[row // rollout.group_size] for row in rows]
-    completions = [rollout.completion_ids[row, : lengths[row]].to(device) for row in rows]
+    completions = [ids[m] for ids, m in zip(rollout.completion_ids[rows], mask, strict=True)]
     ids = [torch.cat([torch.tensor(p, device=device), c]) for p, c in zip(prompts, completions, strict=True)]
     input_ids = pad_sequence(ids, batch_first=True)  # (R, L)
-
-    mask = rollout.mask[rows].to(device)  # (R, T)
     row, column = mask.nonzero(as_tuple=True)  # (N,) each
     starts = torch.tensor([len(prompt) for prompt in prompts], device=device)
     position = starts[row] + column - 1  # token t of a completion is predicted one position earlier
-    targets = rollout.completion_ids[rows].to(device)[mask]
+    targets = torch.cat(completions)
     if has_plain_head(model):
         head = model.get_output_embeddings()
         hidden = model.base_model(input_ids, use_cache=False)[0][row, position]
     else:
-        head = nn.Identity()
-        hidden = model(input_ids, use_cache=False).logits[row, position]
+        head, hidden = nn.Identity(), model(input_ids, use_cache=False).logits[row, position]
 
     chunks = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
     results = []
@@ -238,11 +253,9 @@ def token_weights(mask: Tensor, loss_norm: str, max_new_tokens: int) -> Tensor:
 
 def minibatches(rollout: Rollout, size: int, seed: int) -> list[list[int]]:
     """Rows in random minibatches of `size` completions, always whole groups; the last one may be smaller."""
-    G = rollout.group_size
-    groups = list(range(len(rollout.prompt_ids)))
-    random.Random(seed).shuffle(groups)
-    per_batch = max(1, size // G)
-    batches = [groups[i : i + per_batch] for i in range(0, len(groups), per_batch)]
+    G, P = rollout.group_size, len(rollout.prompt_ids)
+    groups, per_batch = random.Random(seed).sample(range(P), P), max(1, size // G)
+    batches = [groups[i : i + per_batch] for i in range(0, P, per_batch)]
     return [[p * G + g for p in batch for g in range(G)] for batch in batches]
 
 
@@ -299,14 +312,9 @@ class MasterAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         super().step(closure)
-        self.copy_to_weights()
-
-    @torch.no_grad()
-    def copy_to_weights(self) -> None:
-        """In place: whoever samples from the model reads the same tensors."""
         for weight, master in zip(self.weights, self.masters, strict=True):
             if master is not weight:
-                weight.copy_(master)
+                weight.copy_(master)  # in place: the sampler reads the same tensors
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
@@ -316,7 +324,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 # ---- Runs: arguments, directory, metrics, checkpoints --------------------------------------------------------------
 
-RESUME_MAY_CHANGE = ("iterations", "eval_every", "save_every", "device", "run_root", "resume")
+RESUME_MAY_CHANGE = ("iterations", "eval_every", "save_every", "device", "run_root")
 
 
 def parse_args(Args, argv: list[str] | None = None):
@@ -337,11 +345,10 @@ def parse_args(Args, argv: list[str] | None = None):
         fail(f"--resume {run}: {file} does not hold this script's arguments ({error})")
     args = tyro.cli(Args, args=argv, default=dataclasses.replace(saved, resume=run))
     for name, value in vars(args).items():
-        if value != getattr(saved, name) and name not in RESUME_MAY_CHANGE:
-            flag = "--" + name.replace("_", "-")
-            allowed = ", ".join("--" + n.replace("_", "-") for n in RESUME_MAY_CHANGE[:-1])
+        if value != getattr(saved, name) and name not in (*RESUME_MAY_CHANGE, "resume"):
+            *allowed, flag = ("--" + n.replace("_", "-") for n in (*RESUME_MAY_CHANGE, name))
             started = f"the run was started with {getattr(saved, name)}"
-            fail(f"{flag} {value}: {started}; on --resume only {allowed} may differ")
+            fail(f"{flag} {value}: {started}; on --resume only {', '.join(allowed)} may differ")
     return args
 
 
@@ -351,6 +358,8 @@ def start_run(args, state: dict) -> tuple[Path, SummaryWriter]:
     state: of the checkpoint that is gone on from, or {}. Events after it, written by the run before it was
     interrupted, are purged.
     """
+    if state.get("iteration", 0) > args.iterations:
+        fail(f"--iterations {args.iterations}: the run has done {state['iteration']} already")
     script = Path(getfile(type(args))).stem
     if args.resume:
         run_dir = Path(args.resume)
@@ -375,13 +384,10 @@ def start_run(args, state: dict) -> tuple[Path, SummaryWriter]:
 
 
 def git_commit() -> str:
-    def git(*words: str) -> str:
-        here = Path(__file__).parent
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
         return "unknown"
 
 
@@ -416,9 +422,8 @@ class Clock:
     def lap(self, name: str) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
-        self.last = now
+        last, self.last = self.last, time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + self.last - last
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -479,32 +484,32 @@ def log_samples(writer: SummaryWriter, tokenizer, rollout: Rollout, texts, compo
 
 
 class StopSignal:
-    """The first Ctrl-C or SIGTERM only sets `number`: the script ends its iteration, saves and leaves. The second
-    one ends it at once."""
+    """The first Ctrl-C or SIGTERM only sets `number`, and the script ends its iteration, saves and leaves."""
 
     def __init__(self):
         self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
+        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(self, number, frame) -> None:
         self.number = number
         print("\nstopping after this iteration, with a checkpoint; once more to stop at once", file=sys.stderr)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.restore()
 
-    def leave(self, run_dir: Path) -> None:
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def leave(self, run_dir: Path) -> NoReturn:
         print(f"stopped; go on with --resume {run_dir}", file=sys.stderr)
         raise SystemExit(128 + self.number)
 
 
 def file_digests(directory: Path) -> dict[str, str]:
-    files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != "digests.json")
-    digests = {}
-    for path in files:
+    def digest(path: Path) -> str:
         with path.open("rb") as file:
-            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return {path.name: digest(path) for path in sorted(directory.iterdir()) if path.name != "digests.json"}
 
 
 def save_checkpoint(target: Path, model, tokenizer, optimizer: MasterAdamW | None = None, state: dict | None = None):
@@ -523,8 +528,10 @@ def save_checkpoint(target: Path, model, tokenizer, optimizer: MasterAdamW | Non
         masters = [] if model.dtype == torch.float32 else optimizer.masters
         torch.save(state | {"optimizer": optimizer.state_dict(), "masters": masters}, aside / "trainer.pt")
         (aside / "digests.json").write_text(json.dumps(file_digests(aside)))
-    shutil.rmtree(target, ignore_errors=True)
+    if target.exists():
+        os.rename(target, target.with_name(target.name + ".old"))
     os.rename(aside, target)
+    shutil.rmtree(target.with_name(target.name + ".old"), ignore_errors=True)
 
 
 def load_checkpoint(run: str | None) -> dict:
@@ -548,7 +555,7 @@ def load_checkpoint(run: str | None) -> dict:
 
 
 def restore_optimizer(optimizer: MasterAdamW, state: dict) -> None:
-    optimizer.load_state_dict(state["optimizer"])
+    optimizer.load_state_dict(state.pop("optimizer"))
     with torch.no_grad():
-        for master, saved in zip(optimizer.masters, state["masters"], strict=False):  # [] where the weights are fp32
+        for master, saved in zip(optimizer.masters, state.pop("masters"), strict=False):  # [] where weights are fp32
             master.copy_(saved)

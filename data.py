@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import fail
+from common import fail, reason
 from rewards import extract_answer
 
 # ---- Problems ------------------------------------------------------------------------------------------------------
@@ -24,7 +24,7 @@ class Problem:
     answer: str
     id: str = ""
     topic: str = ""
-    difficulty: int | None = None
+    difficulty: float | None = None
 
 
 def is_held_out(question: str) -> bool:
@@ -34,7 +34,7 @@ def is_held_out(question: str) -> bool:
 
 
 def load_problems(source: str, split: str, limit: int | None = None, seed: int = 0) -> list[Problem]:
-    """Problems of one split ("train" or "eval"; "all": both, for a file) of one source.
+    """Problems of one split ("train", "eval", or "all" for both) of one source.
 
     source: "arithmetic", the path of a .jsonl file, or a hub dataset's name (`name:config` where it has configs).
     A file, and a hub dataset without a test or validation split, is split by `is_held_out`.
@@ -46,7 +46,7 @@ def load_problems(source: str, split: str, limit: int | None = None, seed: int =
         raise ValueError(f"split is 'train', 'eval' or 'all', not {split!r}")
     if source == "arithmetic":
         problems = arithmetic_problems(split, limit or (6000 if split == "train" else 3000), seed)
-    elif source.endswith((".jsonl", ".json")) or Path(source).is_file():
+    elif is_file(source):
         rows = read_jsonl(source)
         problems = read_problems([(f"{source}:{line}", row) for line, row in rows], source)
         problems = [p for p in problems if split == "all" or is_held_out(p.question) == (split == "eval")]
@@ -61,17 +61,24 @@ def load_problems(source: str, split: str, limit: int | None = None, seed: int =
     return problems
 
 
+def is_file(source: str) -> bool:
+    return source.endswith((".jsonl", ".json")) or Path(source).is_file()
+
+
+def load_train_problems(problems: str, eval_data: str | None) -> list[Problem]:
+    """The train split; the whole of a file where --eval-data gives the held-out problems."""
+    return load_problems(problems, "all" if eval_data and is_file(problems) else "train")
+
+
 def load_eval_problems(problems: str, eval_data: str | None, limit: int) -> list[Problem]:
-    """Held-out problems: all of --eval-data where it is given, else the held-out part of --problems."""
-    if eval_data and eval_data != "arithmetic":
-        return load_problems(eval_data, "all", limit)
-    return load_problems(eval_data or problems, "eval", limit)
+    """Held-out problems: all of the file --eval-data, or the eval split of the source named there, or of --problems."""
+    return load_problems(eval_data or problems, "all" if eval_data and is_file(eval_data) else "eval", limit)
 
 
 def read_jsonl(path: str) -> list[tuple[int, dict]]:
     """(line number, object) of every non-blank line; every malformed line is reported, the first five in full."""
     try:
-        text = Path(path).read_bytes().decode("utf-8", errors="surrogateescape")
+        text = Path(path).read_bytes().decode("utf-8-sig", errors="surrogateescape")
     except OSError as error:
         fail(f"{path}: can't be read: {error.strerror}")
     rows, errors = [], []
@@ -123,10 +130,10 @@ def read_problems(rows: list[tuple[str, dict]], source: str) -> list[Problem]:
                 if not answer:
                     raise ValueError("nothing stands behind '####' in field 'answer'")
             difficulty = row.get("difficulty")
-            if difficulty is not None and (isinstance(difficulty, bool) or not isinstance(difficulty, int)):
-                raise ValueError(f"field 'difficulty' is {difficulty!r}, a whole number is expected")
+            if difficulty is not None and (isinstance(difficulty, bool) or not isinstance(difficulty, int | float)):
+                raise ValueError(f"field 'difficulty' is {difficulty!r}, a number is expected")
             question = text_field(row, ("question", "prompt"))
-            id = str(row.get("id") or place)
+            id = str(place if row.get("id") is None else row["id"])
             problems.append(Problem(question, answer.strip(), id, str(row.get("topic") or ""), difficulty))
         except ValueError as error:
             errors.append(f"{place}: {error}")
@@ -143,15 +150,13 @@ def hub_problems(source: str, split: str) -> list[Problem]:
     try:
         splits = datasets.load_dataset(name, config or None)
     except Exception as error:  # the hub's errors are many: no such dataset, no network, a config is needed, ...
-        fail(f"{source}: neither a file nor a hub dataset that can be loaded: {str(error).strip().splitlines()[0]}")
-    held_out = next((s for s in ("test", "validation") if s in splits), None)
-    if split != "train" and held_out:
-        rows = splits[held_out]
-    elif "train" in splits:
-        rows = splits["train"]
-    else:
-        fail(f"{source}: has no split 'train' (it has {', '.join(splits)})")
-    problems = read_problems([(f"{source} row {i}", row) for i, row in enumerate(rows)], source)
+        fail(f"{source}: neither a file nor a hub dataset that can be loaded: {reason(error)}")
+    held_out = next((name for name in ("test", "validation") if name in splits), None)
+    if "train" not in splits and not held_out:
+        fail(f"{source}: has no split 'train', 'test' or 'validation' (it has {', '.join(splits)})")
+    names = {"train": ["train"], "eval": [held_out or "train"], "all": ["train", held_out]}[split]
+    rows = [(f"{source} {name} row {i}", row) for name in names if name in splits for i, row in enumerate(splits[name])]
+    problems = read_problems(rows, source)
     if held_out or split == "all":
         return problems
     return [p for p in problems if is_held_out(p.question) == (split == "eval")]
@@ -327,5 +332,7 @@ class ProblemSampler:
         return {"drawn": self.drawn, "attempts": list(self.attempts), "successes": list(self.successes)}
 
     def load_state_dict(self, state: dict) -> None:
+        if len(state["attempts"]) != self.size:
+            fail(f"--resume: the run had {len(state['attempts'])} problems to draw from, now there are {self.size}")
         self.drawn = state["drawn"]
         self.attempts, self.successes = list(state["attempts"]), list(state["successes"])

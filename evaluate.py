@@ -152,7 +152,7 @@ def evaluate_policy(policy, tokenizer, problems, prompts, args, batch_size) -> d
     scores["eval/accuracy_greedy"] = summarize(greedy)["accuracy"]
     for records, name in ((sampled, "accuracy"), (greedy, "accuracy_greedy")):
         for difficulty, group in by(records, "difficulty").items():
-            scores[f"eval/{name}_difficulty_{difficulty}"] = summarize(group)["accuracy"]
+            scores[f"eval/{name}_difficulty_{difficulty:g}"] = summarize(group)["accuracy"]
     return scores
 
 
@@ -214,6 +214,8 @@ class Args:
 
 
 def main(args: Args) -> None:
+    if args.output and Path(args.output).is_dir():
+        fail(f"--output {args.output}: is a directory, a file's name is expected")
     if args.output and not os.access(Path(args.output).resolve().parent, os.W_OK):
         fail(f"--output {args.output}: its directory is not there or not writable")
     common.check_flags(args)
@@ -222,7 +224,7 @@ def main(args: Args) -> None:
     problems = load_problems(args.problems, args.split, args.eval_problems)
     prompts = encode_prompts(tokenizer, [p.question for p in problems], args.system_prompt)
     common.check_context(prompts, [p.id for p in problems], common.load_config(args.model), args.max_new_tokens)
-    policy = common.load_policy(args.model, device, common.resolve_dtype(args.dtype, device))
+    policy = common.load_policy(args.model, device, common.resolve_dtype(args.dtype, device), tokenizer.eos_token_id)
 
     sample = (args.max_new_tokens, args.temperature, args.format_style, args.batch_size, args.seed)
     records = evaluate(policy, tokenizer, problems, prompts, args.num_samples, *sample, progress=True)

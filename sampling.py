@@ -108,7 +108,7 @@ def sample_groups(
     positions = (attention.cumsum(1) - 1).clamp(min=0)
     output = model(prompt_ids, attention_mask=attention, position_ids=positions, use_cache=True, logits_to_keep=1)
     cache = output.past_key_values
-    cache.batch_repeat_interleave(G)
+    cache.reorder_cache(torch.arange(P, device=device).repeat_interleave(G))
     logits = output.logits[:, -1].float().repeat_interleave(G, 0)  # (B, V)
     attention, lengths = attention.repeat_interleave(G, 0), lengths.repeat_interleave(G)
 
@@ -130,7 +130,7 @@ def sample_groups(
         if len(live) == 0 or step == max_new_tokens - 1:
             break
         if len(live) < len(rows):
-            cache.batch_select_indices(live)
+            cache.reorder_cache(live)
             rows, tokens, attention = rows[live], tokens[live], attention[live]
         attention = torch.cat([attention, attention.new_ones(len(rows), 1)], 1)
         positions = lengths[rows] + step

@@ -17,9 +17,9 @@ has Bessel's correction.
     python train_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --problems openai/gsm8k:main --learning-rate 1e-6 \\
         --max-new-tokens 512 --micro-batch-tokens 32768
 
-What you should see from the first command, in 100 s on 2 cores (AMD EPYC): held-out accuracy, sampled at temperature 1, from
-0.38 to 0.96, greedy accuracy at the hardest difficulty from 0.06 to 1.0; entropy falls from 0.26 to 0.03; the policy loss
-stays at 0.
+What you should see from the first command, in 100 s on 2 cores (AMD EPYC): held-out accuracy, sampled at temperature 1,
+from 0.38 to 0.96, greedy accuracy at the hardest difficulty from 0.06 to 1.0; the entropy falls from 0.26 to 0.04; the
+policy loss stays at 0.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import common
 from common import Clock, Metrics, derive_seed, fail
-from data import SYSTEM_PROMPT, ProblemSampler, encode_prompts, load_eval_problems, load_problems
+from data import SYSTEM_PROMPT, ProblemSampler, encode_prompts, load_eval_problems, load_train_problems
 from evaluate import comparison_table, evaluate_policy
 from rewards import accuracy_reward, format_reward
 
@@ -66,7 +66,8 @@ class Args:
     format_weight: float = 0.2
     """weight of the reward for the right format (0 or 1)"""
     format_style: Literal["answer-tags", "think"] = "answer-tags"
-    """answer-tags: <think>..</think><answer>..</answer>; think: <think>..</think> and then the answer"""
+    """answer-tags: <think>..</think><answer>..</answer>; think: <think>..</think> and then text with the answer in
+    \\boxed{} or after #### (ask for that with --system-prompt)"""
     learning_rate: float = 1e-4
     """of AdamW, for the embedded model; 1e-6 to 5e-6 for real ones"""
     warmup_iterations: int = 10
@@ -107,7 +108,7 @@ class Args:
     dynamic_sampling: bool = False
     """drop groups whose rewards are all equal and sample others in their place (DAPO)"""
     max_sampling_rounds: int = 4
-    """with --dynamic-sampling: at most so many batches are sampled in an iteration"""
+    """with --dynamic-sampling: batches sampled in an iteration at most; what is found by then is learned from"""
 
 
 def group_advantages(rewards: Tensor, normalize_std: bool) -> Tensor:
@@ -145,7 +146,7 @@ def grpo_loss(
     token_ratio = log_ratio.exp()
     if ratio_level == "sequence":  # product over the completion
         log_ratio = log_ratio.sum(1, keepdim=True).expand_as(log_ratio)
-    elif ratio_level == "gspo":  # GSPO eq. 5: its geometric mean
+    elif ratio_level == "gspo":  # GSPO: its geometric mean
         log_ratio = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(log_ratio)
     ratio = log_ratio.clamp(-20.0, 20.0).exp()  # a product over hundreds of tokens must not overflow
 
@@ -182,7 +183,7 @@ def main(args: Args) -> None:
     device = common.resolve_device(args.device)
     dtype = common.resolve_dtype(args.dtype, device)
     tokenizer = common.load_tokenizer(args.model)
-    problems = load_problems(args.problems, "train")
+    problems = load_train_problems(args.problems, args.eval_data)
     eval_problems = load_eval_problems(args.problems, args.eval_data, args.eval_problems)
     prompts = encode_prompts(tokenizer, [p.question for p in problems], args.system_prompt)
     eval_prompts = encode_prompts(tokenizer, [p.question for p in eval_problems], args.system_prompt)
@@ -191,7 +192,8 @@ def main(args: Args) -> None:
 
     state = common.load_checkpoint(args.resume)  # {} unless a run is resumed
     run_dir, writer = common.start_run(args, state)
-    policy = common.load_policy(state.get("model", args.model), device, dtype)
+    stop = common.StopSignal()
+    policy = common.load_policy(state.get("model", args.model), device, dtype, tokenizer.eos_token_id)
     ref = common.load_policy(args.model, device, dtype).requires_grad_(False) if args.kl_coef > 0 else None
     optimizer = common.MasterAdamW(policy, lr=args.learning_rate)
     sampler = ProblemSampler(problems, seed=args.seed)
@@ -208,10 +210,9 @@ def main(args: Args) -> None:
         print("note: with one update per batch the ratio is 1 and the advantages of a group sum to 0, so a policy loss")
         print("      near 0 is expected; its gradient is not 0. Watch reward/* and eval/accuracy instead.")
 
-    stop = common.StopSignal()
     bar = tqdm(total=args.iterations, initial=iteration, desc="GRPO", unit="it")
     metrics, clock, kept, found = Metrics(), Clock(device), [], 0
-    while iteration < args.iterations:
+    while iteration < args.iterations:  # a pass samples one batch; with dynamic sampling an iteration may take more
         # ------------------------------------------------------------------------------------------------ 1 sample
         indices = sampler.draw(args.prompts_per_step)
         rollout = common.sample_groups(
@@ -248,20 +249,20 @@ def main(args: Args) -> None:
             found += len(groups)
             if found < args.prompts_per_step and len(kept) < args.max_sampling_rounds:
                 continue
-            if found:  # else there is nothing to learn from: all advantages of the last batch are 0
+            if found:  # at the cap there may be fewer than P; if none, the last batch is left, its advantages all 0
                 rollout = common.join_groups([(r, g) for r, g, _ in kept])
                 rewards = torch.cat([r for _, _, r in kept])
 
         # ---------------------------------------------------------------------------------------------- 3 logprobs
         rows = list(range(rollout.mask.shape[0]))
         old_logprobs = torch.zeros_like(rollout.sampler_logprobs)  # (B, T)
-        ref_logprobs = torch.zeros_like(rollout.sampler_logprobs)
-        if not one_update or ref is not None:
-            with torch.no_grad():
-                for micro in common.micro_batches(rollout, rows, args.micro_batch_tokens):
+        ref_logprobs = torch.zeros_like(old_logprobs) if ref is not None else None
+        with torch.no_grad():
+            for micro in common.micro_batches(rollout, rows, args.micro_batch_tokens):
+                if not one_update:  # else section 5 has them without an extra pass
                     old_logprobs[micro] = common.completion_logprobs(policy, rollout, micro, args.temperature)[0]
-                    if ref is not None:
-                        ref_logprobs[micro] = common.completion_logprobs(ref, rollout, micro, args.temperature)[0]
+                if ref is not None:
+                    ref_logprobs[micro] = common.completion_logprobs(ref, rollout, micro, args.temperature)[0]
         clock.lap("logprobs")
 
         # -------------------------------------------------------------------------------------------- 4 advantages
@@ -272,12 +273,12 @@ def main(args: Args) -> None:
         common.set_learning_rate(optimizer, learning_rate)
         for epoch in range(args.update_epochs):
             for minibatch in common.minibatches(rollout, minibatch_size, derive_seed(args.seed, "update", x, epoch)):
-                weights = torch.zeros_like(rollout.sampler_logprobs)
+                weights = torch.zeros_like(old_logprobs)  # (B, T) like all the rest, so that rows index it too
                 weights[minibatch] = common.token_weights(rollout.mask[minibatch], args.loss_norm, args.max_new_tokens)
                 policy_loss = 0.0
                 for micro in common.micro_batches(rollout, minibatch, args.micro_batch_tokens):
                     logprobs, entropy = common.completion_logprobs(policy, rollout, micro, args.temperature)
-                    if one_update:  # the policy has not moved since it sampled: no extra pass
+                    if one_update:  # the policy has not moved since it sampled
                         old_logprobs[micro] = logprobs.detach()
                     loss, loss_metrics = grpo_loss(
                         logprobs,
@@ -285,11 +286,11 @@ def main(args: Args) -> None:
                         ref_logprobs[micro] if ref is not None else None,
                         advantages[micro],
                         weights[micro],
-                        args.clip_low,
-                        args.clip_high,
-                        args.kl_coef,
-                        args.ratio_level,
-                        args.unbiased_kl,
+                        clip_low=args.clip_low,
+                        clip_high=args.clip_high,
+                        kl_coef=args.kl_coef,
+                        ratio_level=args.ratio_level,
+                        unbiased_kl=args.unbiased_kl,
                     )
                     loss.backward()
                     policy_loss += loss.item()
@@ -328,6 +329,7 @@ def main(args: Args) -> None:
             stop.leave(run_dir)
         metrics, clock, kept, found = Metrics(), Clock(device), [], 0
 
+    stop.restore()
     bar.close()
     writer.close()
     common.save_checkpoint(run_dir / "final", policy, tokenizer)

@@ -42,7 +42,7 @@ class Args:
     from_scratch: bool = False
     """random weights: only the model's config and tokenizer are read"""
     data: str = "arithmetic-demonstrations"
-    """"arithmetic-demonstrations", or a .jsonl file with the fields prompt and completion"""
+    """"arithmetic-demonstrations", or a .jsonl file (prompt, completion); a tenth, chosen by hash, is held out"""
     demonstrations: int = 20000
     """how many arithmetic-demonstrations to make"""
     problems: str = "arithmetic"
@@ -57,15 +57,18 @@ class Args:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the weights; auto: bfloat16 on a GPU (with fp32 master weights), float32 on a CPU"""
     iterations: int = 200
-    """optimizer steps"""
+    """optimizer steps, and the length of the learning rate's cosine (so changing it on --resume bends that)"""
     minibatch_size: int = 128
     """demonstrations in one optimizer step"""
     max_new_tokens: int = 40
     """length limit of a completion in evaluations, tokens"""
     format_style: Literal["answer-tags", "think"] = "answer-tags"
-    """answer-tags: <think>..</think><answer>..</answer>; think: <think>..</think> and then the answer"""
+    """answer-tags: <think>..</think><answer>..</answer>; think: <think>..</think> and then text with the answer in
+    \\boxed{} or after #### (ask for that with --system-prompt)"""
     learning_rate: float = 3e-4
     """of AdamW at its peak, for the embedded model; 1e-5 for real ones"""
+    weight_decay: float = 0.1
+    """of AdamW, on all weights"""
     warmup_iterations: int = 20
     """iterations over which the learning rate rises linearly"""
     micro_batch_tokens: int = 4096
@@ -126,12 +129,11 @@ def main(args: Args) -> None:
 
     state = common.load_checkpoint(args.resume)  # {} unless a run is resumed
     run_dir, writer = common.start_run(args, state)
+    stop = common.StopSignal()
     torch.manual_seed(args.seed)  # of the random weights
-    policy = common.load_policy(state.get("model", args.model), device, dtype, args.from_scratch and not state)
-    eos = policy.generation_config.eos_token_id
-    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    policy.generation_config.eos_token_id = sorted({*eos, tokenizer.eos_token_id})  # it learns to stop at this one
-    optimizer = common.MasterAdamW(policy, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    from_scratch = args.from_scratch and not state
+    policy = common.load_policy(state.get("model", args.model), device, dtype, tokenizer.eos_token_id, from_scratch)
+    optimizer = common.MasterAdamW(policy, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay)
 
     def evaluate_all() -> dict[str, float]:
         scores = evaluate_policy(policy, tokenizer, eval_problems, eval_prompts, args, args.minibatch_size)
@@ -150,7 +152,6 @@ def main(args: Args) -> None:
     else:
         before = scores = evaluate_all()
 
-    stop = common.StopSignal()
     bar = tqdm(total=args.iterations, initial=iteration, desc="SFT", unit="it")
     while iteration < args.iterations:
         metrics, clock = Metrics(), Clock(device)
@@ -199,6 +200,7 @@ def main(args: Args) -> None:
         if stop.number:
             stop.leave(run_dir)
 
+    stop.restore()
     bar.close()
     writer.close()
     common.save_checkpoint(run_dir / "final", policy, tokenizer)

@@ -7,6 +7,7 @@ Seconds are those of the whole process: imports, model loading and evaluations i
 """
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -39,15 +40,18 @@ def read_scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def run_script(script: str, seed: int, flags: str) -> tuple[Path, float]:
-    """The run directory and the seconds from start to exit."""
+def run_script(script: str, seed: int, flags: str) -> tuple[Path, float, float]:
+    """The run directory, the seconds from start to exit, and the process's peak resident memory in GB."""
     start = time.perf_counter()
     command = [sys.executable, script, "--seed", str(seed), *flags.split()]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} ended with {done.returncode}")
-    first_line = next(line for line in done.stdout.splitlines() if line.startswith("run directory: "))
-    return ROOT / first_line.removeprefix("run directory: "), time.perf_counter() - start
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    printed = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{' '.join(command)} failed")
+    first_line = next(line for line in printed.splitlines() if line.startswith("run directory: "))
+    seconds, peak = time.perf_counter() - start, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return ROOT / first_line.removeprefix("run directory: "), seconds, peak
 
 
 def machine() -> str:
@@ -70,8 +74,8 @@ def plot(runs: dict[str, dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
-    colors = ["#1b6ca8", "#c8553d", "#588157", "#7b2d8b"]
-    for (name, scalars), color in zip(runs.items(), colors, strict=False):
+    for i, (name, scalars) in enumerate(runs.items()):
+        color = f"C{i}"
         x, y = zip(*scalars["reward/accuracy"], strict=True)
         left.plot(x, y, color=color, alpha=0.35, linewidth=1)
         x, y = zip(*scalars["eval/accuracy"], strict=True)
@@ -97,19 +101,19 @@ def plot(runs: dict[str, dict], path: Path) -> None:
 def main(args: Args) -> None:
     from evaluate import format_table
 
-    seconds, runs = {}, args.runs
+    costs, runs = {}, args.runs
     if not runs:
         runs = []
         for seed in args.seeds:
-            run, seconds_of_run = run_script(args.script, seed, args.flags)
+            run, *cost = run_script(args.script, seed, args.flags)
             runs.append(run)
-            seconds[run] = seconds_of_run
+            costs[run] = cost
     rows, curves = [], {}
     for run in runs:
         saved, scalars = json.loads((run / "args.json").read_text()), read_scalars(run)
-        name = f"seed {saved['seed']}"
+        name = f"seed {saved['seed']}" + f" ({run.name})" * (f"seed {saved['seed']}" in curves)
         curves[name] = scalars
-        row = [name, seconds.get(run, float("nan")), max(value for _, value in scalars["memory/peak_gb"])]
+        row = [name, *costs.get(run, [float("nan")] * 2)]
         for tag in ("eval/accuracy", "eval/accuracy_greedy", "eval/accuracy_greedy_difficulty_6"):
             values = [value for _, value in scalars.get(tag, [(0, float("nan"))])]
             row += [values[0], values[-1]]

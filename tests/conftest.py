@@ -45,8 +45,10 @@ def embedded():
 
 
 @pytest.fixture(autouse=True)
-def fixed_seed():
+def fixed_settings():
+    """Loading a policy sets the process's matmul precision: no test may depend on which ones ran before it."""
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("highest")
 
 
 def ragged_prompts() -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Bad input gets one clear line on stderr and exit code 2, before anything slow and with nothing left on disk."""
+"""Bad input gets one clear line on stderr and exit code 2, before anything slow; a bad flag leaves nothing on disk."""
 
 import json
 import shutil
@@ -59,7 +59,7 @@ FLAGS = [
     ({"device": "cuda:99"}, "--device cuda:99: not usable on this machine"),
     ({"device": "abacus"}, "--device abacus: not usable on this machine"),
     ({"max_new_tokens": 300}, "exceed the model's context of 256"),
-    ({"model": "no/such/model"}, "--model no/such/model: neither a local model directory nor a hub name"),
+    ({"model": "no/such/model"}, "--model no/such/model: neither a local directory nor a hub name"),
     ({"problems": "no-such-file.jsonl"}, "no-such-file.jsonl: can't be read"),
     ({"eval_data": "no-such-file.jsonl"}, "no-such-file.jsonl: can't be read"),
 ]
@@ -97,7 +97,20 @@ def test_directory_without_a_config(tmp_path, capsys):
 def test_broken_config(tmp_path, capsys):
     model = copy_model(tmp_path / "model")
     (model / "config.json").write_text("{")
+    error = refuse(train_grpo.main, train_grpo.Args(model=str(model)), capsys)
+    assert f"--model {model}: its config can't be read" in error
+
+
+def test_code_beside_a_model_is_never_run(tmp_path, capsys, monkeypatch):
+    """A config that names a modeling_*.py is refused without a question on stdin."""
+    model = copy_model(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
     assert f"--model {model}" in refuse(train_grpo.main, train_grpo.Args(model=str(model)), capsys)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_tokenizer_without_eos(tmp_path, capsys):
@@ -170,3 +183,13 @@ def test_sft_drops_and_counts_what_the_context_would_cut(tmp_path, capsys):
 def test_evaluate_output_directory_is_checked_first(tmp_path, capsys, no_model):
     args = evaluate.Args(model=EMBEDDED, output=str(tmp_path / "missing" / "samples.jsonl"))
     assert "--output" in refuse(evaluate.main, args, capsys)
+    args = evaluate.Args(model=EMBEDDED, output=str(tmp_path))
+    assert f"--output {tmp_path}: is a directory" in refuse(evaluate.main, args, capsys)
+
+
+def test_fewer_iterations_than_the_run_has_done(tmp_path, capsys):
+    changes = {"device": "cpu", "prompts_per_step": 2, "group_size": 2, "eval_problems": 6, "save_every": 1}
+    train_grpo.main(train_grpo.Args(model=EMBEDDED, run_root=str(tmp_path), iterations=2, **changes))
+    (run_dir,) = tmp_path.iterdir()
+    args = common.parse_args(train_grpo.Args, ["--resume", str(run_dir), "--iterations", "1"])
+    assert "--iterations 1: the run has done 2 already" in refuse(train_grpo.main, args, capsys)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import EOS, make_model, ragged_prompts
+from conftest import EMBEDDED, EOS, make_model, ragged_prompts
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 import common
@@ -58,16 +58,6 @@ def test_what_stands_after_the_eos_changes_nothing(model):
         logprobs.sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-def test_pad_may_be_eos():
-    """Pins: masks from `ids != pad` where pad == eos: the mask comes from the sampler alone."""
-    model = make_model("llama", pad_token_id=EOS)
-    rollout = sample_groups(model, ragged_prompts(), 8, 10, temperature=1.5)
-    plain = sample_groups(make_model("llama"), ragged_prompts(), 8, 10, temperature=1.5)
-    assert torch.equal(rollout.mask, plain.mask) and rollout.finished.any()
-    last = rollout.completion_ids.gather(1, rollout.lengths[:, None] - 1)[:, 0]
-    assert (last[rollout.finished] == EOS).all()
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
@@ -128,3 +118,26 @@ def test_dropout_is_off():
     assert torch.equal(first, second)
     assert (first - rollout.sampler_logprobs).abs().max() < 1e-4
     assert not model.training
+
+
+def test_a_head_that_can_not_be_tried_takes_the_slow_path():
+    model = make_model("llama")
+    model.get_output_embeddings = lambda: None
+    assert not common.has_plain_head(model)
+    logprobs, _ = completion_logprobs(model, batch(), [2])
+    assert torch.allclose(logprobs[0][batch().mask[2]], one_at_a_time(model, batch(), 2), atol=1e-5)
+
+
+def test_a_loaded_policy_keeps_nothing_of_a_generation_config_but_where_to_stop(tmp_path):
+    """A hub model's sampling settings may be ones that transformers refuses to save (temperature without do_sample);
+    the tokenizer's EOS always stops, whatever ids the config names."""
+    import json
+
+    model = make_model("llama")
+    common.save_checkpoint(tmp_path / "model", model, common.load_tokenizer(EMBEDDED))
+    poisoned = {"temperature": 0.6, "top_p": 0.9, "do_sample": False, "eos_token_id": [7]}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(poisoned))
+    policy = common.load_policy(str(tmp_path / "model"), eos_token_id=1)
+    assert policy.generation_config.eos_token_id == [1, 7] and policy.generation_config.top_p in (None, 1.0)
+    common.save_checkpoint(tmp_path / "again", policy, common.load_tokenizer(EMBEDDED))
+    assert common.load_policy(str(tmp_path / "again")).generation_config.eos_token_id == [1, 7]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = sorted(Path(".").glob("train_*.py"))
 README = Path("README.md").read_text()
+SCRIPTS = [Path(name) for name in re.findall(r"^\| \[(train_\w+\.py)\]", README, re.MULTILINE)]  # not forks of them
 
 
 def counted_lines(path: Path) -> int:
@@ -62,6 +62,18 @@ def test_the_readme_names_real_flags_and_files():
         assert flag.replace("-", "_").removeprefix("no_") in known, flag
     for name in re.findall(r"\]\(([\w/.-]+)\)", README):
         assert Path(name).exists(), name
+
+
+def test_the_glossary_explains_every_tag():
+    """Of the tags that the scripts name; those with a number or a component's name in them by their stem."""
+    code = "".join(path.read_text() for path in [*SCRIPTS, Path("evaluate.py"), Path("common.py")])
+    tags = set(re.findall(r"\"((?:reward|rollout|loss|eval|memory)/[a-z_]*[a-z])\"", code))
+    tags |= {
+        f"loss/{name}" for name in re.findall(r"metrics\[?\"?.*\"(clip_low|clip_high|ratio_max|kl|entropy)\"", code)
+    }
+    assert len(tags) > 15
+    missing = [tag for tag in sorted(tags) if tag not in README and tag.split("/")[1] not in README]
+    assert missing == []
 
 
 def test_the_embedded_model_is_small():

@@ -19,6 +19,7 @@ import common
 import train_grpo
 import train_sft
 from common import Metrics, completion_logprobs, sample_groups
+from evaluate import comparison_table
 
 SMALL = {"model": EMBEDDED, "device": "cpu", "prompts_per_step": 4, "group_size": 4, "eval_problems": 12}
 
@@ -78,12 +79,58 @@ def test_a_short_run_learns(tmp_path):
     assert [x for x, _ in values["reward/total"]] == [128 * (i + 1) for i in range(25)]  # completions sampled
     assert not set(TAGS) - set(values)
     assert max(gap for _, gap in values["rollout/logprob_gap_max"]) < 1e-4
-    assert all(ratio == 1.0 for _, ratio in values["loss/ratio_max"])  # one update a batch: on policy
     assert all(abs(loss) < 1e-5 for _, loss in values["loss/policy"])
+    rates = [rate for _, rate in values["loss/learning_rate"]]
+    assert rates == pytest.approx([1.5e-4, *[3e-4] * 24])  # two iterations of warm-up, then constant
     assert "<think>" in texts(run_dir, "samples")[0]
     assert "learning_rate" in texts(run_dir, "hyperparameters")[0]
     reloaded = common.load_policy(str(run_dir / "final"))
     assert reloaded.generation_config.eos_token_id is not None
+
+
+def test_what_a_user_reads_at_the_end(tmp_path, capsys):
+    """The before/after table, where the model is, the TensorBoard command; and that a policy loss near 0 is expected,
+    where it is ("loss is 0, is it broken?"), not where it isn't."""
+    run_dir = run(train_grpo.main, grpo_args(tmp_path, iterations=1))
+    printed = capsys.readouterr().out
+    for text in (
+        "difficulty 6",
+        f"model: {run_dir / 'final'}",
+        f"tensorboard --logdir {run_dir}",
+        "near 0 is expected",
+    ):
+        assert text in printed
+    run(train_grpo.main, grpo_args(tmp_path, iterations=1, update_epochs=2))
+    assert "near 0 is expected" not in capsys.readouterr().out
+
+
+def test_the_table_tells_before_from_after():
+    tags = ("accuracy", "accuracy_greedy", "format", "length", "truncated", "no_answer", "pass_at_k")
+    tags += ("accuracy_difficulty_2", "accuracy_greedy_difficulty_2")
+    before, after = ({f"eval/{tag}": base + i / 100 for i, tag in enumerate(tags)} for base in (0.1, 0.5))
+    lines = {line.split("  ")[0]: line.split() for line in comparison_table(before, after).splitlines()}
+    assert lines["all"][1:] == ["0.100", "0.500", "0.110", "0.510"]
+    assert lines["difficulty 2"][2:] == ["0.170", "0.570", "0.180", "0.580"]
+    assert lines["format (sampled)"][2:] == ["0.120", "0.520"]
+
+
+def test_sft_loss_is_the_cross_entropy():
+    logits, targets = torch.randn(3, 5, 7, dtype=torch.float64), torch.randint(7, (3, 5))
+    mask = torch.arange(5) < torch.tensor([5, 2, 3])[:, None]
+    logprobs = logits.log_softmax(-1).gather(2, targets[..., None])[..., 0].masked_fill(~mask, 0.0)
+    loss = train_sft.sft_loss(logprobs, common.token_weights(mask, "token", 5).double())
+    assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(logits[mask], targets[mask]).item())
+
+
+def test_held_out_loss_is_the_mean_over_tokens(embedded):
+    policy, tokenizer = embedded
+    prompts = [tokenizer(q).input_ids for q in ("1+1=", "12+30=")]
+    completions = [tokenizer(c).input_ids + [1] for c in ("<think>2", "42</think><answer>42</answer>")]
+    rollout = common.make_rollout(prompts, completions)
+    with torch.no_grad():
+        expected = -completion_logprobs(policy, rollout, [0, 1])[0].sum().item() / (3 + 8)
+    for budget in (1, 1000):
+        assert train_sft.held_out_loss(policy, prompts, completions, budget) == pytest.approx(expected, rel=1e-4)
 
 
 def test_sft_from_scratch_learns(tmp_path):
@@ -163,13 +210,13 @@ def wait_for(condition, process, seconds: float = 120) -> None:
 
 def test_a_killed_process_resumes_to_the_same_bytes(tmp_path):
     """kill -9 at a random moment after the first checkpoint."""
-    flags = ["train_grpo.py", "--device", "cpu", "--prompts-per-step", "4", "--group-size", "4", "--iterations", "24"]
+    flags = ["train_grpo.py", "--device", "cpu", "--prompts-per-step", "4", "--group-size", "4", "--iterations", "60"]
     flags += ["--eval-problems", "12", "--eval-every", "0", "--save-every", "1", "--run-root"]
     whole = start(*flags, str(tmp_path / "whole"))
     assert whole.wait(300) == 0
     killed = start(*flags, str(tmp_path / "killed"))
     wait_for(lambda: list((tmp_path / "killed").glob("*/checkpoints/step_000002")), killed)
-    time.sleep(random.random())
+    time.sleep(random.random())  # a checkpoint takes a few hundredths of a second: some kills fall into one
     killed.kill()
     killed.wait()
     (run_dir,) = (tmp_path / "killed").iterdir()
@@ -178,7 +225,7 @@ def test_a_killed_process_resumes_to_the_same_bytes(tmp_path):
     assert resumed.wait(300) == 0
     (other,) = (tmp_path / "whole").iterdir()
     assert weights(run_dir / "final") == weights(other / "final")
-    assert [x for x, _ in scalars(run_dir)["reward/total"]] == [16 * (i + 1) for i in range(24)]
+    assert [x for x, _ in scalars(run_dir)["reward/total"]] == [16 * (i + 1) for i in range(60)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -206,6 +253,11 @@ def test_a_damaged_checkpoint_is_seen_and_the_one_before_it_taken(tmp_path, caps
             assert f"{newest} is damaged" in capsys.readouterr().err
         (newest / name).write_bytes(content)
     assert common.load_checkpoint(str(run_dir))["model"] == str(newest)
+    whole = weights(run_dir / "final")
+    (newest / "trainer.pt").write_bytes(b"")
+    train_grpo.main(common.parse_args(train_grpo.Args, ["--resume", str(run_dir)]))  # steps 3 and 4 are done again
+    assert weights(run_dir / "final") == whole
+    assert [x for x, _ in scalars(run_dir)["reward/total"]] == [16, 32, 48, 64]
     for directory in (newest, older):
         (directory / "trainer.pt").unlink()
     with pytest.raises(SystemExit):
@@ -286,10 +338,12 @@ def test_one_clip_and_one_step_for_every_minibatch(tmp_path, monkeypatch):
 
 
 def test_one_update_takes_no_extra_pass(tmp_path, monkeypatch):
-    """Old logprobs of a single update are the ones it computes anyway."""
+    """Old logprobs of a single update are the ones it computes anyway; a reference takes one pass of its own."""
     calls = count_steps(monkeypatch)
     run(train_grpo.main, grpo_args(tmp_path, iterations=3))
     assert calls["passes"] == 3 and calls["steps"] == 3
+    run(train_grpo.main, grpo_args(tmp_path, iterations=3, kl_coef=0.1))
+    assert calls["passes"] == 3 + 6
 
 
 def test_the_reference_is_another_model_and_never_moves(tmp_path, monkeypatch):
@@ -313,12 +367,26 @@ def test_the_reference_is_another_model_and_never_moves(tmp_path, monkeypatch):
 
 
 def test_temperature_is_in_every_logprob(tmp_path):
-    """Pins: a temperature missing from some logprobs: at 0.5 too the sampler and the trainer agree, and the ratio of
-    the first of several updates is 1."""
-    args = grpo_args(tmp_path, iterations=1, temperature=0.5, update_epochs=2, learning_rate=1e-12)
+    """Pins: a temperature missing from some logprobs: at 0.5 too the sampler and the trainer agree, the ratio of the
+    first of several updates is 1, and the KL to the reference, still the same model, is 0."""
+    args = grpo_args(tmp_path, iterations=1, temperature=0.5, update_epochs=2, learning_rate=1e-12, kl_coef=0.1)
     values = scalars(run(train_grpo.main, args))
     assert values["rollout/logprob_gap_max"][0][1] < 1e-4
     assert values["loss/ratio_max"][0][1] == pytest.approx(1.0, abs=1e-5)
+    assert abs(values["loss/kl"][0][1]) < 1e-6
+
+
+def test_pad_may_be_eos(tmp_path):
+    """Pins: masks from `ids != pad` where pad == eos: then the EOS would never be trained."""
+    finals = []
+    for name in ("pad", "pad-is-eos"):
+        model, tokenizer = common.load_policy(EMBEDDED), common.load_tokenizer(EMBEDDED)
+        if name == "pad-is-eos":
+            tokenizer.pad_token = tokenizer.eos_token
+            model.config.pad_token_id = tokenizer.eos_token_id
+        common.save_checkpoint(tmp_path / name, model, tokenizer)
+        finals.append(run(train_grpo.main, grpo_args(tmp_path / "runs", model=str(tmp_path / name), iterations=2)))
+    assert weights(finals[0] / "final") == weights(finals[1] / "final") != weights(tmp_path / "pad")
 
 
 def test_a_model_with_dropout_runs_without_it(tmp_path):
@@ -333,24 +401,26 @@ def test_a_model_with_dropout_runs_without_it(tmp_path):
 
 
 def test_training_uses_the_sampled_ids(tmp_path, monkeypatch):
-    """Pins: decoded and re-encoded text trained on. No text is tokenized once the run has begun to sample."""
-    from transformers import PreTrainedTokenizerFast
-
-    run_args = grpo_args(tmp_path, iterations=2)
-    sampled = {"begun": False}
-    sample, encode = common.sample_groups, PreTrainedTokenizerFast.__call__
+    """Pins: decoded and re-encoded text trained on. The batch whose logprobs are taken holds the very tensors that were
+    sampled, though the text decodes and encodes to other ids (an unknown token is dropped)."""
+    sampled, trained = [], []
+    sample, logprobs = common.sample_groups, common.completion_logprobs
 
     def sampling(*args, **kwargs):
-        sampled["begun"] = True
-        return sample(*args, **kwargs)
+        rollout = sample(*args, **kwargs)
+        if rollout.group_size == 8:  # a training batch
+            rollout.completion_ids[0, 0] = 2  # <unk>
+            sampled.append(rollout.completion_ids.clone())
+        return rollout
 
-    def encoding(*args, **kwargs):
-        assert not sampled["begun"]
-        return encode(*args, **kwargs)
+    def training(model, rollout, *args):
+        trained.append(rollout.completion_ids.clone())
+        return logprobs(model, rollout, *args)
 
     monkeypatch.setattr(common, "sample_groups", sampling)
-    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", encoding)
-    run(train_grpo.main, run_args)
+    monkeypatch.setattr(common, "completion_logprobs", training)
+    run(train_grpo.main, grpo_args(tmp_path, iterations=2, group_size=8, prompts_per_step=2))
+    assert len(sampled) == 2 and all(torch.equal(a, b) for a, b in zip(sampled, trained, strict=True))
 
 
 def test_logged_means_are_token_weighted_over_the_whole_iteration(tmp_path, monkeypatch):
@@ -390,14 +460,26 @@ def test_reward_components_are_logged_apart(tmp_path):
     assert values["reward/total"][0][1] == pytest.approx(0.5 * accuracy + 5.0 * form)
 
 
-def test_dynamic_sampling_replaces_groups_that_teach_nothing(tmp_path):
-    """At most --max-sampling-rounds batches an iteration, all of them counted on the x-axis."""
-    changes = {"dynamic_sampling": True, "max_sampling_rounds": 3, "prompts_per_step": 4, "temperature": 0.3}
-    values = scalars(run(train_grpo.main, grpo_args(tmp_path, iterations=4, **changes)))
+def test_dynamic_sampling_replaces_groups_that_teach_nothing(tmp_path, monkeypatch):
+    """At most --max-sampling-rounds batches an iteration, all of them counted on the x-axis. No group without variance
+    is trained on, and there are as many as asked for unless the cap was reached."""
+    trained, loss = [], train_grpo.grpo_loss
+
+    def remembering(logprobs, old, ref, advantages, *args, **kwargs):
+        trained.append(advantages)
+        return loss(logprobs, old, ref, advantages, *args, **kwargs)
+
+    monkeypatch.setattr(train_grpo, "grpo_loss", remembering)
+    changes = {"dynamic_sampling": True, "max_sampling_rounds": 3, "prompts_per_step": 4, "temperature": 0.8}
+    values = scalars(run(train_grpo.main, grpo_args(tmp_path, iterations=6, **changes)))
     steps = [x for x, _ in values["loss/policy"]]
-    batches = [(b - a) // 16 for a, b in zip([0, *steps[:-1]], steps, strict=True)]
-    assert all(1 <= n <= 3 for n in batches) and max(batches) > 1
-    assert all(norm > 0 for _, norm in values["loss/grad_norm"])
+    rounds = [(b - a) // 16 for a, b in zip([0, *steps[:-1]], steps, strict=True)]
+    assert all(1 <= n <= 3 for n in rounds) and max(rounds) > min(rounds)
+    assert len(trained) == 6
+    for advantages, n in zip(trained, rounds, strict=True):
+        groups = advantages.view(-1, 4)
+        assert (groups.amax(1) > groups.amin(1)).all() and groups.mean(1).abs().max() < 1e-5
+        assert len(groups) == 4 or n == 3
 
 
 def test_small_steps_are_not_lost_in_bf16():
@@ -439,7 +521,7 @@ def test_a_bf16_checkpoint_keeps_its_masters(tmp_path):
     state = torch.load(run_dir / "checkpoints/step_000002/trainer.pt", weights_only=True)
     policy = common.load_policy(str(run_dir / "final"), dtype=torch.bfloat16)
     optimizer = common.MasterAdamW(policy, lr=1.0)
-    common.restore_optimizer(optimizer, state)
     assert state["masters"] and all(m.dtype == torch.float32 for m in state["masters"])
+    common.restore_optimizer(optimizer, state)
     for weight, master in zip(optimizer.weights, optimizer.masters, strict=True):
         assert torch.equal(weight, master.bfloat16())
