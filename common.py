@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import random
 import re
 import resource
 import shutil
@@ -25,11 +24,28 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from sampling import Rollout, decode, join_groups, make_rollout, sample_groups  # noqa: F401  the scripts' common.*
+from sampling import (  # noqa: F401  for the scripts, which call them as common.*
+    Rollout,
+    decode,
+    join_groups,
+    make_rollout,
+    micro_batches,
+    minibatches,
+    sample_groups,
+    token_weights,
+)
 
 transformers_logging.disable_progress_bar()  # "Loading weights", "Writing model shards": ours is the one to watch
 
@@ -118,13 +134,10 @@ def load_tokenizer(path: str) -> Tokenizer:
     return tokenizer
 
 
-def load_policy(
-    path: str, device="cpu", dtype=torch.float32, eos_token_id: int | None = None, from_scratch: bool = False
-) -> PreTrainedModel:
-    """The causal LM in eval mode, where it stays: dropout in the rollouts, or between them and the first update,
+def load_weights(auto_class, path: str, device, dtype, from_scratch: bool = False, **options) -> PreTrainedModel:
+    """A model in eval mode, where all of ours stay: dropout in the rollouts, or between them and the first update,
     would move the importance ratio away from 1 before anything was learned.
 
-    eos_token_id: the tokenizer's, at which completions end besides the ids that the model's generation config names.
     from_scratch: random weights from the config alone.
     """
     # On CPUs with bf16 instructions "medium" makes fp32 products twice as fast, in three bf16 passes (error 4e-6). With
@@ -137,33 +150,45 @@ def load_policy(
     # batch of ragged rows brings new shapes: gigabytes for nothing.
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(cache, "32")
-    options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
-    config = load_config(path)
+    options |= {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
     try:
-        load = AutoModelForCausalLM.from_config if from_scratch else AutoModelForCausalLM.from_pretrained
-        model = load(config if from_scratch else path, **options)
+        if from_scratch:
+            return auto_class.from_config(load_config(path), **options).to(device).eval()
+        return auto_class.from_pretrained(path, **options).to(device).eval()
     except Exception as error:
-        fail(f"--model {path}: its weights can't be loaded ({reason(error)})")
+        fail(f"{path}: its weights can't be loaded ({reason(error)})")
+
+
+def load_policy(
+    path: str, device="cpu", dtype=torch.float32, eos_token_id: int | None = None, from_scratch: bool = False
+) -> PreTrainedModel:
+    """The causal LM. eos_token_id: the tokenizer's; completions end there too, not only where the model's generation
+    config says."""
+    model = load_weights(AutoModelForCausalLM, path, device, dtype, from_scratch)
     # A new generation config, with nothing in it but where to stop: what is trained is the plain softmax.
     named = model.generation_config.eos_token_id
     stops = {*(named if isinstance(named, list) else [named]), eos_token_id} - {None}
-    model.generation_config = GenerationConfig(eos_token_id=sorted(stops) or None, pad_token_id=config.pad_token_id)
-    return model.to(device).eval()
+    model.generation_config = GenerationConfig(
+        eos_token_id=sorted(stops) or None, pad_token_id=model.config.pad_token_id
+    )
+    return model
 
 
-def context_length(config) -> float:
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+def load_value_model(path: str, device="cpu", dtype=torch.float32) -> PreTrainedModel:
+    """A critic: the path's backbone under a head of its own, which begins at 0, so that V = 0 before it has learned."""
+    transformers_logging.set_verbosity_error()  # that the head is new is as it should be
+    model = load_weights(AutoModelForTokenClassification, path, device, dtype, num_labels=1)
+    transformers_logging.set_verbosity_warning()
+    for parameter in (getattr(model, "score", None) or model.classifier).parameters():
+        nn.init.zeros_(parameter)
+    return model
 
 
-def check_context(prompts: list[list[int]], names: list[str], config, max_new_tokens: int) -> None:
-    """Every prompt, with room for its completion, must fit the model's context."""
-    context = context_length(config)
-    too_long = [i for i, prompt in enumerate(prompts) if len(prompt) + max_new_tokens > context]
-    if too_long:
-        name, tokens = names[too_long[0]], len(prompts[too_long[0]])
-        more = f" (so do {len(too_long) - 1} more)" if len(too_long) > 1 else ""
-        need = f"{tokens} prompt tokens + --max-new-tokens {max_new_tokens}"
-        fail(f"problem {name!r}: {need} exceed the model's context of {context}{more}")
+def load_reward_model(path: str, device="cpu", dtype=torch.float32) -> PreTrainedModel:
+    """A sequence classifier with one label, such as train_rm.py writes."""
+    if (labels := load_config(path).num_labels) != 1:
+        fail(f"--reward-model {path}: has {labels} labels, a reward model has one")
+    return load_weights(AutoModelForSequenceClassification, path, device, dtype)
 
 
 # ---- Logprobs of completions ---------------------------------------------------------------------------------------
@@ -195,23 +220,32 @@ def token_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) ->
     return logprobs.gather(1, targets[:, None])[:, 0], entropy
 
 
+def completion_inputs(rollout: Rollout, rows: list[int], device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """input_ids (R, L) of prompts with completions, and for each of the N completion tokens its row, its column in
+    (R, T), and the position in (R, L) that predicts it.
+
+    Rows are right-padded: under a causal mask nothing real can see the padding, so no mask is needed and positions
+    simply count.
+    """
+    mask = rollout.mask[rows]  # (R, T)
+    prompts = [torch.tensor(rollout.prompt_ids[row // rollout.group_size], device=device) for row in rows]
+    completions = [ids[m] for ids, m in zip(rollout.completion_ids[rows], mask, strict=True)]
+    ids = [torch.cat(pair) for pair in zip(prompts, completions, strict=True)]
+    row, column = mask.nonzero(as_tuple=True)  # (N,) each
+    starts = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    position = starts[row] + column - 1  # token t of a completion is predicted one position earlier
+    return pad_sequence(ids, batch_first=True), row, column, position
+
+
 def completion_logprobs(
     model: PreTrainedModel, rollout: Rollout, rows: list[int], temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """logprobs and entropy, both (R, T) and 0 on padding, of the completions in `rows`, in one forward pass.
 
-    Rows are right-padded: under a causal mask nothing real can see the padding, so no mask is needed and positions
-    simply count. Logits exist for completion tokens only and, forward as backward, for one chunk of them at a time.
+    Logits exist for completion tokens only and, forward as backward, for one chunk of them at a time.
     """
-    device, mask = model.device, rollout.mask[rows]  # (R, T)
-    prompts = [rollout.prompt_ids[row // rollout.group_size] for row in rows]
-    completions = [ids[m] for ids, m in zip(rollout.completion_ids[rows], mask, strict=True)]
-    ids = [torch.cat([torch.tensor(p, device=device), c]) for p, c in zip(prompts, completions, strict=True)]
-    input_ids = pad_sequence(ids, batch_first=True)  # (R, L)
-    row, column = mask.nonzero(as_tuple=True)  # (N,) each
-    starts = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    position = starts[row] + column - 1  # token t of a completion is predicted one position earlier
-    targets = torch.cat(completions)
+    input_ids, row, column, position = completion_inputs(rollout, rows, model.device)
+    targets = rollout.completion_ids[rows][row, column]
     if has_plain_head(model):
         head = model.get_output_embeddings()
         hidden = model.base_model(input_ids, use_cache=False)[0][row, position]
@@ -226,63 +260,24 @@ def completion_logprobs(
         else:
             results.append(token_logprobs(head, h, t, temperature))
     logprobs, entropy = (torch.cat(parts) for parts in zip(*results, strict=True))
-    zeros = torch.zeros(mask.shape, device=device)
+    zeros = torch.zeros(len(rows), rollout.mask.shape[1], device=model.device)
     return zeros.index_put((row, column), logprobs), zeros.index_put((row, column), entropy)
 
 
-# ---- Weights and batches -------------------------------------------------------------------------------------------
+def completion_values(value_model: PreTrainedModel, rollout: Rollout, rows: list[int]) -> Tensor:
+    """V(s_t), (R, T) and 0 on padding: read where token t is predicted, before it is known."""
+    input_ids, row, column, position = completion_inputs(rollout, rows, value_model.device)
+    values = value_model(input_ids, use_cache=False).logits[row, position, 0].float()
+    return torch.zeros(len(rows), rollout.mask.shape[1], device=values.device).index_put((row, column), values)
 
 
-def token_weights(mask: Tensor, loss_norm: str, max_new_tokens: int) -> Tensor:
-    """(B, T) weights with which a per-token loss is summed, exactly 0 where mask is False; of the whole minibatch at
-    once, so that its split into micro-batches can't change the gradient.
-
-    "sequence": mean over rows of the mean over each row's tokens (DeepSeekMath, arXiv:2402.03300, eq. 3).
-    "token": mean over all tokens (DAPO, arXiv:2503.14476, eq. 8).
-    "constant": sum over a row's tokens / max_new_tokens, mean over rows (Dr. GRPO, arXiv:2503.20783).
-    """
-    m = mask.float()
-    if loss_norm == "sequence":
-        return m / m.sum(1, keepdim=True).clamp(min=1) / len(m)
-    if loss_norm == "token":
-        return m / m.sum().clamp(min=1)
-    if loss_norm == "constant":
-        return m / (len(m) * max_new_tokens)
-    raise ValueError(f"loss_norm is 'sequence', 'token' or 'constant', not {loss_norm!r}")
-
-
-def minibatches(rollout: Rollout, size: int, seed: int) -> list[list[int]]:
-    """Rows in random minibatches of `size` completions, always whole groups; the last one may be smaller."""
-    G, P = rollout.group_size, len(rollout.prompt_ids)
-    groups, per_batch = random.Random(seed).sample(range(P), P), max(1, size // G)
-    batches = [groups[i : i + per_batch] for i in range(0, P, per_batch)]
-    return [[p * G + g for p in batch for g in range(G)] for batch in batches]
-
-
-def micro_batches(rollout: Rollout, rows: list[int], max_tokens: int) -> list[list[int]]:
-    """`rows` in slices of at most max_tokens tokens, padding counted (a single row may exceed it): whole groups of
-    similar length together, or a slice of one group that is too large."""
-    G, lengths = rollout.group_size, rollout.lengths.tolist()
-    size = {row: len(rollout.prompt_ids[row // G]) + lengths[row] for row in rows}
-    groups: dict[int, list[int]] = {}
-    for row in sorted(rows, key=lambda row: (size[row], row)):  # ascending: the last row added is the longest
-        groups.setdefault(row // G, []).append(row)
-    batches, batch = [], []
-    for group in sorted(groups.values(), key=lambda group: size[group[-1]]):
-        if len(group) * size[group[-1]] > max_tokens:
-            piece = []
-            for row in group:
-                if piece and (len(piece) + 1) * size[row] > max_tokens:
-                    batches.append(piece)
-                    piece = []
-                piece.append(row)
-            batches.append(piece)
-        elif batch and (len(batch) + len(group)) * size[group[-1]] > max_tokens:
-            batches.append(batch)
-            batch = list(group)
-        else:
-            batch += group
-    return batches + [batch] if batch else batches
+def completion_scores(reward_model: PreTrainedModel, rollout: Rollout, rows: list[int]) -> Tensor:
+    """(R,) scores of whole completions, read at the last real token: by its index, since a search for the pad id (as
+    the model's own forward does) stops short where the pad is the EOS. `score_mean` of its config is subtracted."""
+    input_ids, row, _, position = completion_inputs(rollout, rows, reward_model.device)
+    last = torch.zeros(len(rows), dtype=torch.long, device=row.device).index_put((row,), position + 1)
+    hidden = reward_model.base_model(input_ids, use_cache=False)[0][torch.arange(len(rows), device=row.device), last]
+    return reward_model.score(hidden)[:, 0].float() - getattr(reward_model.config, "score_mean", 0.0)
 
 
 # ---- The optimizer -------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ a JSONL file or a hub dataset; `encode_prompts` turns questions into token ids t
 
 import hashlib
 import json
+import math
 import random
 import re
 from dataclasses import dataclass
@@ -293,6 +294,21 @@ def load_demonstrations(source: str, count: int, seed: int = 0) -> list[tuple[st
             errors.append(f"{source}:{line}: {error}")
     fail_on(errors, source)
     return demonstrations
+
+
+def context_length(config) -> float:
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
+def check_context(prompts: list[list[int]], names: list[str], config, max_new_tokens: int) -> None:
+    """Every prompt, with room for its completion, must fit the model's context."""
+    context = context_length(config)
+    too_long = [i for i, prompt in enumerate(prompts) if len(prompt) + max_new_tokens > context]
+    if too_long:
+        name, tokens = names[too_long[0]], len(prompts[too_long[0]])
+        more = f" (so do {len(too_long) - 1} more)" if len(too_long) > 1 else ""
+        need = f"{tokens} prompt tokens + --max-new-tokens {max_new_tokens}"
+        fail(f"problem {name!r}: {need} exceed the model's context of {context}{more}")
 
 
 # ---- Which problems an iteration sees ------------------------------------------------------------------------------

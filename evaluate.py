@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import common
 from common import derive_seed, fail
-from data import SYSTEM_PROMPT, Problem, encode_prompts, load_problems
+from data import SYSTEM_PROMPT, Problem, check_context, encode_prompts, load_problems
 from rewards import accuracy_reward, answers_match, extract_answer, format_reward
 
 SAMPLES = 4  # completions a problem in a train script's evaluations
@@ -223,7 +223,7 @@ def main(args: Args) -> None:
     tokenizer = common.load_tokenizer(args.model)
     problems = load_problems(args.problems, args.split, args.eval_problems)
     prompts = encode_prompts(tokenizer, [p.question for p in problems], args.system_prompt)
-    common.check_context(prompts, [p.id for p in problems], common.load_config(args.model), args.max_new_tokens)
+    check_context(prompts, [p.id for p in problems], common.load_config(args.model), args.max_new_tokens)
     policy = common.load_policy(args.model, device, common.resolve_dtype(args.dtype, device), tokenizer.eos_token_id)
 
     sample = (args.max_new_tokens, args.temperature, args.format_style, args.batch_size, args.seed)

@@ -1,9 +1,10 @@
-"""Group sampling: the Rollout that all training data lives in, and the sampler that makes one.
+"""Group sampling: the Rollout that all training data lives in, the sampler that makes one, and its batches.
 
 Shapes: P prompts x G completions = B rows, row p*G + g. T = longest completion. Per-token tensors are (B, T) over
 completion tokens only; what stands where `mask` is False is padding that nothing may depend on.
 """
 
+import random
 from dataclasses import dataclass
 
 import torch
@@ -141,3 +142,58 @@ def sample_groups(
 
     T = int(mask.sum(1).max())
     return Rollout(prompts, completion_ids[:, :T], mask[:, :T], sampler_logprobs[:, :T], finished, G)
+
+
+# ---- Weights and batches -------------------------------------------------------------------------------------------
+
+
+def token_weights(mask: Tensor, loss_norm: str, max_new_tokens: int) -> Tensor:
+    """(B, T) weights with which a per-token loss is summed, exactly 0 where mask is False; of the whole minibatch at
+    once, so that its split into micro-batches can't change the gradient.
+
+    "sequence": mean over rows of the mean over each row's tokens (DeepSeekMath, arXiv:2402.03300, eq. 3).
+    "token": mean over all tokens (DAPO, arXiv:2503.14476, eq. 8).
+    "constant": sum over a row's tokens / max_new_tokens, mean over rows (Dr. GRPO, arXiv:2503.20783).
+    """
+    m = mask.float()
+    if loss_norm == "sequence":
+        return m / m.sum(1, keepdim=True).clamp(min=1) / len(m)
+    if loss_norm == "token":
+        return m / m.sum().clamp(min=1)
+    if loss_norm == "constant":
+        return m / (len(m) * max_new_tokens)
+    raise ValueError(f"loss_norm is 'sequence', 'token' or 'constant', not {loss_norm!r}")
+
+
+def minibatches(rollout: Rollout, size: int, seed: int) -> list[list[int]]:
+    """Rows in random minibatches of `size` completions, always whole groups; the last one may be smaller."""
+    G, P = rollout.group_size, len(rollout.prompt_ids)
+    groups, per_batch = random.Random(seed).sample(range(P), P), max(1, size // G)
+    batches = [groups[i : i + per_batch] for i in range(0, P, per_batch)]
+    return [[p * G + g for p in batch for g in range(G)] for batch in batches]
+
+
+def micro_batches(rollout: Rollout, rows: list[int], max_tokens: int) -> list[list[int]]:
+    """`rows` in slices of at most max_tokens tokens, padding counted (a single row may exceed it): whole groups of
+    similar length together, or a slice of one group that is too large."""
+    G, lengths = rollout.group_size, rollout.lengths.tolist()
+    size = {row: len(rollout.prompt_ids[row // G]) + lengths[row] for row in rows}
+    groups: dict[int, list[int]] = {}
+    for row in sorted(rows, key=lambda row: (size[row], row)):  # ascending: the last row added is the longest
+        groups.setdefault(row // G, []).append(row)
+    batches, batch = [], []
+    for group in sorted(groups.values(), key=lambda group: size[group[-1]]):
+        if len(group) * size[group[-1]] > max_tokens:
+            piece = []
+            for row in group:
+                if piece and (len(piece) + 1) * size[row] > max_tokens:
+                    batches.append(piece)
+                    piece = []
+                piece.append(row)
+            batches.append(piece)
+        elif batch and (len(batch) + len(group)) * size[group[-1]] > max_tokens:
+            batches.append(batch)
+            batch = list(group)
+        else:
+            batch += group
+    return batches + [batch] if batch else batches

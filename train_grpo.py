@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import common
 from common import Clock, Metrics, derive_seed, fail
-from data import SYSTEM_PROMPT, ProblemSampler, encode_prompts, load_eval_problems, load_train_problems
+from data import SYSTEM_PROMPT, ProblemSampler, check_context, encode_prompts, load_eval_problems, load_train_problems
 from evaluate import comparison_table, evaluate_policy
 from rewards import accuracy_reward, format_reward
 
@@ -188,7 +188,7 @@ def main(args: Args) -> None:
     prompts = encode_prompts(tokenizer, [p.question for p in problems], args.system_prompt)
     eval_prompts = encode_prompts(tokenizer, [p.question for p in eval_problems], args.system_prompt)
     names = [p.id for p in problems + eval_problems]
-    common.check_context(prompts + eval_prompts, names, common.load_config(args.model), args.max_new_tokens)
+    check_context(prompts + eval_prompts, names, common.load_config(args.model), args.max_new_tokens)
 
     state = common.load_checkpoint(args.resume)  # {} unless a run is resumed
     run_dir, writer = common.start_run(args, state)

@@ -28,6 +28,8 @@ from common import Clock, Metrics, fail
 from data import (
     SYSTEM_PROMPT,
     ProblemSampler,
+    check_context,
+    context_length,
     encode_completions,
     encode_prompts,
     is_held_out,
@@ -117,10 +119,10 @@ def main(args: Args) -> None:
     eval_problems = load_eval_problems(args.problems, args.eval_data, args.eval_problems)
     eval_prompts = encode_prompts(tokenizer, [p.question for p in eval_problems], args.system_prompt)
     config = common.load_config(args.model)
-    common.check_context(eval_prompts, [p.id for p in eval_problems], config, args.max_new_tokens)
+    check_context(eval_prompts, [p.id for p in eval_problems], config, args.max_new_tokens)
 
     # A demonstration that the context would cut loses its end, where the answer and the EOS are: dropped, not cut.
-    context = common.context_length(config)
+    context = context_length(config)
     fits = [i for i in range(len(texts)) if len(prompts[i]) + len(completions[i]) <= context]
     if len(fits) < len(texts):
         print(f"note: {len(texts) - len(fits)} of {len(texts)} demonstrations exceed the context of {context}: dropped")

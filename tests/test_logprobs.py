@@ -3,10 +3,15 @@
 import pytest
 import torch
 from conftest import EMBEDDED, EOS, make_model, ragged_prompts
-from transformers import AutoModelForCausalLM, Gemma2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    Gemma2Config,
+)
 
 import common
-from common import completion_logprobs, make_rollout, sample_groups
+from common import completion_logprobs, completion_scores, completion_values, make_rollout, sample_groups
 
 COMPLETIONS = [[3, 4, EOS], [9, EOS], [20, 21, 22, 23, EOS], [EOS], [0, 0, 7, EOS], [30, 31, 32]]
 
@@ -141,3 +146,39 @@ def test_a_loaded_policy_keeps_nothing_of_a_generation_config_but_where_to_stop(
     assert policy.generation_config.eos_token_id == [1, 7] and policy.generation_config.top_p in (None, 1.0)
     common.save_checkpoint(tmp_path / "again", policy, common.load_tokenizer(EMBEDDED))
     assert common.load_policy(str(tmp_path / "again")).generation_config.eos_token_id == [1, 7]
+
+
+def test_values_are_read_before_the_token(model):
+    """Pins: V misaligned by one. V(s_t) comes from the hidden state that predicts token t, so it can't depend on it."""
+    critic = AutoModelForTokenClassification.from_config(model.config, attn_implementation="eager").eval()
+    rollout = batch()
+    values = completion_values(critic, rollout, [4, 1])
+    for row, got in zip((4, 1), values, strict=True):
+        ids = list(rollout.prompt_ids[row // 2])
+        for t, token in enumerate(rollout.completion_ids[row][rollout.mask[row]].tolist()):
+            expected = critic(torch.tensor([ids]), use_cache=False).logits[0, -1, 0]
+            assert torch.allclose(got[t], expected, atol=1e-5)
+            ids.append(token)
+    assert (values[~rollout.mask[[4, 1]]] == 0).all()
+
+
+def test_a_critic_starts_at_zero():
+    critic = common.load_value_model(EMBEDDED)
+    prompts = [common.load_tokenizer(EMBEDDED)("1+1=").input_ids] * 3
+    assert (completion_values(critic, make_rollout(prompts, COMPLETIONS), list(range(3))) == 0).all()
+    assert not critic.training and critic.config.num_labels == 1
+
+
+def test_scores_are_read_at_the_last_token_by_its_index(model):
+    """Pins: the last token found by a search for the pad id, which stops short where a real token has that id. The
+    mean kept in the config is subtracted."""
+    model.config.num_labels = 1
+    reward_model = AutoModelForSequenceClassification.from_config(model.config, attn_implementation="eager")
+    reward_model.eval().config.score_mean = 0.5
+    rollout = batch()
+    rollout.completion_ids[4, 1] = rollout.completion_ids[4, 2] = 0  # the pad id, inside a completion
+    scores = completion_scores(reward_model, rollout, [4, 1, 3])
+    for row, score in zip((4, 1, 3), scores, strict=True):
+        ids = rollout.prompt_ids[row // 2] + rollout.completion_ids[row][rollout.mask[row]].tolist()
+        hidden = reward_model.base_model(torch.tensor([ids]), use_cache=False)[0][0, -1]
+        assert torch.allclose(score, reward_model.score(hidden)[0] - 0.5, atol=1e-5)
