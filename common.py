@@ -57,13 +57,14 @@ def fail(message: str) -> NoReturn:
 
 
 AT_LEAST_0 = (
-    "iterations warmup_iterations accuracy_weight format_weight eval_every save_every kl_coef weight_decay".split()
-)
+    "iterations warmup_iterations accuracy_weight format_weight length_weight length_reward_start eval_every "
+    "save_every kl_coef weight_decay tau gamma gae_lambda"
+).split()
 AT_LEAST_1 = (
     "prompts_per_step group_size max_new_tokens update_epochs minibatch_size micro_batch_tokens eval_problems "
-    "max_sampling_rounds demonstrations num_samples batch_size"
+    "max_sampling_rounds demonstrations num_samples batch_size value_epochs"
 ).split()
-MORE_THAN_0 = "temperature learning_rate max_grad_norm clip_low clip_high".split()
+MORE_THAN_0 = "temperature learning_rate value_learning_rate max_grad_norm clip_low clip_high value_clip".split()
 
 
 def check_flags(args) -> None:
@@ -434,7 +435,7 @@ def add_rollout_metrics(metrics: Metrics, rollout: Rollout, rewards: Tensor, com
     metrics.add({f"reward/{name}": values.mean() for name, values in components.items()}, len(rewards))
     values = {
         "reward/total": rewards.mean(),
-        "reward/std_within_group": rewards.std(1).mean(),
+        "reward/std_within_group": rewards.std(1, correction=0).mean(),
         "reward/frac_all_right": (components["accuracy"] > 0).all(1).float().mean(),
         "reward/frac_all_wrong": (components["accuracy"] == 0).all(1).float().mean(),
         "rollout/length_mean": lengths.mean(),
@@ -520,8 +521,7 @@ def save_checkpoint(target: Path, model, tokenizer, optimizer: MasterAdamW | Non
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     if optimizer is not None:
-        masters = [] if model.dtype == torch.float32 else optimizer.masters
-        torch.save(state | {"optimizer": optimizer.state_dict(), "masters": masters}, aside / "trainer.pt")
+        torch.save(state | optimizer_state(optimizer), aside / "trainer.pt")
         (aside / "digests.json").write_text(json.dumps(file_digests(aside)))
     if target.exists():
         os.rename(target, target.with_name(target.name + ".old"))
@@ -547,6 +547,11 @@ def load_checkpoint(run: str | None) -> dict:
         fail(f"--resume {run}: none of its checkpoints is whole")
     print(f"note: {run} has no checkpoint yet: starting over in it", file=sys.stderr)
     return {}
+
+
+def optimizer_state(optimizer: MasterAdamW) -> dict:
+    masters = [] if optimizer.masters[0] is optimizer.weights[0] else optimizer.masters
+    return {"optimizer": optimizer.state_dict(), "masters": masters}
 
 
 def restore_optimizer(optimizer: MasterAdamW, state: dict) -> None:

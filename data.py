@@ -318,31 +318,56 @@ class ProblemSampler:
     """Draws problem indices. Its whole state is in `state_dict()`: a resumed run goes on where it stopped.
 
     mode "uniform": every problem once per epoch, in an order that (seed, epoch) fixes.
+    "curriculum": the same, but from easy to hard by `difficulty` within each epoch.
+    "prioritized": with a chance proportional to 1 - success rate (Kimi K1.5, arXiv:2501.12599, section 2.3.4), at
+    least `FLOOR` so that nothing is lost for good; problems not drawn yet have a success rate of 0.
     """
 
+    FLOOR = 0.05
+
     def __init__(self, problems: list, mode: str = "uniform", seed: int = 0):
-        if mode != "uniform":
-            raise ValueError(f"mode is 'uniform', not {mode!r}")
-        self.size, self.seed, self.drawn = len(problems), seed, 0
+        if mode not in ("uniform", "curriculum", "prioritized"):
+            raise ValueError(f"mode is 'uniform', 'curriculum' or 'prioritized', not {mode!r}")
+        if mode == "curriculum" and any(p.difficulty is None for p in problems):
+            fail("--problem-sampling curriculum: needs problems that all have a difficulty")
+        self.problems, self.size, self.mode, self.seed, self.drawn = problems, len(problems), mode, seed, 0
         self.attempts, self.successes = [0] * self.size, [0.0] * self.size
         self.epoch, self.order = -1, []
 
     def draw(self, count: int) -> list[int]:
+        if self.mode == "prioritized":
+            return self.draw_prioritized(count)
         indices = []
         while len(indices) < count:
             epoch, position = divmod(self.drawn, self.size)
             if epoch != self.epoch:
                 self.epoch, self.order = epoch, list(range(self.size))
                 random.Random(f"epoch {epoch} {self.seed}").shuffle(self.order)
+                if self.mode == "curriculum":
+                    self.order.sort(key=lambda i: self.problems[i].difficulty)  # stable: shuffled among equals
             taken = self.order[position : position + count - len(indices)]
             indices += taken
             self.drawn += len(taken)
         return indices
 
+    def draw_prioritized(self, count: int) -> list[int]:
+        """Without replacement: the `count` largest of u ** (1 / weight), u uniform (Efraimidis and Spirakis 2006)."""
+        rng = random.Random(f"prioritized {self.drawn} {self.seed}")
+        rates = [s / n if n else 0.0 for s, n in zip(self.successes, self.attempts, strict=True)]
+        keys = [rng.random() ** (1 / max(self.FLOOR, 1 - rate)) for rate in rates]
+        self.drawn += count
+        order = sorted(range(self.size), key=lambda i: -keys[i])
+        return (order * (count // self.size + 1))[:count]
+
     def record(self, index: int, success_rate: float) -> None:
         """The ledger: how often a problem was drawn and the sum of its groups' success rates."""
         self.attempts[index] += 1
         self.successes[index] += success_rate
+
+    def summary(self) -> dict[str, float]:
+        """The share of problems drawn so far, and their mean success rate over all their draws."""
+        rates = [s / n for s, n in zip(self.successes, self.attempts, strict=True) if n]
+        return {"sampler/seen": len(rates) / self.size, "sampler/success_rate": sum(rates) / max(1, len(rates))}
 
     def state_dict(self) -> dict:
         return {"drawn": self.drawn, "attempts": list(self.attempts), "successes": list(self.successes)}

@@ -317,5 +317,14 @@ def format_reward(text: str, style: str = "answer-tags") -> float:
     return 1.0 if answer.strip() and not outside.strip() else 0.0
 
 
+def length_reward(lengths, correct):
+    """Takes the lengths and the correctness (0 or 1) of P groups of G completions, both (P, G) tensors, returns
+    (P, G): from 0.5 for a group's shortest completion down to -0.5 for its longest, but never above 0 for a wrong one
+    (Kimi K1.5, arXiv:2501.12599, section 2.3.3). 0 where all are equally long."""
+    shortest, longest = lengths.amin(1, keepdim=True), lengths.amax(1, keepdim=True)
+    bonus = (0.5 - (lengths - shortest) / (longest - shortest).clamp(min=1)) * (longest > shortest)
+    return bonus.where(correct > 0, bonus.clamp(max=0.0))
+
+
 if __name__ == "__main__":
     serve_math_verify()

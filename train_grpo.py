@@ -30,10 +30,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import common
-from common import Clock, Metrics, derive_seed, fail
+from common import Clock, Metrics, derive_seed, fail, load_config
 from data import SYSTEM_PROMPT, ProblemSampler, check_context, encode_prompts, load_eval_problems, load_train_problems
 from evaluate import comparison_table, evaluate_policy
-from rewards import accuracy_reward, format_reward
+from rewards import accuracy_reward, format_reward, length_reward
 
 
 @dataclass
@@ -44,6 +44,8 @@ class Args:
     """training problems: "arithmetic", a .jsonl file (question, answer), or a hub dataset (name or name:config)"""
     eval_data: str | None = None
     """held-out problems; without it a tenth of --problems, chosen by hash, is held out"""
+    problem_sampling: Literal["uniform", "curriculum", "prioritized"] = "uniform"
+    """which problems come next: each once per epoch | easy to hard | the more often failed the likelier"""
     system_prompt: str = SYSTEM_PROMPT
     """system turn of the chat template ('' for none); the embedded model's template ignores it"""
     seed: int = 1
@@ -65,6 +67,10 @@ class Args:
     """weight of the reward for the right answer (0 or 1)"""
     format_weight: float = 0.2
     """weight of the reward for the right format (0 or 1)"""
+    length_weight: float = 0.0
+    """weight of the length reward (Kimi K1.5): shorter right answers of a group get more, up to +-0.5"""
+    length_reward_start: int = 0
+    """iteration from which the length reward counts"""
     format_style: Literal["answer-tags", "think"] = "answer-tags"
     """answer-tags: <think>..</think><answer>..</answer>; think: <think>..</think> and then text with the answer in
     \\boxed{} or after #### (ask for that with --system-prompt)"""
@@ -177,8 +183,8 @@ def main(args: Args) -> None:
     if minibatch_size % args.group_size or not args.group_size <= minibatch_size <= batch_size:
         allowed = f"a multiple of --group-size {args.group_size}, at most {batch_size} (prompts x group size)"
         fail(f"--minibatch-size {minibatch_size}: must be {allowed}")
-    if args.accuracy_weight == args.format_weight == 0:
-        fail("--accuracy-weight and --format-weight are both 0: there is nothing to learn from")
+    if args.accuracy_weight == args.format_weight == args.length_weight == 0:
+        fail("--accuracy-weight, --format-weight and --length-weight are all 0: there is nothing to learn from")
 
     device = common.resolve_device(args.device)
     dtype = common.resolve_dtype(args.dtype, device)
@@ -188,7 +194,7 @@ def main(args: Args) -> None:
     prompts = encode_prompts(tokenizer, [p.question for p in problems], args.system_prompt)
     eval_prompts = encode_prompts(tokenizer, [p.question for p in eval_problems], args.system_prompt)
     names = [p.id for p in problems + eval_problems]
-    check_context(prompts + eval_prompts, names, common.load_config(args.model), args.max_new_tokens)
+    check_context(prompts + eval_prompts, names, load_config(args.model), args.max_new_tokens)
 
     state = common.load_checkpoint(args.resume)  # {} unless a run is resumed
     run_dir, writer = common.start_run(args, state)
@@ -196,7 +202,7 @@ def main(args: Args) -> None:
     policy = common.load_policy(state.get("model", args.model), device, dtype, tokenizer.eos_token_id)
     ref = common.load_policy(args.model, device, dtype).requires_grad_(False) if args.kl_coef > 0 else None
     optimizer = common.MasterAdamW(policy, lr=args.learning_rate)
-    sampler = ProblemSampler(problems, seed=args.seed)
+    sampler = ProblemSampler(problems, args.problem_sampling, args.seed)
     iteration, x = 0, 0  # x: completions sampled so far, the x-axis of every event
     if state:
         common.restore_optimizer(optimizer, state)
@@ -210,9 +216,10 @@ def main(args: Args) -> None:
         print("note: with one update per batch the ratio is 1 and the advantages of a group sum to 0, so a policy loss")
         print("      near 0 is expected; its gradient is not 0. Watch reward/* and eval/accuracy instead.")
 
-    bar = tqdm(total=args.iterations, initial=iteration, desc="GRPO", unit="it")
-    metrics, clock, kept, found = Metrics(), Clock(device), [], 0
-    while iteration < args.iterations:  # a pass samples one batch; with dynamic sampling an iteration may take more
+    bar = tqdm(total=args.iterations, initial=iteration, unit="it")
+    metrics, clock = Metrics(), Clock(device)
+    kept, found = [], 0
+    while iteration < args.iterations:
         # ------------------------------------------------------------------------------------------------ 1 sample
         indices = sampler.draw(args.prompts_per_step)
         rollout = common.sample_groups(
@@ -234,15 +241,21 @@ def main(args: Args) -> None:
             "format": torch.tensor([format_reward(t, args.format_style) for t in texts]),
         }
         components = {name: values.view(-1, args.group_size) for name, values in components.items()}  # (P, G)
-        rewards = args.accuracy_weight * components["accuracy"] + args.format_weight * components["format"]  # (P, G)
+        if args.length_weight > 0:
+            lengths = rollout.lengths.view(-1, args.group_size).cpu()
+            components["length"] = length_reward(lengths, components["accuracy"])
+        reward_weights = {"accuracy": args.accuracy_weight, "format": args.format_weight}
+        reward_weights["length"] = args.length_weight if iteration >= args.length_reward_start else 0.0
+        rewards = sum(reward_weights[name] * values for name, values in components.items())  # (P, G)
         success = components["accuracy"].mean(1)  # (P,)
         for index, rate in zip(indices, success.tolist(), strict=True):
             sampler.record(index, rate)
         common.add_rollout_metrics(metrics, rollout, rewards, components)
-        sampled = rollout
+        samples = rollout, texts, components
         clock.lap("reward")
 
-        # Dynamic sampling (DAPO section 3.2): groups that teach nothing are replaced before the update.
+        # Dynamic sampling (DAPO section 3.2): groups that teach nothing are replaced before the update, by going back
+        # to sample again: an iteration may then take several passes of this loop.
         if args.dynamic_sampling:
             groups = (~is_uniform(rewards)).nonzero()[:, 0].tolist()[: args.prompts_per_step - found]
             kept.append((rollout, groups, rewards[groups]))
@@ -306,6 +319,7 @@ def main(args: Args) -> None:
         # --------------------------------------------------------------------------------------------------- 6 log
         iteration += 1
         metrics.add({"loss/learning_rate": learning_rate, "memory/peak_gb": common.peak_memory_gb(device)})
+        metrics.add(sampler.summary())
         common.add_logprob_gap(metrics, rollout, old_logprobs)
         logged = common.log_iteration(writer, metrics, clock, x)
         bar.set_postfix_str(
@@ -318,7 +332,7 @@ def main(args: Args) -> None:
         if last or (args.eval_every and iteration % args.eval_every == 0):
             scores = evaluate_policy(policy, tokenizer, eval_problems, eval_prompts, args, batch_size)
             common.log_scalars(writer, scores, x)
-            common.log_samples(writer, tokenizer, sampled, texts, components, x)
+            common.log_samples(writer, tokenizer, *samples, x)
         if stop.number or (args.save_every and (last or iteration % args.save_every == 0)):
             state = {"iteration": iteration, "x": x, "before": before, "scores": scores}
             state["sampler"] = sampler.state_dict()
@@ -327,7 +341,8 @@ def main(args: Args) -> None:
             common.save_checkpoint(target, policy, tokenizer, optimizer, state)
         if stop.number:
             stop.leave(run_dir)
-        metrics, clock, kept, found = Metrics(), Clock(device), [], 0
+        metrics, clock = Metrics(), Clock(device)
+        kept, found = [], 0
 
     stop.restore()
     bar.close()

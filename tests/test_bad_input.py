@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 from conftest import EMBEDDED
+from transformers import AutoConfig
 
 import common
 import evaluate
 import train_grpo
+import train_kimi
+import train_ppo
 import train_sft
 
 
@@ -41,7 +44,10 @@ FLAGS = [
     ({"minibatch_size": 12}, "--minibatch-size 12: must be a multiple of --group-size 8, at most 256"),
     ({"minibatch_size": 512}, "--minibatch-size 512: must be a multiple of --group-size 8, at most 256"),
     ({"minibatch_size": 0}, "--minibatch-size 0: must be 1 or more"),
-    ({"accuracy_weight": 0.0, "format_weight": 0.0}, "--accuracy-weight and --format-weight are both 0"),
+    (
+        {"accuracy_weight": 0.0, "format_weight": 0.0},
+        "--accuracy-weight, --format-weight and --length-weight are all 0",
+    ),
     ({"temperature": 0.0}, "--temperature 0.0: must be more than 0"),
     ({"temperature": -1.0}, "--temperature -1.0: must be more than 0"),
     ({"temperature": float("nan")}, "--temperature nan: must be"),
@@ -70,6 +76,39 @@ def test_flags(changes, message, tmp_path, capsys, no_model):
     args = train_grpo.Args(**({"model": EMBEDDED, "run_root": str(tmp_path / "runs")} | changes))
     assert message in refuse(train_grpo.main, args, capsys)
     assert not list(tmp_path.iterdir())
+
+
+KIMI = [
+    ({"baseline": "log-z", "tau": 0.0}, "--baseline log-z: needs --tau above 0"),
+    ({"tau": -1.0}, "--tau -1.0: must be 0 or more"),
+    ({"minibatch_size": 256}, "--minibatch-size 256: with one epoch at most half the batch"),
+    ({"minibatch_size": 12}, "--minibatch-size 12: must be a multiple of --group-size 8, at most 256"),
+    ({"length_weight": -1.0}, "--length-weight -1.0: must be 0 or more"),
+]
+
+
+@pytest.mark.parametrize("changes,message", KIMI, ids=[message[:50] for _, message in KIMI])
+def test_kimis_flags(changes, message, tmp_path, capsys, no_model):
+    args = train_kimi.Args(**({"model": EMBEDDED, "run_root": str(tmp_path / "runs")} | changes))
+    assert message in refuse(train_kimi.main, args, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_curriculum_without_difficulties(tmp_path, capsys):
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps({"question": f"{i}+1=", "answer": "1"}) + "\n" for i in range(60)))
+    args = train_kimi.Args(model=EMBEDDED, problems=str(path), problem_sampling="curriculum", run_root=str(tmp_path))
+    assert "--problem-sampling curriculum: needs problems that all have" in refuse(train_kimi.main, args, capsys)
+
+
+def test_reward_models_that_do_not_fit(tmp_path, capsys, monkeypatch):
+    for name, changes in (("labels", {"num_labels": 2}), ("vocabulary", {"num_labels": 1, "vocab_size": 99})):
+        AutoConfig.from_pretrained(EMBEDDED, **changes).save_pretrained(tmp_path / name)
+    args = {"model": EMBEDDED, "run_root": str(tmp_path / "runs"), "device": "cpu", "eval_problems": 6}
+    error = refuse(train_ppo.main, train_ppo.Args(reward_model=str(tmp_path / "vocabulary"), **args), capsys)
+    assert "has another vocabulary than --model" in error
+    error = refuse(train_ppo.main, train_ppo.Args(reward_model=str(tmp_path / "labels"), **args), capsys)
+    assert "has 2 labels, a reward model has one" in error
 
 
 @pytest.mark.parametrize("script", ["train_grpo.py", "train_sft.py", "evaluate.py"])

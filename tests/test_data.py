@@ -214,6 +214,39 @@ def test_sampler_shows_every_problem_once_an_epoch_and_resumes_exactly():
     assert resumed.attempts[3] == 1 and resumed.successes[3] == 0.5
 
 
+def test_curriculum_goes_from_easy_to_hard_within_an_epoch():
+    problems = load_problems("arithmetic", "train", 60)
+    sampler = ProblemSampler(problems, "curriculum", seed=1)
+    for _ in range(2):
+        epoch = [problems[i] for i in sampler.draw(60)]
+        assert [p.difficulty for p in epoch] == sorted(p.difficulty for p in problems)
+        assert len({p.id for p in epoch}) == 60
+    assert ProblemSampler(problems, "curriculum", seed=2).draw(10) != ProblemSampler(
+        problems, "curriculum", seed=1
+    ).draw(10)
+
+
+def test_prioritized_prefers_what_fails_and_loses_nothing_for_good():
+    """Chance proportional to 1 - success rate with a floor of 0.05: of ten problems always solved and ten solved half
+    the time, the latter come about ten times as often; the same again after a resume."""
+    problems = load_problems("arithmetic", "train", 20)
+    sampler = ProblemSampler(problems, "prioritized", seed=1)
+    for i in range(20):
+        sampler.record(i, 1.0 if i < 10 else 0.5)
+    state = json.loads(json.dumps(sampler.state_dict()))
+    draws = [sampler.draw(1)[0] for _ in range(4000)]
+    solved = sum(i < 10 for i in draws) / 4000
+    assert 0.05 / 0.55 - 0.02 < solved < 0.05 / 0.55 + 0.02
+    assert set(draws) == set(range(20))
+    assert len(set(sampler.draw(20))) == 20 and len(sampler.draw(50)) == 50
+    resumed = ProblemSampler(problems, "prioritized", seed=1)
+    resumed.load_state_dict(state)
+    assert [resumed.draw(1)[0] for _ in range(100)] == draws[:100]
+    assert resumed.summary() == {"sampler/seen": 1.0, "sampler/success_rate": 0.75}
+    with pytest.raises(ValueError, match="mode"):
+        ProblemSampler(problems, "random")
+
+
 def test_demonstrations_from_jsonl(tmp_path, capsys):
     path = write(tmp_path / "d.jsonl", {"prompt": "a", "completion": "b"}, {"question": "c", "completion": "d"})
     assert load_demonstrations(path, 0) == [("a", "b"), ("c", "d")]

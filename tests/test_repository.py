@@ -32,6 +32,45 @@ def test_scripts_stay_small():
     assert counted_lines(Path("common.py")) <= 450 and counted_lines(Path("sampling.py")) <= 450
 
 
+FAMILY = [path for path in SCRIPTS if path.stem in ("train_pg", "train_ppo", "train_grpo", "train_kimi")]
+OWN = re.compile(  # lines that are an algorithm's own in sections that are otherwise the same
+    r"kept, found|critic|baseline == .value|value_model|value_optimizer|add_logprob_gap|reward_model|scores\[|"
+    r"scores = torch|scores\.view|torch\.no_grad|for micro in|dict\.fromkeys"
+)
+
+
+def section(path: Path, start: str, end: str) -> list[str]:
+    text = path.read_text()
+    begin = text.index(start)
+    return [line for line in text[begin : text.index(end, begin)].splitlines() if not OWN.search(line)]
+
+
+SHARED = [
+    ("    device = common.resolve_device", "    state = common.load_checkpoint"),
+    (" 1 sample\n", "        samples = rollout"),
+    (" 6 log\n", "    bar.close()"),
+    ("    bar.close()", "if __name__"),
+]
+
+
+@pytest.mark.parametrize("start,end", SHARED, ids=["data", "sample and reward", "log, evaluate, save", "end"])
+def test_parallel_sections_stay_parallel(start, end):
+    """The scripts repeat each other where the algorithms don't differ; a fix in one must reach all."""
+    sections = [section(path, start, end) for path in FAMILY]
+    assert len(sections[0]) >= 4
+    for path, lines in zip(FAMILY, sections, strict=True):
+        assert lines == sections[0], path
+
+
+def test_shared_flags_are_explained_in_the_same_words():
+    differ = {"learning_rate", "minibatch_size", "loss_norm", "update_epochs", "clip_low", "clip_high", "kl_coef"}
+    differ |= {"baseline"}
+    flags = {path: flags_of(path) for path in FAMILY}
+    for name, text in flags[FAMILY[0]].items():
+        for path in FAMILY[1:]:
+            assert flags[path].get(name, text) == text or name in differ, (path, name)
+
+
 def flags_of(path: Path) -> dict[str, str | None]:
     """Field name -> docstring under it, of the Args dataclass."""
     (args,) = (n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef) and n.name == "Args")

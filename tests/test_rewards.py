@@ -522,3 +522,11 @@ def test_unknown_format_style():
     for text in ("", "<think>a</think><answer>18</answer>"):
         with pytest.raises(ValueError, match="answer-tags, think"):
             format_reward(text, "xml")
+
+
+def test_length_reward_by_hand():
+    """Kimi K1.5: 0.5 for the shortest down to -0.5 for the longest; a wrong one never gains; equal lengths give 0."""
+    torch = pytest.importorskip("torch")
+    lengths = torch.tensor([[10, 20, 30, 15], [7, 7, 7, 7]])
+    correct = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0]])
+    assert rewards.length_reward(lengths, correct).tolist() == [[0.5, 0.0, -0.5, 0.0], [0.0, 0.0, 0.0, 0.0]]

@@ -1,0 +1,308 @@
+"""Policy gradient: REINFORCE with a choice of baselines, the last of them a learned critic (Spinning Up's VPG).
+
+    grad J = E[ sum_t A_t grad log pi(o_t | q, o_<t) ]
+
+on fresh samples, one step of the policy for each batch. A baseline that does not depend on the token leaves the
+gradient unbiased and lowers its variance (Williams 1992; Sutton et al. 2000):
+
+    --baseline none         A_t = the return from t on
+    --baseline batch-mean   A_t = the return - the batch's mean reward
+    --baseline value        A_t = GAE(gamma, lambda) of a critic V (arXiv:1506.02438), which regresses to the return
+
+The reward stands on a completion's last token, so with gamma 1 the return is the same at all its tokens. The critic is
+a model of its own, with an optimizer of its own, and begins at V = 0. Departure: tokens are weighted by --loss-norm
+(the mean of all by default), where the formula sums over them; `constant` is the formula up to a factor.
+
+    python train_pg.py                                                  # the embedded model, no GPU needed
+    python train_pg.py --baseline batch-mean --model Qwen/Qwen2.5-0.5B-Instruct --problems openai/gsm8k:main \\
+        --learning-rate 1e-6 --max-new-tokens 512 --micro-batch-tokens 32768
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import common
+from common import Clock, Metrics, derive_seed, fail, load_config
+from data import SYSTEM_PROMPT, ProblemSampler, check_context, encode_prompts, load_eval_problems, load_train_problems
+from evaluate import comparison_table, evaluate_policy
+from rewards import accuracy_reward, format_reward, length_reward
+
+
+@dataclass
+class Args:
+    model: str = "models/tiny-arithmetic"
+    """the policy to start from: local model directory or hub name"""
+    problems: str = "arithmetic"
+    """training problems: "arithmetic", a .jsonl file (question, answer), or a hub dataset (name or name:config)"""
+    eval_data: str | None = None
+    """held-out problems; without it a tenth of --problems, chosen by hash, is held out"""
+    problem_sampling: Literal["uniform", "curriculum", "prioritized"] = "uniform"
+    """which problems come next: each once per epoch | easy to hard | the more often failed the likelier"""
+    system_prompt: str = SYSTEM_PROMPT
+    """system turn of the chat template ('' for none); the embedded model's template ignores it"""
+    seed: int = 1
+    device: str = "auto"
+    """auto | cpu | cuda | cuda:1 ..."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the weights in sampling and training; auto: bfloat16 on a GPU (with fp32 master weights), float32 on a CPU"""
+    iterations: int = 100
+    """how often to sample a batch and learn from it"""
+    prompts_per_step: int = 32
+    """P, prompts in an iteration"""
+    group_size: int = 8
+    """G, completions sampled for each prompt"""
+    max_new_tokens: int = 40
+    """length limit of a completion, tokens"""
+    temperature: float = 1.0
+    """of sampling, and of every logprob"""
+    accuracy_weight: float = 1.0
+    """weight of the reward for the right answer (0 or 1)"""
+    format_weight: float = 0.2
+    """weight of the reward for the right format (0 or 1)"""
+    length_weight: float = 0.0
+    """weight of the length reward (Kimi K1.5): shorter right answers of a group get more, up to +-0.5"""
+    length_reward_start: int = 0
+    """iteration from which the length reward counts"""
+    format_style: Literal["answer-tags", "think"] = "answer-tags"
+    """answer-tags: <think>..</think><answer>..</answer>; think: <think>..</think> and then text with the answer in
+    \\boxed{} or after #### (ask for that with --system-prompt)"""
+    learning_rate: float = 2e-4
+    """of AdamW, for the embedded model; 1e-6 to 5e-6 for real ones"""
+    warmup_iterations: int = 10
+    """iterations over which the learning rate rises linearly; constant afterwards"""
+    micro_batch_tokens: int = 4096
+    """tokens (prompt, completion, padding) in one forward and backward pass; changes memory, not the gradient"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+    loss_norm: Literal["sequence", "token", "constant"] = "token"
+    """weights of the tokens: each sequence's mean | the mean of all | a constant, so that sums remain"""
+    eval_every: int = 25
+    """iterations between evaluations; 0: only before and after"""
+    eval_problems: int = 300
+    """held-out problems in an evaluation"""
+    save_every: int = 50
+    """iterations between checkpoints; 0: none but final/"""
+    run_root: str = "runs"
+    """where run directories are made"""
+    resume: str | None = None
+    """run directory to go on in, from its newest checkpoint, with its arguments"""
+
+    baseline: Literal["none", "batch-mean", "value"] = "value"
+    """of the advantages: none | the batch's mean reward | a learned critic, with GAE"""
+    value_epochs: int = 2
+    """passes of the critic over each iteration's completions"""
+    value_minibatch_size: int = 64
+    """completions in one step of the critic"""
+    value_learning_rate: float = 3e-4
+    """of the critic's AdamW, for the embedded model; 1e-5 for real ones"""
+    gamma: float = 1.0
+    """discount from token to token"""
+    gae_lambda: float = 0.95
+    """lambda of GAE: 1 trusts the sampled return, 0 the critic"""
+
+
+def compute_gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimation, Schulman et al. 2016, arXiv:1506.02438, eq. 16. All (B, T), 0 on padding.
+
+        delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lambda A_{t+1},   V after the last token = 0
+
+    Returns the advantages and the rewards-to-go (sum of discounted rewards from t on), the critic's targets.
+    """
+    rewards, values = rewards * mask, values * mask  # what stands on padding must not leak over the EOS
+    advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
+    next_advantage = next_return = next_value = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantages[:, t] = next_advantage = (delta + gamma * gae_lambda * next_advantage) * mask[:, t]
+        returns[:, t] = next_return = rewards[:, t] + gamma * next_return
+        next_value = values[:, t]
+    return advantages, returns
+
+
+def pg_loss(logprobs: Tensor, advantages: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Its gradient is minus the policy gradient. All (B, T); weights are 0 on padding."""
+    return -(weights * (logprobs * advantages).masked_fill(weights == 0, 0.0)).sum(), {}
+
+
+def value_loss(values: Tensor, returns: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Half the squared error. All (B, T); weights are 0 on padding. The metric is the mean over tokens."""
+    errors = (0.5 * (values - returns) ** 2).masked_fill(weights == 0, 0.0)
+    return (weights * errors).sum(), {"value": (errors.sum() / (weights > 0).sum().clamp(min=1)).item()}
+
+
+def main(args: Args) -> None:
+    # ------------------------------------------------------------------------------------------------------- Setup
+    common.check_flags(args)
+    batch_size = args.prompts_per_step * args.group_size
+    if args.accuracy_weight == args.format_weight == args.length_weight == 0:
+        fail("--accuracy-weight, --format-weight and --length-weight are all 0: there is nothing to learn from")
+
+    device = common.resolve_device(args.device)
+    dtype = common.resolve_dtype(args.dtype, device)
+    tokenizer = common.load_tokenizer(args.model)
+    problems = load_train_problems(args.problems, args.eval_data)
+    eval_problems = load_eval_problems(args.problems, args.eval_data, args.eval_problems)
+    prompts = encode_prompts(tokenizer, [p.question for p in problems], args.system_prompt)
+    eval_prompts = encode_prompts(tokenizer, [p.question for p in eval_problems], args.system_prompt)
+    names = [p.id for p in problems + eval_problems]
+    check_context(prompts + eval_prompts, names, load_config(args.model), args.max_new_tokens)
+
+    state = common.load_checkpoint(args.resume)  # {} unless a run is resumed
+    run_dir, writer = common.start_run(args, state)
+    stop = common.StopSignal()
+    policy = common.load_policy(state.get("model", args.model), device, dtype, tokenizer.eos_token_id)
+    optimizer = common.MasterAdamW(policy, lr=args.learning_rate)
+    if args.baseline == "value":
+        value_model = common.load_value_model(args.model, device, dtype)
+        value_optimizer = common.MasterAdamW(value_model, lr=args.value_learning_rate)
+    sampler = ProblemSampler(problems, args.problem_sampling, args.seed)
+    iteration, x = 0, 0  # x: completions sampled so far, the x-axis of every event
+    if state:
+        common.restore_optimizer(optimizer, state)
+        sampler.load_state_dict(state["sampler"])
+        if args.baseline == "value":
+            value_model.load_state_dict(state["critic"]["weights"])
+            common.restore_optimizer(value_optimizer, state.pop("critic"))
+        iteration, x, before, scores = state["iteration"], state["x"], state["before"], state["scores"]
+    else:
+        before = scores = evaluate_policy(policy, tokenizer, eval_problems, eval_prompts, args, batch_size)
+        common.log_scalars(writer, scores, x)
+
+    bar = tqdm(total=args.iterations, initial=iteration, unit="it")
+    metrics, clock = Metrics(), Clock(device)
+    while iteration < args.iterations:
+        # ------------------------------------------------------------------------------------------------ 1 sample
+        indices = sampler.draw(args.prompts_per_step)
+        rollout = common.sample_groups(
+            policy,
+            [prompts[i] for i in indices],
+            args.group_size,
+            args.max_new_tokens,
+            args.temperature,
+            derive_seed(args.seed, "sample", x),
+        )
+        x += batch_size
+        clock.lap("sample")
+
+        # ------------------------------------------------------------------------------------------------ 2 reward
+        texts = common.decode(tokenizer, rollout)
+        answers = [problems[i].answer for i in indices for _ in range(args.group_size)]
+        components = {
+            "accuracy": torch.tensor([accuracy_reward(t, a) for t, a in zip(texts, answers, strict=True)]),
+            "format": torch.tensor([format_reward(t, args.format_style) for t in texts]),
+        }
+        components = {name: values.view(-1, args.group_size) for name, values in components.items()}  # (P, G)
+        if args.length_weight > 0:
+            lengths = rollout.lengths.view(-1, args.group_size).cpu()
+            components["length"] = length_reward(lengths, components["accuracy"])
+        reward_weights = {"accuracy": args.accuracy_weight, "format": args.format_weight}
+        reward_weights["length"] = args.length_weight if iteration >= args.length_reward_start else 0.0
+        rewards = sum(reward_weights[name] * values for name, values in components.items())  # (P, G)
+        success = components["accuracy"].mean(1)  # (P,)
+        for index, rate in zip(indices, success.tolist(), strict=True):
+            sampler.record(index, rate)
+        common.add_rollout_metrics(metrics, rollout, rewards, components)
+        samples = rollout, texts, components
+        clock.lap("reward")
+
+        # ---------------------------------------------------------------------------------------------- 3 logprobs
+        rows = list(range(batch_size))
+        old_logprobs = torch.zeros_like(rollout.sampler_logprobs)  # (B, T), filled in section 5 without an extra pass
+        values = torch.zeros_like(rollout.sampler_logprobs)  # (B, T)
+        if args.baseline == "value":
+            with torch.no_grad():
+                for micro in common.micro_batches(rollout, rows, args.micro_batch_tokens):
+                    values[micro] = common.completion_values(value_model, rollout, micro)
+        clock.lap("logprobs")
+
+        # -------------------------------------------------------------------------------------------- 4 advantages
+        scores = rewards.flatten().to(device)  # (B,)
+        token_rewards = torch.zeros_like(values)  # (B, T): the score on the last token, EOS or not
+        token_rewards[rows, rollout.lengths - 1] = scores
+        advantages, returns = compute_gae(token_rewards, values, rollout.mask, args.gamma, args.gae_lambda)
+        if args.baseline != "value":
+            advantages = returns - (scores.mean() if args.baseline == "batch-mean" else 0.0)
+        if args.baseline == "value":
+            explained = 1 - (returns - values)[rollout.mask].var() / returns[rollout.mask].var()
+            metrics.add({"loss/explained_variance": explained.nan_to_num(0.0, neginf=0.0).item()})
+
+        # ------------------------------------------------------------------------------------------------ 5 update
+        learning_rate = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
+        common.set_learning_rate(optimizer, learning_rate)
+        weights = common.token_weights(rollout.mask, args.loss_norm, args.max_new_tokens)  # (B, T)
+        policy_loss = 0.0
+        for micro in common.micro_batches(rollout, rows, args.micro_batch_tokens):
+            logprobs, entropy = common.completion_logprobs(policy, rollout, micro, args.temperature)
+            old_logprobs[micro] = logprobs.detach()
+            loss, loss_metrics = pg_loss(logprobs, advantages[micro], weights[micro])
+            loss.backward()
+            policy_loss += loss.item()
+            tokens = rollout.mask[micro].sum().item()
+            loss_metrics["entropy"] = entropy.sum().item() / tokens
+            metrics.add({f"loss/{name}": value for name, value in loss_metrics.items()}, weight=tokens)
+        grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.masters, args.max_grad_norm).item()
+        optimizer.step()
+        optimizer.zero_grad()
+        metrics.add({"loss/policy": policy_loss, "loss/grad_norm": grad_norm})
+
+        for epoch in range(args.value_epochs if args.baseline == "value" else 0):
+            seed = derive_seed(args.seed, "value", x, epoch)
+            for minibatch in common.minibatches(rollout, args.value_minibatch_size, seed):
+                weights = torch.zeros_like(old_logprobs)  # (B, T) like all the rest, so that rows index it too
+                weights[minibatch] = common.token_weights(rollout.mask[minibatch], args.loss_norm, args.max_new_tokens)
+                for micro in common.micro_batches(rollout, minibatch, args.micro_batch_tokens):
+                    values = common.completion_values(value_model, rollout, micro)
+                    loss, loss_metrics = value_loss(values, returns[micro], weights[micro])
+                    loss.backward()
+                    tokens = rollout.mask[micro].sum().item()
+                    metrics.add({f"loss/{name}": value for name, value in loss_metrics.items()}, weight=tokens)
+                torch.nn.utils.clip_grad_norm_(value_optimizer.masters, args.max_grad_norm)
+                value_optimizer.step()
+                value_optimizer.zero_grad()
+        clock.lap("update")
+
+        # --------------------------------------------------------------------------------------------------- 6 log
+        iteration += 1
+        metrics.add({"loss/learning_rate": learning_rate, "memory/peak_gb": common.peak_memory_gb(device)})
+        metrics.add(sampler.summary())
+        common.add_logprob_gap(metrics, rollout, old_logprobs)
+        logged = common.log_iteration(writer, metrics, clock, x)
+        bar.set_postfix_str(
+            "reward {reward/total:.3f} acc {reward/accuracy:.3f} tok/s {rollout/tokens_per_second:.0f}".format(**logged)
+        )
+        bar.update()
+
+        # ------------------------------------------------------------------------------------- 7 evaluate and save
+        last = iteration == args.iterations
+        if last or (args.eval_every and iteration % args.eval_every == 0):
+            scores = evaluate_policy(policy, tokenizer, eval_problems, eval_prompts, args, batch_size)
+            common.log_scalars(writer, scores, x)
+            common.log_samples(writer, tokenizer, *samples, x)
+        if stop.number or (args.save_every and (last or iteration % args.save_every == 0)):
+            state = {"iteration": iteration, "x": x, "before": before, "scores": scores}
+            state["sampler"] = sampler.state_dict()
+            if args.baseline == "value":
+                state["critic"] = {"weights": value_model.state_dict(), **common.optimizer_state(value_optimizer)}
+            writer.flush()
+            target = run_dir / "checkpoints" / f"step_{iteration:06d}"
+            common.save_checkpoint(target, policy, tokenizer, optimizer, state)
+        if stop.number:
+            stop.leave(run_dir)
+        metrics, clock = Metrics(), Clock(device)
+
+    stop.restore()
+    bar.close()
+    writer.close()
+    common.save_checkpoint(run_dir / "final", policy, tokenizer)
+    print(f"\n{comparison_table(before, scores)}\n\nmodel: {run_dir / 'final'}")
+    print(f"curves: tensorboard --logdir {run_dir}")
+
+
+if __name__ == "__main__":
+    main(common.parse_args(Args))
