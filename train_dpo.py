@@ -16,8 +16,8 @@ probability e.
 
 Where it departs from the paper: all pairs that the N-best completions of a prompt induce are used, capped per prompt
 (--max-pairs-per-prompt). --kl-coef adds a soft penalty, (log pi - log pi_ref)^2 / 2 a token; taken on the data's
-completions it is no estimate of the KL, which is eval/kl, on completions sampled from the policy. No reference stays in
-memory: its logprobs of the pairs are computed once and kept on disk, and only an evaluation loads it again, for eval/kl.
+completions it is no estimate of the KL, which is eval/kl, on completions sampled from the policy. No reference stays
+in memory: its logprobs of the pairs are computed once and kept on disk; only an evaluation loads it again, for eval/kl.
 
     python train_dpo.py                                   # pairs of the embedded model's own samples
     python train_dpo.py --data samples.jsonl              # N-best: evaluate.py --num-samples 8 --output samples.jsonl
@@ -143,8 +143,8 @@ def dpo_loss(
     row_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Logps of whole completions, sums or means over their tokens, all (B,); None: no reference, its logps count as 0.
-    row_weights (B,): of the pairs, the loss is their weighted sum; None: the mean. Returns the loss and means over pairs.
-    """
+    row_weights (B,): of the pairs, the loss is their weighted sum; None: the mean. Returns the loss and means over pairs
+    of its parts."""
     if loss == "simpo" and ref_chosen_logps is not None:
         raise ValueError("SimPO has no reference")
     chosen_rewards = beta * (chosen_logps - (0.0 if ref_chosen_logps is None else ref_chosen_logps))
@@ -175,8 +175,8 @@ def sequence_logps(logprobs: Tensor, mask: Tensor, mean: bool) -> Tensor:
 
 @torch.no_grad()
 def reference_logprobs(ref, prompts, completions, max_tokens: int, cache: Path) -> Tensor:
-    """(2N, T) logprobs of N pairs' tokens under the reference, 0 on padding; row 2i is pair i's chosen completion, 2i + 1
-    its rejected one. Read from `cache` where the same weights have met the same tokens before."""
+    """(2N, T) logprobs of N pairs' tokens under the reference, 0 on padding; row 2i is pair i's chosen completion, row
+    2i + 1 its rejected one. Read from `cache` where the same weights have met the same tokens before."""
     key = hashlib.sha256(repr((prompts, completions)).encode())
     for name, tensor in ref.state_dict().items():
         key.update(name.encode() + tensor.cpu().flatten().view(torch.uint8).numpy().tobytes())

@@ -1,18 +1,19 @@
-"""A reward model from preference pairs, after Bradley and Terry: the chance that y+ is preferred to y- is the sigmoid of the
-difference of their scores (Stiennon et al. 2020, arXiv:2009.01325; Ouyang et al. 2022, arXiv:2203.02155, eq. 1).
+"""A reward model from preference pairs, after Bradley and Terry: the chance that y+ is preferred to y- is the sigmoid of
+the difference of their scores (Stiennon et al. 2020, arXiv:2009.01325; Ouyang et al. 2022, arXiv:2203.02155, eq. 1).
 
     L = - mean of log sigmoid(r(x, y+) - r(x, y-) - margin)
 
 The model is the policy's backbone under a linear head with one output and no bias, which begins at 0, so that the first
-loss is log 2. The score is read at a completion's last token, its EOS. The loss only sees differences, so the scores'
-level is arbitrary: their mean over the training pairs is kept in the config as `score_mean`, and
-`common.completion_scores` subtracts it (a fixed number, where Stiennon et al. shift the head's bias).
-Where it departs from the papers: batches are of single pairs, with the pairs of a prompt capped
-(--max-pairs-per-prompt), where InstructGPT puts all of a prompt's pairs into one batch element. The result is an ordinary
-sequence classifier with one label, which transformers loads.
+loss is log 2. A score is read at the completion's last token, its EOS. The loss only sees differences, so the level of
+the scores is arbitrary: their mean over the training pairs is kept in the config as `score_mean`, and
+`common.completion_scores` subtracts it (Stiennon et al. shift the head's bias; this head has none).
 
-    python train_rm.py                                      # pairs of the embedded model's samples
-    python train_rm.py --data samples.jsonl                 # N-best of evaluate.py --num-samples 8 --output samples.jsonl
+Where it departs from the papers: a batch is of single pairs, and those of a prompt are capped (--max-pairs-per-prompt),
+where InstructGPT puts all pairs of a prompt into one batch element. The result is an ordinary sequence classifier with
+one label, which transformers loads.
+
+    python train_rm.py                                    # pairs of the embedded model's samples
+    python train_rm.py --data samples.jsonl               # N-best: evaluate.py --num-samples 8 --output samples.jsonl
     python train_rm.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl --learning-rate 1e-5 --minibatch-size 64
 
 WHAT
@@ -97,8 +98,8 @@ class Args:
 def reward_model_loss(
     chosen_scores: Tensor, rejected_scores: Tensor, margin: float | Tensor = 0.0, row_weights: Tensor | None = None
 ) -> tuple[Tensor, dict[str, float]]:
-    """Scores (B,) of whole completions. row_weights (B,): the loss is their weighted sum of the pairs' losses; None: the
-    mean. Returns means over pairs too."""
+    """Scores (B,) of whole completions. row_weights (B,): of the pairs, the loss is their weighted sum; None: the mean.
+    Returns the loss and means over pairs."""
     margins = chosen_scores - rejected_scores  # positive where the pair is ranked as labelled
     per_row = -logsigmoid(margins - margin)  # arXiv:2203.02155, eq. 1
     if row_weights is None:
@@ -107,15 +108,15 @@ def reward_model_loss(
         "rewards/chosen": chosen_scores.mean().item(),
         "rewards/rejected": rejected_scores.mean().item(),
         "rewards/margin": margins.mean().item(),
-        "rewards/accuracy": (margins > 0).double().mean().item(),
+        "rewards/accuracy": ((margins.sign() + 1) / 2).mean().item(),  # a tie: 0.5
     }
     return (row_weights * per_row).sum(), metrics
 
 
 def calibration_error(margins: Tensor, bins: int = 10) -> float:
-    """Expected calibration error: the model is confidence = sigmoid(|margin|) sure of the side it prefers; in each of the
-    equal bins of 0.5 to 1, |how often it is right - how sure it is|, weighted by the bin's pairs."""
-    confidence, right = margins.abs().sigmoid(), (margins > 0).to(margins.dtype)
+    """Expected calibration error: the model is sigmoid(|margin|) sure of the side that it prefers. In each of the equal
+    bins of 0.5 to 1, |how often it is right - how sure it is|, weighted by the bin's share of the pairs."""
+    confidence, right = margins.abs().sigmoid(), (margins.sign() + 1) / 2
     index = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
     gaps = torch.zeros(bins, dtype=margins.dtype, device=margins.device).index_add(0, index, right - confidence)
     return gaps.abs().sum().item() / len(margins)
@@ -157,18 +158,16 @@ def main(args: Args) -> None:
     state = common.load_checkpoint(args.resume)  # {} unless a run is resumed
     run_dir, writer = common.start_run(args, state)
     stop = common.StopSignal()
-    reward_model = common.load_reward_model(state.get("model", args.model), device, dtype, new_head=not state)
-    reward_model.config.pad_token_id = tokenizer.pad_token_id  # by which its own forward finds the last token
-    reward_model.config.score_mean = 0.0  # found at the end
-    optimizer = common.MasterAdamW(
-        reward_model, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay
-    )
+    rm = common.load_reward_model(state.get("model", args.model), device, dtype, new_head=not state)
+    rm.config.pad_token_id = tokenizer.pad_token_id  # by which its own forward finds the last token
+    rm.config.score_mean = 0.0  # found at the end
+    optimizer = common.MasterAdamW(rm, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay)
 
     def evaluate_all() -> dict[str, float]:
         scores = {}
         if held_out:
             data = [prompts[i] for i in held_out], [completions[i] for i in held_out]
-            chosen, rejected = pair_scores(reward_model, *data, args.micro_batch_tokens).unbind(1)
+            chosen, rejected = pair_scores(rm, *data, args.micro_batch_tokens).unbind(1)
             loss, values = reward_model_loss(chosen, rejected, args.margin)
             values = {name: values[f"rewards/{name}"] for name in ("accuracy", "margin")} | {"loss": loss.item()}
             scores = {f"eval/pair_{name}": value for name, value in values.items()}
@@ -201,9 +200,9 @@ def main(args: Args) -> None:
         common.set_learning_rate(optimizer, learning_rate)
         policy_loss = 0.0
         for micro in common.pair_micro_batches(rollout, args.micro_batch_tokens):
-            scores_micro = common.completion_scores(reward_model, rollout, micro)  # chosen, rejected, chosen, ...
+            pair = common.completion_scores(rm, rollout, micro)  # chosen, rejected, chosen, ...
             weights = row_weights[[row // 2 for row in micro[0::2]]]
-            loss, loss_metrics = reward_model_loss(scores_micro[0::2], scores_micro[1::2], args.margin, weights)
+            loss, loss_metrics = reward_model_loss(pair[0::2], pair[1::2], args.margin, weights)
             loss.backward()
             policy_loss += loss.item()
             metrics.add(loss_metrics, weight=len(micro))
@@ -229,7 +228,7 @@ def main(args: Args) -> None:
             state["sampler"] = sampler.state_dict()
             writer.flush()
             target = run_dir / "checkpoints" / f"step_{iteration:06d}"
-            common.save_checkpoint(target, reward_model, tokenizer, optimizer, state)
+            common.save_checkpoint(target, rm, tokenizer, optimizer, state)
         if stop.number:
             stop.leave(run_dir)
 
@@ -237,8 +236,8 @@ def main(args: Args) -> None:
     bar.close()
     writer.close()
     data = [prompts[i] for i in train], [completions[i] for i in train]
-    reward_model.config.score_mean = pair_scores(reward_model, *data, args.micro_batch_tokens).mean().item()
-    common.save_checkpoint(run_dir / "final", reward_model, tokenizer)
+    rm.config.score_mean = pair_scores(rm, *data, args.micro_batch_tokens).mean().item()
+    common.save_checkpoint(run_dir / "final", rm, tokenizer)
     print(f"\n{pair_table(before, scores)}\n\nmodel: {run_dir / 'final'}")
     print(f"curves: tensorboard --logdir {run_dir}")
 
