@@ -143,8 +143,8 @@ def dpo_loss(
     row_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Logps of whole completions, sums or means over their tokens, all (B,); None: no reference, its logps count as 0.
-    row_weights (B,): of the pairs, the loss is their weighted sum; None: the mean. Returns the loss and means over pairs
-    of its parts."""
+    row_weights (B,): of the pairs, the loss is their weighted sum; None: the mean. Returns the loss and, over pairs,
+    the means of its parts."""
     if loss == "simpo" and ref_chosen_logps is not None:
         raise ValueError("SimPO has no reference")
     chosen_rewards = beta * (chosen_logps - (0.0 if ref_chosen_logps is None else ref_chosen_logps))

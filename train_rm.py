@@ -1,5 +1,5 @@
-"""A reward model from preference pairs, after Bradley and Terry: the chance that y+ is preferred to y- is the sigmoid of
-the difference of their scores (Stiennon et al. 2020, arXiv:2009.01325; Ouyang et al. 2022, arXiv:2203.02155, eq. 1).
+"""A reward model from preference pairs, after Bradley and Terry: the chance that y+ is preferred to y- is the sigmoid
+of the difference of their scores (Stiennon et al. 2020, arXiv:2009.01325; Ouyang et al. 2022, arXiv:2203.02155, eq. 1).
 
     L = - mean of log sigmoid(r(x, y+) - r(x, y-) - margin)
 
