@@ -118,7 +118,7 @@ class Args:
     loss: Literal["sigmoid", "ipo", "simpo"] = "sigmoid"
     """DPO's | IPO's square | SimPO's without a reference"""
     beta: float | None = None
-    """beta; None: 0.1 (sums, IPO), 5 with --length-normalize, 2 for SimPO"""
+    """beta; None: 1 on sums (for the embedded model, 0.1 for real ones), 5 on means, 2 for SimPO, 0.1 for IPO"""
     gamma: float = 1.0
     """gamma, SimPO's target margin; the other losses have none"""
     length_normalize: bool = False
@@ -229,7 +229,7 @@ def main(args: Args) -> None:
         fail("--loss simpo has no reference: --kl-coef and --ref-cache don't go with it")
     if args.label_smoothing >= 0.5 or (args.label_smoothing and args.loss == "ipo"):
         fail(f"--label-smoothing {args.label_smoothing}: must be under 0.5, and 0 with --loss ipo")
-    beta = args.beta or {"sigmoid": 5.0 if mean else 0.1, "ipo": 0.1, "simpo": 2.0}[args.loss]
+    beta = args.beta or {"sigmoid": 5.0 if mean else 1.0, "ipo": 0.1, "simpo": 2.0}[args.loss]
 
     device = common.resolve_device(args.device)
     dtype = common.resolve_dtype(args.dtype, device)
