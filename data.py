@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import common
 from common import fail, reason
 from rewards import extract_answer
 
@@ -462,6 +463,11 @@ def encode_pairs(
     if len(fits) < len(pairs):
         print(f"note: {len(pairs) - len(fits)} of {len(pairs)} pairs exceed the context of {context}: dropped")
     return [pairs[i] for i in fits], [prompts[i] for i in fits], [both[i] for i in fits]
+
+
+def pair_rollout(prompts: list[list[int]], completions: list, device) -> common.Rollout:
+    """The pairs as groups of two: chosen, rejected."""
+    return common.make_rollout(prompts, [ids for pair in completions for ids in pair], group_size=2, device=device)
 
 
 # ---- Which problems an iteration sees ------------------------------------------------------------------------------

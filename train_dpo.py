@@ -51,6 +51,7 @@ from data import (
     is_held_out,
     load_eval_problems,
     load_preference_pairs,
+    pair_rollout,
 )
 from evaluate import comparison_table, evaluate_policy, pair_table
 from rewards import accuracy_reward
@@ -195,11 +196,6 @@ def reference_logprobs(ref, prompts, completions, max_tokens: int, cache: Path) 
     torch.save(logprobs, file.with_suffix(".tmp"))
     os.replace(file.with_suffix(".tmp"), file)  # whole or not there, whenever the process is killed
     return logprobs
-
-
-def pair_rollout(prompts: list[list[int]], completions: list, device) -> common.Rollout:
-    """The pairs as groups of two: chosen, rejected."""
-    return common.make_rollout(prompts, [ids for pair in completions for ids in pair], group_size=2, device=device)
 
 
 @torch.no_grad()

@@ -37,6 +37,7 @@ from data import (
     encode_pairs,
     is_held_out,
     load_preference_pairs,
+    pair_rollout,
 )
 from evaluate import pair_table
 
@@ -133,11 +134,6 @@ def pair_scores(reward_model, prompts: list[list[int]], completions: list, max_t
             rows = [2 * start + row for row in micro]
             scores[rows] = common.completion_scores(reward_model, rollout, micro).cpu()
     return scores.view(-1, 2)
-
-
-def pair_rollout(prompts: list[list[int]], completions: list, device) -> common.Rollout:
-    """The pairs as groups of two: chosen, rejected."""
-    return common.make_rollout(prompts, [ids for pair in completions for ids in pair], group_size=2, device=device)
 
 
 def main(args: Args) -> None:
