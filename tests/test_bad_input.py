@@ -72,7 +72,7 @@ def test_flags(changes, message, tmp_path, capsys, no_model):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script", ["train_grpo.py", "train_sft.py", "evaluate.py"])
+@pytest.mark.parametrize("script", ["train_grpo.py", "train_dpo.py", "train_sft.py", "train_rm.py", "evaluate.py"])
 def test_from_the_command_line(script):
     """What tyro finds, what we find, and --help: in a process of its own, with the exit code."""
     unknown = subprocess.run([sys.executable, script, "--no-such-flag", "1"], capture_output=True, text=True)
@@ -80,7 +80,7 @@ def test_from_the_command_line(script):
     ours = subprocess.run([sys.executable, script, "--model", "/nowhere"], capture_output=True, text=True)
     assert ours.returncode == 2 and ours.stderr.startswith("error: --model /nowhere: ") and ours.stderr.count("\n") == 1
     shown = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0 and "--max-new-tokens" in shown.stdout
+    assert shown.returncode == 0 and "--system-prompt" in shown.stdout
 
 
 def copy_model(target: Path) -> Path:

@@ -357,7 +357,8 @@ SMALL = {"model": EMBEDDED, "device": "cpu", "pair_problems": 60, "minibatch_siz
 TAGS = """
     rewards/chosen rewards/rejected rewards/margin rewards/accuracy logps/chosen logps/rejected
     loss/policy loss/kl loss/entropy loss/grad_norm loss/learning_rate eval/pair_accuracy eval/pair_margin
-    eval/pair_loss eval/kl eval/win_rate eval/accuracy eval/accuracy_greedy eval/format eval/length time/update memory/peak_gb
+    eval/pair_loss eval/kl eval/win_rate eval/accuracy eval/accuracy_greedy eval/format eval/length
+    time/update memory/peak_gb
 """.split()
 
 
