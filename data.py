@@ -333,7 +333,7 @@ def load_preference_pairs(
     seed: int = 0,
     pair_problems: int = 1500,
     pair_weight: str = "uniform",
-    min_gap: float = 0.05,
+    min_gap: float = 0.5,
     max_pairs_per_prompt: int = 4,
     balance_topics: bool = False,
 ) -> list[Pair]:
@@ -408,7 +408,7 @@ def sampled_pairs(rows: list[tuple[str, dict]], source: str, min_gap: float, dro
         for i, better in enumerate(best_first):
             for worse in best_first[i + 1 :]:
                 gap = better["reward"] - worse["reward"]
-                dropped["near ties"] += 0 < gap < min_gap
+                dropped["near ties (--min-gap)"] += 0 < gap < min_gap
                 if gap > 0 and gap >= min_gap:
                     ends = better.get("finished", True), worse.get("finished", True)
                     topic = str(row.get("topic") or "")

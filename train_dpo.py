@@ -24,7 +24,9 @@ in memory: its logprobs of the pairs are computed once and kept on disk; only an
     python train_dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl --problems openai/gsm8k:main \\
         --learning-rate 1e-6 --minibatch-size 32 --max-new-tokens 512
 
-WHAT
+What you should see from the first command: held-out pairs ranked right nine times in ten after 100 iterations,
+logps/rejected falling by nats while logps/chosen moves little, and accuracy rising, greedy first. With a beta of 0.3 or
+less nothing stops it in time here: the pairs are ranked better still, and accuracy falls below the start.
 """
 
 import hashlib
@@ -68,8 +70,9 @@ class Args:
     """arithmetic-pairs: how many problems are sampled, eight times each"""
     pair_weight: Literal["uniform", "gap"] = "uniform"
     """weight of a pair in the loss; gap: proportional to the difference of its scores (samples files)"""
-    min_gap: float = 0.05
-    """samples files: completions whose scores differ by less are a near tie, no pair"""
+    min_gap: float = 0.5
+    """scores of a samples file that differ by less are a near tie, no pair; where a right answer counts 1 and the format
+    0.2, as in arithmetic-pairs, 0.5 leaves pairs of a right and a wrong one"""
     max_pairs_per_prompt: int = 4
     """at most so many pairs of one prompt, chosen at random"""
     balance_topics: bool = False
@@ -352,7 +355,8 @@ def main(args: Args) -> None:
             scores = evaluate_all()
         if stop.number or (args.save_every and (last or iteration % args.save_every == 0)):
             state = {"iteration": iteration, "x": x, "before": before, "scores": scores}
-            state |= {"sampler": sampler.state_dict(), "start_rewards": start_rewards}
+            state["sampler"] = sampler.state_dict()
+            state["start_rewards"] = start_rewards
             writer.flush()
             target = run_dir / "checkpoints" / f"step_{iteration:06d}"
             common.save_checkpoint(target, policy, tokenizer, optimizer, state)

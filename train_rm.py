@@ -16,7 +16,8 @@ one label, which transformers loads.
     python train_rm.py --data samples.jsonl               # N-best: evaluate.py --num-samples 8 --output samples.jsonl
     python train_rm.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl --learning-rate 1e-5 --minibatch-size 64
 
-WHAT
+What you should see from the first command: a loss that leaves log 2 within 50 iterations, held-out pairs ranked right
+nearly nine times in ten, and a calibration error that grows once the training pairs are learned by heart.
 """
 
 import math
@@ -53,8 +54,9 @@ class Args:
     """arithmetic-pairs: how many problems are sampled, eight times each"""
     pair_weight: Literal["uniform", "gap"] = "uniform"
     """weight of a pair in the loss; gap: proportional to the difference of its scores (samples files)"""
-    min_gap: float = 0.05
-    """samples files: completions whose scores differ by less are a near tie, no pair"""
+    min_gap: float = 0.5
+    """scores of a samples file that differ by less are a near tie, no pair; where a right answer counts 1 and the format
+    0.2, as in arithmetic-pairs, 0.5 leaves pairs of a right and a wrong one"""
     max_pairs_per_prompt: int = 4
     """at most so many pairs of one prompt, chosen at random"""
     balance_topics: bool = False

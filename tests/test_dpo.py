@@ -173,19 +173,18 @@ def test_all_pairs_of_a_samples_file(tmp_path, capsys):
         {"question": "2+2=", "completions": [sample("f", 1.0), sample("f", 1.0), sample("g", 0.99)]},
         {"question": "3+3=", "completions": [sample("h", 1.0), sample("i", 1.0)]},
     ]
-    pairs = load_preference_pairs(write(tmp_path / "s.jsonl", rows))
+    file = write(tmp_path / "s.jsonl", rows)
+    pairs = load_preference_pairs(file, min_gap=0.05)
     assert {(p.chosen, p.rejected) for p in pairs} == {("b", "a"), ("b", "c"), ("c", "a")}
     assert {p.chosen_finished for p in pairs if p.chosen == "b"} == {False} and all(p.rejected_finished for p in pairs)
     assert all(p.topic == "add" and p.weight == 1.0 for p in pairs)
     printed = capsys.readouterr().out
     for text in ("3 of 1 prompts", "1 duplicate texts", "1 duplicate prompts", "1 near ties"):
         assert text in printed
-    weighted = {
-        (p.chosen, p.rejected): p.weight for p in load_preference_pairs(str(tmp_path / "s.jsonl"), pair_weight="gap")
-    }
+    weighted = {(p.chosen, p.rejected): p.weight for p in load_preference_pairs(file, min_gap=0.05, pair_weight="gap")}
     assert weighted["b", "a"] == pytest.approx(1.2 / 0.8) and weighted["c", "a"] == pytest.approx(0.2 / 0.8)
     assert sum(weighted.values()) == pytest.approx(3)
-    assert len(load_preference_pairs(str(tmp_path / "s.jsonl"), max_pairs_per_prompt=2)) == 2
+    assert len(load_preference_pairs(file, min_gap=0.05, max_pairs_per_prompt=2)) == 2
     assert "1 over --max-pairs-per-prompt" in capsys.readouterr().out
 
 

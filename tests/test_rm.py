@@ -123,8 +123,8 @@ def test_the_gradient_does_not_depend_on_micro_batches(embedded):
 def test_a_short_run_learns_to_rank(tmp_path, capsys):
     """From ties to held-out pairs ranked right. The result is an ordinary classifier: transformers' own forward scores
     as completion_scores does, but for the mean over the training pairs, which is then 0."""
-    changes = {"pair_problems": 200, "eval_problems": 60, "minibatch_size": 32, "learning_rate": 3e-4}
-    changes |= {"iterations": 40, "warmup_iterations": 4}
+    changes = {"pair_problems": 200, "eval_problems": 60, "minibatch_size": 32, "min_gap": 0.05}
+    changes |= {"iterations": 40, "warmup_iterations": 4, "learning_rate": 3e-4}
     run_dir = run(train_rm.main, train_rm.Args(**(SMALL | changes), run_root=str(tmp_path)))
     values = {tag: [value for _, value in points] for tag, points in scalars(run_dir).items()}
     for tag in "chosen rejected margin accuracy".split():
@@ -136,7 +136,7 @@ def test_a_short_run_learns_to_rank(tmp_path, capsys):
     assert "calibration" in capsys.readouterr().out
 
     tokenizer = common.load_tokenizer(EMBEDDED)
-    pairs = load_preference_pairs("arithmetic-pairs", seed=1, pair_problems=200)
+    pairs = load_preference_pairs("arithmetic-pairs", seed=1, pair_problems=200, min_gap=0.05)
     pairs, prompts, completions = encode_pairs(tokenizer, pairs, "", 256)
     train = [i for i, pair in enumerate(pairs) if not is_held_out(pair.question)]
     model = common.load_reward_model(str(run_dir / "final"))
