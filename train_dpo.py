@@ -71,7 +71,7 @@ class Args:
     pair_weight: Literal["uniform", "gap"] = "uniform"
     """weight of a pair in the loss; gap: proportional to the difference of its scores (samples files)"""
     min_gap: float = 0.5
-    """scores of a samples file that differ by less are a near tie, no pair; where a right answer counts 1 and the format
+    """scores of a samples file that differ by less are a near tie, no pair; where a right answer counts 1 and format
     0.2, as in arithmetic-pairs, 0.5 leaves pairs of a right and a wrong one"""
     max_pairs_per_prompt: int = 4
     """at most so many pairs of one prompt, chosen at random"""

@@ -212,6 +212,19 @@ def test_pairs_of_the_embedded_model():
         assert chosen > rejected
 
 
+def test_the_samples_file_of_evaluate_is_read(tmp_path):
+    """The right completions are chosen: there a completion's reward is whether it is correct."""
+    file = str(tmp_path / "samples.jsonl")
+    args = {"model": EMBEDDED, "device": "cpu", "eval_problems": 24, "num_samples": 6, "split": "all"}
+    evaluate.main(evaluate.Args(**args, output=file))
+    pairs = load_preference_pairs(file)
+    assert len(pairs) > 24 and all(pair.id.startswith(f"{file}:") and pair.topic for pair in pairs)
+    for pair in pairs:
+        answer = str(eval(pair.question.rstrip("=")))
+        rewards = [evaluate.accuracy_reward(text, answer) for text in (pair.chosen, pair.rejected)]
+        assert rewards == [1.0, 0.0]
+
+
 BAD_PAIRS = [
     ([{"prompt": "1+1=", "chosen": "2"}], "p.jsonl:2: no field 'rejected'"),
     ([{"prompt": "1+1=", "rejected": "2"}], "p.jsonl:2: no field 'chosen'"),
