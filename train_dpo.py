@@ -24,7 +24,7 @@ in memory: its logprobs of the pairs are computed once and kept on disk; only an
     python train_dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl --problems openai/gsm8k:main \\
         --learning-rate 1e-6 --minibatch-size 32 --max-new-tokens 512
 
-What you should see from the first command: held-out pairs ranked right nine times in ten after 100 iterations,
+What you should see from the first command: held-out pairs ranked right nearly nine times in ten,
 logps/rejected falling by nats while logps/chosen moves little, and accuracy rising, greedy first. With a beta of 0.3 or
 less nothing stops it in time here: the pairs are ranked better still, and accuracy falls below the start.
 """

@@ -16,9 +16,8 @@ one label, which transformers loads.
     python train_rm.py --data samples.jsonl               # N-best: evaluate.py --num-samples 8 --output samples.jsonl
     python train_rm.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl --learning-rate 1e-5 --minibatch-size 64
 
-What you should see from the first command: held-out pairs ranked right three times in four within 50 iterations, most of
-it by what a wrong completion looks like, then slowly more: whether the sums are right is harder to see. The margin goes
-on growing once the training pairs are learned by heart, and eval/pair_loss and eval/calibration with it.
+What you should see from the first command: held-out pairs ranked right three times in four within 50 iterations, then
+slowly more. The margin goes on growing when the training pairs are known by heart; eval/pair_loss then turns up again.
 """
 
 import math
