@@ -43,6 +43,7 @@ from sampling import (  # noqa: F401  for the scripts, which call them as common
     make_rollout,
     micro_batches,
     minibatches,
+    pair_micro_batches,
     sample_groups,
     token_weights,
 )
@@ -58,13 +59,13 @@ def fail(message: str) -> NoReturn:
 
 AT_LEAST_0 = (
     "iterations warmup_iterations accuracy_weight format_weight length_weight length_reward_start eval_every "
-    "save_every kl_coef weight_decay tau gamma gae_lambda"
+    "save_every kl_coef weight_decay tau gamma gae_lambda label_smoothing min_gap margin"
 ).split()
 AT_LEAST_1 = (
     "prompts_per_step group_size max_new_tokens update_epochs minibatch_size micro_batch_tokens eval_problems "
-    "max_sampling_rounds demonstrations num_samples batch_size value_epochs"
+    "max_sampling_rounds demonstrations num_samples batch_size value_epochs pair_problems max_pairs_per_prompt"
 ).split()
-MORE_THAN_0 = "temperature learning_rate value_learning_rate max_grad_norm clip_low clip_high value_clip".split()
+MORE_THAN_0 = ("temperature learning_rate value_learning_rate max_grad_norm clip_low clip_high value_clip beta").split()
 
 
 def check_flags(args) -> None:
@@ -175,18 +176,20 @@ def load_policy(
     return model
 
 
-def load_value_model(path: str, device="cpu", dtype=torch.float32) -> PreTrainedModel:
+def load_value_model(path: str, device="cpu", dtype=torch.float32, auto_class=AutoModelForTokenClassification):
     """A critic: the path's backbone under a head of its own, which begins at 0, so that V = 0 before it has learned."""
     transformers_logging.set_verbosity_error()  # that the head is new is as it should be
-    model = load_weights(AutoModelForTokenClassification, path, device, dtype, num_labels=1)
+    model = load_weights(auto_class, path, device, dtype, num_labels=1)
     transformers_logging.set_verbosity_warning()
     for parameter in (getattr(model, "score", None) or model.classifier).parameters():
         nn.init.zeros_(parameter)
     return model
 
 
-def load_reward_model(path: str, device="cpu", dtype=torch.float32) -> PreTrainedModel:
-    """A sequence classifier with one label, such as train_rm.py writes."""
+def load_reward_model(path: str, device="cpu", dtype=torch.float32, new_head: bool = False) -> PreTrainedModel:
+    """A sequence classifier with one label, such as train_rm.py writes. new_head: any path's backbone, a head of 0."""
+    if new_head:
+        return load_value_model(path, device, dtype, AutoModelForSequenceClassification)
     if (labels := load_config(path).num_labels) != 1:
         fail(f"--reward-model {path}: has {labels} labels, a reward model has one")
     return load_weights(AutoModelForSequenceClassification, path, device, dtype)

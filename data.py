@@ -1,4 +1,4 @@
-"""Problems, prompts, problem samplers and demonstrations.
+"""Problems, prompts, problem samplers, demonstrations and preference pairs.
 
 A problem is a question and its gold answer. `load_problems` reads them from the built-in generator ("arithmetic"),
 a JSONL file or a hub dataset; `encode_prompts` turns questions into token ids through the model's chat template;
@@ -10,9 +10,11 @@ import json
 import math
 import random
 import re
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import common
 from common import fail, reason
 from rewards import extract_answer
 
@@ -309,6 +311,163 @@ def check_context(prompts: list[list[int]], names: list[str], config, max_new_to
         more = f" (so do {len(too_long) - 1} more)" if len(too_long) > 1 else ""
         need = f"{tokens} prompt tokens + --max-new-tokens {max_new_tokens}"
         fail(f"problem {name!r}: {need} exceed the model's context of {context}{more}")
+
+
+# ---- Preference pairs ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    question: str
+    chosen: str
+    rejected: str
+    id: str = ""
+    topic: str = ""
+    weight: float = 1.0
+    chosen_finished: bool = True  # ended by an EOS, not cut by the length limit
+    rejected_finished: bool = True
+
+
+def load_preference_pairs(
+    source: str,
+    seed: int = 0,
+    pair_problems: int = 1500,
+    pair_weight: str = "uniform",
+    min_gap: float = 0.5,
+    max_pairs_per_prompt: int = 4,
+    balance_topics: bool = False,
+) -> list[Pair]:
+    """Preference pairs, and a printed line that counts them and what was dropped.
+
+    source: "arithmetic-pairs", N-best samples of the embedded model for `pair_problems` problems; a .jsonl file with
+    the fields `prompt` (or `question`), `chosen`, `rejected`; or a samples file of evaluate.py, which holds several
+    scored completions of each problem.
+    pair_weight: "uniform", or "gap": proportional to the difference of the two scores, with a mean of 1.
+    min_gap: scores of a samples file that differ by less are a near tie, no pair.
+    max_pairs_per_prompt: at most so many of one prompt, a random choice from `seed`, lest a few prompts dominate.
+    balance_topics: as many pairs of every topic as there are of the rarest.
+    """
+    dropped = Counter()
+    if source == "arithmetic-pairs":
+        from evaluate import arithmetic_samples  # here, since evaluate imports this module
+
+        samples, rows = True, [(record["id"], record) for record in arithmetic_samples(pair_problems)]
+    else:
+        rows = [(f"{source}:{line}", row) for line, row in read_jsonl(source)]
+        samples = "completions" in rows[0][1]
+    if pair_weight == "gap" and not samples:
+        fail(f"--pair-weight gap: {source} holds pairs without scores; a samples file is needed")
+    pairs = sampled_pairs(rows, source, min_gap, dropped) if samples else read_pairs(rows, source, dropped)
+
+    prompts: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        prompts.setdefault(pair.question, []).append(pair)
+    kept = []
+    for question, group in prompts.items():
+        dropped["over --max-pairs-per-prompt"] += max(0, len(group) - max_pairs_per_prompt)
+        kept += random.Random(f"pairs {question} {seed}").sample(group, min(len(group), max_pairs_per_prompt))
+    if balance_topics:
+        topics = {topic: [pair for pair in kept if pair.topic == topic] for topic in sorted({p.topic for p in kept})}
+        if len(topics) < 2:
+            fail(f"--balance-topics: {source} does not name two topics")
+        rarest, rng = min(map(len, topics.values())), random.Random(f"topics {seed}")
+        dropped["to balance topics"] = len(kept) - rarest * len(topics)
+        kept = [pair for group in topics.values() for pair in rng.sample(group, rarest)]
+    mean = sum(pair.weight for pair in kept) / len(kept)
+    kept = [replace(pair, weight=pair.weight / mean if pair_weight == "gap" else 1.0) for pair in kept]
+    counts = ", ".join(f"{count} {why}" for why, count in dropped.items() if count) or "none"
+    print(f"pairs: {len(kept)} of {len({pair.question for pair in kept})} prompts from {source}; dropped: {counts}")
+    return kept
+
+
+def sampled_pairs(rows: list[tuple[str, dict]], source: str, min_gap: float, dropped: Counter) -> list[Pair]:
+    """All pairs that each problem's scored completions induce, the better one chosen; weight = the scores' gap."""
+    pairs, errors, questions = [], [], set()
+    for place, row in rows:
+        try:
+            question = text_field(row, ("question", "prompt"))
+            scored: dict[str, dict] = {}  # by text: a completion that was sampled twice says nothing new
+            if not isinstance(row.get("completions"), list):
+                raise ValueError("no field 'completions' with a list, as the first line has")
+            for completion in row["completions"]:
+                if not isinstance(completion, dict) or not isinstance(completion.get("text"), str):
+                    raise ValueError("a completion has no field 'text'")
+                score = completion.get("reward")
+                if not isinstance(score, int | float) or not math.isfinite(score):
+                    raise ValueError(f"a completion's 'reward' is {score!r}, a number is expected")
+                dropped["duplicate texts"] += completion["text"] in scored
+                scored.setdefault(completion["text"], completion)
+        except ValueError as error:
+            errors.append(f"{place}: {error}")
+            continue
+        if question in questions:
+            dropped["duplicate prompts"] += 1
+            continue
+        questions.add(question)
+        best_first = sorted(scored.values(), key=lambda completion: -completion["reward"])
+        for i, better in enumerate(best_first):
+            for worse in best_first[i + 1 :]:
+                gap = better["reward"] - worse["reward"]
+                dropped["near ties (--min-gap)"] += 0 < gap < min_gap
+                if gap > 0 and gap >= min_gap:
+                    ends = better.get("finished", True), worse.get("finished", True)
+                    topic = str(row.get("topic") or "")
+                    pairs.append(Pair(question, better["text"], worse["text"], place, topic, gap, *ends))
+    fail_on(errors, source)
+    if not pairs:
+        fail(f"{source}: no prompt has two completions whose scores differ by --min-gap {min_gap:g} or more")
+    return pairs
+
+
+def read_pairs(rows: list[tuple[str, dict]], source: str, dropped: Counter) -> list[Pair]:
+    pairs, errors = {}, []
+    for place, row in rows:
+        try:
+            question = text_field(row, ("prompt", "question"))
+            chosen, rejected = text_field(row, ("chosen",)), text_field(row, ("rejected",))
+            if chosen == rejected:
+                raise ValueError("chosen and rejected are equal")
+            dropped["duplicate pairs"] += (question, chosen, rejected) in pairs
+            pair = Pair(question, chosen, rejected, place, str(row.get("topic") or ""))
+            pairs.setdefault((question, chosen, rejected), pair)
+        except ValueError as error:
+            errors.append(f"{place}: {error}")
+    fail_on(errors, source)
+    return list(pairs.values())
+
+
+def encode_pairs(
+    tokenizer, pairs: list[Pair], system_prompt: str, context: float
+) -> tuple[list[Pair], list[list[int]], list[tuple[list[int], list[int]]]]:
+    """The pairs that fit the context, their prompts' token ids, and (chosen, rejected) ids of each.
+
+    A pair that the context would cut is dropped and counted: what is cut off is the answer and the EOS.
+    """
+    prompts = encode_prompts(tokenizer, [pair.question for pair in pairs], system_prompt)
+    for pair, prompt in zip(pairs, prompts, strict=True):
+        if len(prompt) >= context:
+            fail(f"{pair.id}: its prompt of {len(prompt)} tokens leaves no room in the model's context of {context}")
+    heads = tokenizer.batch_decode([prompt[-8:] for prompt in prompts])
+
+    def encode(texts: list[str], finished: list[bool]) -> list[list[int]]:
+        # Where the template opens the think block in the prompt, `decode` had put the tag in front of the text.
+        opened = [head.rstrip().endswith("<think>") for head in heads]
+        texts = [t.removeprefix("<think>") if o else t for t, o in zip(texts, opened, strict=True)]
+        ids = encode_completions(tokenizer, texts)
+        return [i if whole else i[:-1] for i, whole in zip(ids, finished, strict=True)]  # what was cut has no EOS
+
+    chosen = encode([pair.chosen for pair in pairs], [pair.chosen_finished for pair in pairs])
+    rejected = encode([pair.rejected for pair in pairs], [pair.rejected_finished for pair in pairs])
+    both = list(zip(chosen, rejected, strict=True))
+    fits = [i for i, ids in enumerate(both) if len(prompts[i]) + max(map(len, ids)) <= context and all(ids)]
+    if len(fits) < len(pairs):
+        print(f"note: {len(pairs) - len(fits)} of {len(pairs)} pairs exceed the context of {context}: dropped")
+    return [pairs[i] for i in fits], [prompts[i] for i in fits], [both[i] for i in fits]
+
+
+def pair_rollout(prompts: list[list[int]], completions: list, device) -> common.Rollout:
+    """The pairs as groups of two: chosen, rejected."""
+    return common.make_rollout(prompts, [ids for pair in completions for ids in pair], group_size=2, device=device)
 
 
 # ---- Which problems an iteration sees ------------------------------------------------------------------------------

@@ -182,6 +182,28 @@ def comparison_table(before: dict[str, float], after: dict[str, float]) -> str:
     return format_table(header, table)
 
 
+def pair_table(before: dict[str, float], after: dict[str, float]) -> str:
+    """What a preference method's evaluations say beside the accuracy, before and after training."""
+    names = ("pair_accuracy", "pair_margin", "pair_loss", "calibration", "kl", "win_rate")
+    rows = [[name, before[f"eval/{name}"], after[f"eval/{name}"]] for name in names if f"eval/{name}" in after]
+    return format_table(["held-out", "before", "after"], rows)
+
+
+def arithmetic_samples(count: int) -> list[dict]:
+    """Records as in a samples file, from the embedded model: eight completions of each of `count` problems of both
+    splits, with the reward that is train_grpo.py's default. Always from one seed, on the CPU, in fp32: a run that is
+    resumed, on whatever device, must find the same ones."""
+    model = "models/tiny-arithmetic"
+    tokenizer = common.load_tokenizer(model)
+    policy = common.load_policy(model, eos_token_id=tokenizer.eos_token_id)
+    problems = load_problems("arithmetic", "all", count)
+    prompts = encode_prompts(tokenizer, [p.question for p in problems])
+    records = evaluate(policy, tokenizer, problems, prompts, num_samples=8, max_new_tokens=40, progress=True)
+    for completion in (c for record in records for c in record["completions"]):
+        completion["reward"] = completion["correct"] + 0.2 * completion["format"]
+    return records
+
+
 @dataclass
 class Args:
     model: str = "models/tiny-arithmetic"

@@ -197,3 +197,12 @@ def micro_batches(rollout: Rollout, rows: list[int], max_tokens: int) -> list[li
         else:
             batch += group
     return batches + [batch] if batch else batches
+
+
+def pair_micro_batches(rollout: Rollout, max_tokens: int) -> list[list[int]]:
+    """All rows of a Rollout of pairs in micro-batches of whole pairs, in the order chosen, rejected, chosen, ...: a
+    pair's loss needs both rows. The budget is never under what the largest pair takes."""
+    G, lengths = rollout.group_size, rollout.lengths.tolist()
+    longest = max(len(rollout.prompt_ids[row // G]) + length for row, length in enumerate(lengths))
+    batches = micro_batches(rollout, list(range(len(lengths))), max(max_tokens, G * longest))
+    return [sorted(rows) for rows in batches]  # similar lengths together had put the shorter of a pair first

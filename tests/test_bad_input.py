@@ -119,7 +119,7 @@ def test_from_the_command_line(script):
     ours = subprocess.run([sys.executable, script, "--model", "/nowhere"], capture_output=True, text=True)
     assert ours.returncode == 2 and ours.stderr.startswith("error: --model /nowhere: ") and ours.stderr.count("\n") == 1
     shown = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0 and "--max-new-tokens" in shown.stdout
+    assert shown.returncode == 0 and "--system-prompt" in shown.stdout
 
 
 def copy_model(target: Path) -> Path:

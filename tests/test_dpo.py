@@ -1,0 +1,454 @@
+"""DPO's mathematics, in float64 where it is an identity, its pairs, and whole runs."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import EMBEDDED, make_model
+from test_bad_input import no_model, refuse  # noqa: F401  (a fixture)
+from test_runs import StopAtIterationThree, run, scalars, weights
+from torch.nn.functional import logsigmoid
+
+import common
+import evaluate
+import train_dpo
+from data import Pair, encode_pairs, encode_prompts, is_held_out, load_preference_pairs, pair_rollout
+from train_dpo import dpo_loss, reference_logprobs, sequence_logps
+
+
+def double(*shape) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def four(rows: int = 5) -> list[torch.Tensor]:
+    """chosen, rejected, ref_chosen, ref_rejected"""
+    return list(double(4, rows))
+
+
+# ---- The loss --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
+def test_at_the_reference_the_loss_is_log_2(beta):
+    chosen, rejected, _, _ = four()
+    loss, metrics = dpo_loss(chosen, rejected, chosen, rejected, beta)
+    assert loss.item() == pytest.approx(math.log(2), rel=1e-12)
+    assert metrics["rewards/margin"] == 0 and metrics["rewards/accuracy"] == 0.5
+
+
+def test_swapped_pairs_negate_delta():
+    """Pins: chosen and rejected swapped (PITFALLS: the loss would still fall)."""
+    chosen, rejected, ref_chosen, ref_rejected = four()
+    _, metrics = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.3)
+    _, swapped = dpo_loss(rejected, chosen, ref_rejected, ref_chosen, 0.3)
+    assert metrics["rewards/margin"] == pytest.approx(-swapped["rewards/margin"])
+    assert metrics["rewards/chosen"] == pytest.approx(swapped["rewards/rejected"])
+    delta = (chosen - ref_chosen) - (rejected - ref_rejected)
+    assert metrics["rewards/margin"] == pytest.approx(0.3 * delta.mean().item())
+
+
+def test_the_gradient_is_beta_sigmoid_of_minus_beta_delta():
+    """Section 4 of the paper: up for the chosen, down for the rejected, most where the pair is ranked wrongly."""
+    chosen, rejected, ref_chosen, ref_rejected = four()
+    chosen.requires_grad_(), rejected.requires_grad_()
+    loss, _ = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.7)
+    loss.backward()
+    delta = (chosen - ref_chosen) - (rejected - ref_rejected)
+    expected = 0.7 * torch.sigmoid(-0.7 * delta) / 5
+    assert torch.allclose(chosen.grad, -expected) and torch.allclose(rejected.grad, expected)
+
+
+def test_ipo_simpo_and_label_smoothing_by_hand():
+    chosen, rejected, ref_chosen, ref_rejected = four()
+    delta = (chosen - ref_chosen) - (rejected - ref_rejected)
+    ipo, _ = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.1, "ipo")
+    assert ipo.item() == pytest.approx(((delta - 5) ** 2).mean().item())  # 1 / (2 * 0.1) = 5
+    simpo, _ = dpo_loss(chosen, rejected, None, None, 2.0, "simpo", gamma=1.0)
+    assert simpo.item() == pytest.approx(-logsigmoid(2 * (chosen - rejected) - 1).mean().item())
+    smooth, _ = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.5, label_smoothing=0.1)
+    expected = -0.9 * logsigmoid(0.5 * delta) - 0.1 * logsigmoid(-0.5 * delta)
+    assert smooth.item() == pytest.approx(expected.mean().item())
+    plain, _ = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.5, gamma=3.0)
+    assert plain.item() == pytest.approx(-logsigmoid(0.5 * delta).mean().item())  # gamma is SimPO's alone
+    with pytest.raises(ValueError):
+        dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 2.0, "simpo")
+
+
+def test_row_weights_replace_the_mean():
+    values, w = four(), torch.tensor([0.5, 0.0, 0.2, 0.2, 0.1], dtype=torch.float64)
+    rows = torch.stack([dpo_loss(*(v[i : i + 1] for v in values), 0.5)[0] for i in range(5)])
+    assert dpo_loss(*values, 0.5)[0].item() == pytest.approx(rows.mean().item())
+    assert dpo_loss(*values, 0.5, row_weights=w)[0].item() == pytest.approx((w * rows).sum().item())
+
+
+def test_sums_or_means_over_the_tokens():
+    """Pins: a mean over the padded length, or a sum where the mean was asked for."""
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]], dtype=torch.bool)
+    logprobs = torch.tensor([[-1.0, -2.0, -3.0, -2.0], [-1.0, -2.0, 0.0, 0.0]])
+    assert sequence_logps(logprobs, mask, mean=False).tolist() == [-8.0, -3.0]
+    assert sequence_logps(logprobs, mask, mean=True).tolist() == [-2.0, -1.5]
+
+
+def bandit(beta: float, reward: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
+    """The policy over arms that minimises DPO's loss on all pairs, weighted by how often ref draws them and by
+    Bradley-Terry's chance that the first is preferred."""
+    logits = ref.log().clone().requires_grad_()
+    i, j = (index.flatten() for index in torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"))
+    pair_weights = (ref[i] * ref[j] * torch.sigmoid(reward[i] - reward[j]))[i != j]
+    i, j = i[i != j], j[i != j]
+    optimizer = torch.optim.LBFGS([logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=0.0)
+
+    def closure():
+        optimizer.zero_grad()
+        logps, ref_logps = logits.log_softmax(0), ref.log()
+        loss, _ = dpo_loss(logps[i], logps[j], ref_logps[i], ref_logps[j], beta, row_weights=pair_weights)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return logits.detach().softmax(0)
+
+
+def test_a_bandit_converges_to_the_tilted_reference():
+    """ref * exp(r / beta) / Z, the optimum of E[r] - beta KL (eq. 4 of the paper): DPO's whole point."""
+    reward = torch.tensor([1.0, 0.2, -0.5, 0.4], dtype=torch.float64)
+    ref = torch.tensor([0.1, 0.4, 0.3, 0.2], dtype=torch.float64)
+    distances = []
+    for beta in (0.3, 1.0, 3.0):
+        policy, expected = bandit(beta, reward, ref), ref * (reward / beta).exp()
+        assert torch.allclose(policy, expected / expected.sum(), atol=1e-5)
+        distances.append((policy * (policy / ref).log()).sum().item())
+    assert distances[0] > distances[1] > distances[2] > 0  # the larger beta, the closer to the reference
+
+
+def test_the_gradient_does_not_depend_on_micro_batches():
+    """Pins: a loss normalised per micro-batch, a pair that is torn apart, or one whose sides are swapped where the
+    rejected completion is the shorter one."""
+    model = make_model("llama").double()
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+    completions = [([14, 15, 16, 17, 1], [18, 1]), ([19, 1], [20, 21, 22, 23, 24, 1]), ([25, 1], [26, 27, 1])]
+    rollout = pair_rollout(prompts, completions, "cpu")
+    row_weights = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
+    gradients = []
+    for budget in (1, 32, 1000):
+        batches = common.pair_micro_batches(rollout, budget)
+        assert len(batches) == {1: 3, 32: 2, 1000: 1}[budget]
+        for micro in batches:
+            assert all(b == a + 1 and a % 2 == 0 for a, b in zip(micro[0::2], micro[1::2], strict=True))
+            logprobs, _ = common.completion_logprobs(model, rollout, micro)
+            logps = sequence_logps(logprobs, rollout.mask[micro], mean=False).double()
+            ref = 0.9 * logps.detach()
+            weights = row_weights[[row // 2 for row in micro[0::2]]]
+            dpo_loss(logps[0::2], logps[1::2], ref[0::2], ref[1::2], 0.1, row_weights=weights)[0].backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        model.zero_grad()
+    assert gradients[0].abs().max() > 1e-3
+    for other in gradients[1:]:
+        assert torch.allclose(gradients[0], other, atol=1e-5 * gradients[0].abs().max().item())
+
+
+# ---- The pairs -------------------------------------------------------------------------------------------------------
+
+
+def write(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def sample(text: str, reward: float, finished: bool = True) -> dict:
+    return {"text": text, "reward": reward, "correct": reward >= 1, "length": len(text), "finished": finished}
+
+
+def test_all_pairs_of_a_samples_file(tmp_path, capsys):
+    """Three different scores give three pairs, the better one chosen; what is dropped is counted."""
+    rows = [
+        {
+            "question": "1+1=",
+            "topic": "add",
+            "completions": [sample("a", 0.0), sample("b", 1.2, False), sample("c", 0.2)],
+        },
+        {"question": "1+1=", "completions": [sample("d", 0.0), sample("e", 1.0)]},
+        {"question": "2+2=", "completions": [sample("f", 1.0), sample("f", 1.0), sample("g", 0.99)]},
+        {"question": "3+3=", "completions": [sample("h", 1.0), sample("i", 1.0)]},
+    ]
+    file = write(tmp_path / "s.jsonl", rows)
+    pairs = load_preference_pairs(file, min_gap=0.05)
+    assert {(p.chosen, p.rejected) for p in pairs} == {("b", "a"), ("b", "c"), ("c", "a")}
+    assert {p.chosen_finished for p in pairs if p.chosen == "b"} == {False} and all(p.rejected_finished for p in pairs)
+    assert all(p.topic == "add" and p.weight == 1.0 for p in pairs)
+    printed = capsys.readouterr().out
+    for text in ("3 of 1 prompts", "1 duplicate texts", "1 duplicate prompts", "1 near ties"):
+        assert text in printed
+    weighted = {(p.chosen, p.rejected): p.weight for p in load_preference_pairs(file, min_gap=0.05, pair_weight="gap")}
+    assert weighted["b", "a"] == pytest.approx(1.2 / 0.8) and weighted["c", "a"] == pytest.approx(0.2 / 0.8)
+    assert sum(weighted.values()) == pytest.approx(3)
+    assert len(load_preference_pairs(file, min_gap=0.05, max_pairs_per_prompt=2)) == 2
+    assert "1 over --max-pairs-per-prompt" in capsys.readouterr().out
+
+
+def test_topics_are_balanced_by_dropping(tmp_path, capsys):
+    rows = [{"prompt": f"{i}", "chosen": "a", "rejected": "b", "topic": "xyy"[i % 3]} for i in range(30)]
+    pairs = load_preference_pairs(write(tmp_path / "p.jsonl", rows), balance_topics=True)
+    assert sorted(p.topic for p in pairs) == ["x"] * 10 + ["y"] * 10
+    assert "10 to balance topics" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        load_preference_pairs(write(tmp_path / "q.jsonl", [row | {"topic": "x"} for row in rows]), balance_topics=True)
+    assert "does not name two topics" in capsys.readouterr().err
+
+
+def test_pairs_of_the_embedded_model():
+    """The same ones every time; the better completion is chosen; questions of both splits."""
+    pairs = load_preference_pairs("arithmetic-pairs", pair_problems=60)
+    assert pairs == load_preference_pairs("arithmetic-pairs", pair_problems=60)
+    assert len({p.question for p in pairs}) > 40 and {is_held_out(p.question) for p in pairs} == {True, False}
+    for pair in pairs:
+        answer = str(eval(pair.question.rstrip("=")))
+        chosen, rejected = (
+            evaluate.accuracy_reward(text, answer) + 0.2 * evaluate.format_reward(text)
+            for text in (pair.chosen, pair.rejected)
+        )
+        assert chosen > rejected
+
+
+def test_the_samples_file_of_evaluate_is_read(tmp_path):
+    """The right completions are chosen: there a completion's reward is whether it is correct."""
+    file = str(tmp_path / "samples.jsonl")
+    args = {"model": EMBEDDED, "device": "cpu", "eval_problems": 24, "num_samples": 6, "split": "all"}
+    evaluate.main(evaluate.Args(**args, output=file))
+    pairs = load_preference_pairs(file)
+    assert len(pairs) > 24 and all(pair.id.startswith(f"{file}:") and pair.topic for pair in pairs)
+    for pair in pairs:
+        answer = str(eval(pair.question.rstrip("=")))
+        rewards = [evaluate.accuracy_reward(text, answer) for text in (pair.chosen, pair.rejected)]
+        assert rewards == [1.0, 0.0]
+
+
+BAD_PAIRS = [
+    ([{"prompt": "1+1=", "chosen": "2"}], "p.jsonl:2: no field 'rejected'"),
+    ([{"prompt": "1+1=", "rejected": "2"}], "p.jsonl:2: no field 'chosen'"),
+    ([{"chosen": "2", "rejected": "3"}], "p.jsonl:2: no field 'prompt' or 'question'"),
+    ([{"prompt": "1+1=", "chosen": "2", "rejected": "2"}], "p.jsonl:2: chosen and rejected are equal"),
+    ([{"prompt": "1+1=", "chosen": ["2"], "rejected": "2"}], "p.jsonl:2: field 'chosen' is of type list"),
+    ([{"prompt": "1+" * 140 + "1=", "chosen": "2", "rejected": "3"}], "leaves no room in the model's context of 256"),
+]
+BAD_SAMPLES = [
+    ([{"question": "2+2="}], "p.jsonl:2: no field 'completions'"),
+    ([{"question": "2+2=", "completions": [{"text": "a"}]}], "p.jsonl:2: a completion's 'reward' is None"),
+    ([{"question": "2+2=", "completions": [{"reward": 1.0}]}], "p.jsonl:2: a completion has no field 'text'"),
+    ([], "no prompt has two completions whose scores differ"),
+]
+
+
+@pytest.mark.parametrize(
+    "rows,message", BAD_PAIRS + BAD_SAMPLES, ids=[message for _, message in BAD_PAIRS + BAD_SAMPLES]
+)
+def test_bad_pairs_are_refused_by_line(rows, message, tmp_path, capsys, no_model):  # noqa: F811
+    first = {"prompt": "0+1=", "chosen": "1", "rejected": "2"}
+    if (rows, message) in BAD_SAMPLES:
+        first = {"prompt": "0+1=", "completions": [sample("a", 1.0), sample("b", 1.0)]}
+    args = train_dpo.Args(
+        model=EMBEDDED, data=write(tmp_path / "p.jsonl", [first, *rows]), run_root=str(tmp_path / "r")
+    )
+    assert message in refuse(train_dpo.main, args, capsys)
+    assert not (tmp_path / "r").exists()
+
+
+BAD_FLAGS = [
+    ({"loss": "simpo", "kl_coef": 0.1}, "--loss simpo has no reference: --kl-coef and --ref-cache don't go with it"),
+    ({"loss": "simpo", "ref_cache": "x"}, "--loss simpo has no reference"),
+    ({"label_smoothing": 0.5}, "--label-smoothing 0.5: must be under 0.5"),
+    ({"loss": "ipo", "label_smoothing": 0.1}, "and 0 with --loss ipo"),
+    ({"beta": 0.0}, "--beta 0.0: must be more than 0"),
+    ({"max_pairs_per_prompt": 0}, "--max-pairs-per-prompt 0: must be 1 or more"),
+    ({"pair_weight": "gap"}, "--pair-weight gap: "),
+    ({}, "--minibatch-size 64: only"),
+]
+
+
+@pytest.mark.parametrize("changes,message", BAD_FLAGS, ids=[message for _, message in BAD_FLAGS])
+def test_bad_flags(changes, message, tmp_path, capsys, no_model):  # noqa: F811
+    data = write(tmp_path / "p.jsonl", [{"prompt": "0+1=", "chosen": "1", "rejected": "2"}])
+    args = train_dpo.Args(**({"model": EMBEDDED, "data": data, "run_root": str(tmp_path / "r")} | changes))
+    assert message in refuse(train_dpo.main, args, capsys)
+    assert not (tmp_path / "r").exists()
+
+
+class Merging:
+    """A tokenizer that merges "=" and "2" where they meet in one text, adds a BOS unless told not to, and has a
+    template that writes one."""
+
+    eos_token_id, chat_template = 1, "yes"
+    ids = {"<bos>": 2, "=2": 3, "=": 4, "2": 5, "1": 6, "+": 7, "3": 8}
+
+    def __call__(self, texts, add_special_tokens=True):
+        def encode(text: str) -> list[int]:
+            ids = [2] if add_special_tokens else []
+            while text:
+                token = next(token for token in self.ids if text.startswith(token))
+                ids, text = [*ids, self.ids[token]], text[len(token) :]
+            return ids
+
+        class Encoded:
+            input_ids = [encode(text) for text in texts]
+
+        return Encoded
+
+    def apply_chat_template(self, chats, add_generation_prompt, tokenize):
+        return ["<bos>" + chat[-1]["content"] for chat in chats]
+
+    def batch_decode(self, rows):
+        return ["" for _ in rows]
+
+
+def test_ids_are_concatenated_with_one_bos_and_an_eos():
+    """Pins: prompt and completion tokenised as one text, so that tokens merge at the boundary; BOS twice; no EOS; and
+    an EOS after a completion that never had one, since it was cut."""
+    pairs = [Pair("1+1=", "2", "3", rejected_finished=False)]
+    _, prompts, completions = encode_pairs(Merging(), pairs, "", 100)
+    assert prompts == [[2, 6, 7, 6, 4]] and completions == [([5, 1], [8])]
+    rollout = pair_rollout(prompts, completions, "cpu")
+    ids, _, _, _ = common.completion_inputs(rollout, [0, 1], "cpu")
+    assert ids.tolist() == [[2, 6, 7, 6, 4, 5, 1], [2, 6, 7, 6, 4, 8, 0]]
+    assert rollout.mask.tolist() == [[True, True], [True, False]]
+
+
+def test_pairs_that_the_context_would_cut_are_dropped_and_counted(embedded, capsys):
+    """Pins: truncation that eats a completion's end, or all of it."""
+    pairs = [Pair("1+1=", "2", "3" * n) for n in (5, 300)] + [Pair("1+1=", "3" * 300, "2")]
+    kept, prompts, completions = encode_pairs(embedded[1], pairs, "", 256)
+    assert kept == pairs[:1] and len(prompts) == len(completions) == 1
+    assert all(ids[-1] == embedded[1].eos_token_id for ids in completions[0])
+    assert "2 of 3 pairs exceed the context of 256: dropped" in capsys.readouterr().out
+
+
+def test_a_think_tag_in_the_prompt_is_not_repeated(embedded):
+    """A template that opens the think block: decoding had put the tag before the text, the prompt has it too."""
+    tokenizer = common.load_tokenizer(EMBEDDED)
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}<think>"
+    pairs = [Pair("1+1=", "<think>2</think>2", "<think>3</think>3")]
+    _, prompts, completions = encode_pairs(tokenizer, pairs, "", 256)
+    assert tokenizer.decode(prompts[0] + completions[0][0][:-1]).replace(" ", "") == "1+1=<think>2</think>2"
+
+
+# ---- The reference's logprobs ----------------------------------------------------------------------------------------
+
+
+def test_the_reference_is_computed_once_for_the_same_weights_and_tokens(embedded, tmp_path, monkeypatch):
+    """Pins: a cache that answers for other weights or other tokens."""
+    policy, tokenizer = common.load_policy(EMBEDDED), embedded[1]
+    pairs = [Pair("1+1=", "<think>2", "3"), Pair("12-5=", "7", "8</answer>")]
+    _, prompts, completions = encode_pairs(tokenizer, pairs, "", 256)
+    passes, original = [], common.completion_logprobs
+
+    def counting(*args):
+        passes.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(common, "completion_logprobs", counting)
+    first = reference_logprobs(policy, prompts, completions, 4096, tmp_path)
+    assert len(passes) == 1
+    second = reference_logprobs(policy, prompts, completions, 4096, tmp_path)
+    assert len(passes) == 1 and torch.equal(first, second)
+    rollout = pair_rollout(prompts, completions, "cpu")
+    with torch.no_grad():
+        assert torch.allclose(first, original(policy, rollout, [0, 1, 2, 3])[0], atol=1e-5)
+    completions[1] = completions[1][::-1]
+    other = reference_logprobs(policy, prompts, completions, 4096, tmp_path)
+    assert len(passes) == 2 and torch.allclose(other[2], first[3], atol=1e-5)
+    with torch.no_grad():
+        next(policy.parameters())[5, 5] += 1e-3
+    reference_logprobs(policy, prompts, completions, 4096, tmp_path)
+    assert len(passes) == 3 and len(list(tmp_path.iterdir())) == 3
+
+
+# ---- Whole runs ------------------------------------------------------------------------------------------------------
+
+SMALL = {"model": EMBEDDED, "device": "cpu", "pair_problems": 60, "minibatch_size": 8, "eval_problems": 12}
+TAGS = """
+    rewards/chosen rewards/rejected rewards/margin rewards/accuracy logps/chosen logps/rejected
+    loss/policy loss/kl loss/entropy loss/grad_norm loss/learning_rate eval/pair_accuracy eval/pair_margin
+    eval/pair_loss eval/kl eval/win_rate eval/accuracy eval/accuracy_greedy eval/format eval/length
+    time/update memory/peak_gb
+""".split()
+
+
+def test_a_short_run_learns_to_rank(tmp_path, capsys):
+    """At the reference each pair is a tie; then held-out pairs are ranked right, and the policy moves away."""
+    changes = {
+        "pair_problems": 300,
+        "eval_problems": 60,
+        "iterations": 30,
+        "minibatch_size": 32,
+        "warmup_iterations": 3,
+    }
+    run_dir = run(train_dpo.main, train_dpo.Args(**(SMALL | changes), run_root=str(tmp_path)))
+    values = {tag: [value for _, value in points] for tag, points in scalars(run_dir).items()}
+    assert not set(TAGS) - set(values)
+    assert values["loss/policy"][0] == pytest.approx(math.log(2), abs=1e-4)
+    assert abs(values["eval/pair_margin"][0]) < 1e-4 and values["eval/pair_accuracy"][-1] > 0.65
+    assert values["eval/pair_loss"][-1] < values["eval/pair_loss"][0] == pytest.approx(math.log(2), abs=1e-4)
+    assert values["eval/win_rate"][0] == 0.5 and abs(values["eval/kl"][0]) < 1e-4
+    assert values["loss/kl"][0] < 1e-8 < values["loss/kl"][-1]
+    printed = capsys.readouterr().out
+    assert "pair_accuracy" in printed and f"model: {run_dir / 'final'}" in printed
+    common.load_policy(str(run_dir / "final"))
+
+
+@pytest.mark.parametrize("changes", [{"loss": "simpo"}, {"loss": "ipo"}, {"length_normalize": True, "kl_coef": 1.0}])
+def test_every_loss_runs(changes, tmp_path):
+    values = scalars(run(train_dpo.main, train_dpo.Args(**SMALL, **changes, iterations=2, run_root=str(tmp_path))))
+    assert all(math.isfinite(value) for points in values.values() for _, value in points)
+    assert ("eval/kl" in values) == ("loss/kl" in values) == (changes.get("loss") != "simpo")
+
+
+def test_simpo_loads_no_reference_and_dpo_only_for_evaluations(tmp_path, monkeypatch):
+    loads, load = [], common.load_policy
+    monkeypatch.setattr(common, "load_policy", lambda *a, **k: loads.append(a) or load(*a, **k))
+    run(train_dpo.main, train_dpo.Args(**SMALL, loss="simpo", iterations=1, run_root=str(tmp_path)))
+    assert len(loads) == 2  # the pairs' sampler and the policy
+    run(train_dpo.main, train_dpo.Args(**SMALL, iterations=1, run_root=str(tmp_path)))
+    assert len(loads) == 2 + 4
+
+
+def test_the_soft_penalty_keeps_the_policy_near_the_reference(tmp_path):
+    """Pins: a sign that drives it away."""
+    changes = {"iterations": 10, "learning_rate": 3e-4, "warmup_iterations": 1, "eval_problems": 6}
+    drift = [
+        scalars(run(train_dpo.main, train_dpo.Args(**(SMALL | changes), kl_coef=c, run_root=str(tmp_path))))["loss/kl"][
+            -1
+        ]
+        for c in (0.0, 30.0)
+    ]
+    assert drift[1][1] < 0.7 * drift[0][1]
+
+
+@pytest.mark.parametrize("lost_work", [False, True])
+def test_an_interrupted_run_equals_the_uninterrupted_one(lost_work, tmp_path, monkeypatch):
+    """Pins: a resume that misses optimizer, data cursor, the start model's samples, or takes the checkpoint for the
+    reference. Weights to the byte, every event but times and memory to the bit; without its cache too."""
+    args = train_dpo.Args(**SMALL, iterations=5, eval_every=3, save_every=2, kl_coef=0.1, run_root=str(tmp_path))
+    whole = run(train_dpo.main, args)
+    with monkeypatch.context() as patched:
+        patched.setattr(common, "StopSignal", StopAtIterationThree)
+        with pytest.raises(SystemExit) as stopped:
+            train_dpo.main(args)
+    assert stopped.value.code == 130
+    (broken,) = set(tmp_path.iterdir()) - {whole}
+    if lost_work:
+        shutil.rmtree(broken / "checkpoints" / "step_000003")
+        shutil.rmtree(broken / "ref_logprobs")
+    run(train_dpo.main, common.parse_args(train_dpo.Args, ["--resume", str(broken)]))
+    assert weights(whole / "final") == weights(broken / "final")
+    ours, theirs = scalars(whole), scalars(broken)
+    assert set(ours) == set(theirs)
+    for tag in ours:
+        if not tag.startswith(("time/", "memory/")):
+            assert ours[tag] == theirs[tag], tag
+
+
+def test_prompts_are_the_chat_turns(embedded):
+    """The policy is trained on the prompts that it is evaluated on."""
+    _, prompts, _ = encode_pairs(embedded[1], [Pair("1+1=", "2", "3")], "", 256)
+    assert prompts == encode_prompts(embedded[1], ["1+1="])

@@ -1,0 +1,196 @@
+"""The reward model's mathematics, in float64 where it is an identity, and whole runs."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import EMBEDDED
+from test_bad_input import refuse
+from test_runs import StopAtIterationThree, run, scalars, weights
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForSequenceClassification
+
+import common
+import train_rm
+from data import encode_pairs, is_held_out, load_preference_pairs, pair_rollout
+from train_rm import calibration_error, pair_scores, reward_model_loss
+
+SMALL = {"model": EMBEDDED, "device": "cpu", "pair_problems": 60, "minibatch_size": 8, "eval_problems": 12}
+
+
+def double(*shape) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+# ---- The loss --------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_by_hand():
+    chosen, rejected = double(2, 5)
+    loss, metrics = reward_model_loss(chosen, rejected)
+    assert loss.item() == pytest.approx(-logsigmoid(chosen - rejected).mean().item())
+    assert reward_model_loss(chosen, chosen)[0].item() == pytest.approx(math.log(2))
+    assert metrics["rewards/margin"] == pytest.approx((chosen - rejected).mean().item())
+    assert metrics["rewards/accuracy"] == pytest.approx((chosen > rejected).double().mean().item())
+    with_margin, _ = reward_model_loss(chosen, rejected, margin=0.5)
+    assert with_margin.item() == pytest.approx(-logsigmoid(chosen - rejected - 0.5).mean().item())
+    assert with_margin > loss  # a margin asks for more
+
+
+def test_swapped_pairs_negate_the_margin():
+    """Pins: chosen and rejected swapped. The gradient is minus and plus sigmoid of minus the margin."""
+    chosen, rejected = double(2, 5)
+    chosen.requires_grad_(), rejected.requires_grad_()
+    loss, metrics = reward_model_loss(chosen, rejected)
+    assert metrics["rewards/margin"] == pytest.approx(-reward_model_loss(rejected, chosen)[1]["rewards/margin"])
+    loss.backward()
+    expected = torch.sigmoid(rejected - chosen) / 5
+    assert torch.allclose(chosen.grad, -expected) and torch.allclose(rejected.grad, expected)
+
+
+def test_a_shift_of_all_scores_changes_nothing():
+    """Which is why the level is fixed afterwards, by score_mean."""
+    chosen, rejected = double(2, 5)
+    assert reward_model_loss(chosen + 7, rejected + 7)[0].item() == pytest.approx(
+        reward_model_loss(chosen, rejected)[0].item()
+    )
+
+
+def test_row_weights_replace_the_mean():
+    chosen, rejected = double(2, 3)
+    w = torch.tensor([0.6, 0.0, 0.4], dtype=torch.float64)
+    expected = (w * -logsigmoid(chosen - rejected)).sum().item()
+    assert reward_model_loss(chosen, rejected, row_weights=w)[0].item() == pytest.approx(expected)
+
+
+def test_scores_recover_bradley_terry_rewards():
+    """With pairs weighted by how often the first is preferred, the fitted scores are the true ones up to a shift."""
+    reward = torch.tensor([1.0, 0.2, -0.5, 0.4], dtype=torch.float64)
+    scores = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    i, j = torch.tensor([(i, j) for i in range(4) for j in range(4) if i != j]).T
+    pair_weights = torch.sigmoid(reward[i] - reward[j]) / 12
+    optimizer = torch.optim.LBFGS([scores], max_iter=500, tolerance_grad=1e-12, tolerance_change=0.0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss, _ = reward_model_loss(scores[i], scores[j], row_weights=pair_weights)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert torch.allclose(scores - scores.mean(), reward - reward.mean(), atol=1e-6)
+
+
+def test_calibration_by_hand():
+    """Two bins: 0.55 sure and right once in two, 0.95 sure and always right. Order of the sides must not matter."""
+    logit = torch.tensor([0.55, 0.95], dtype=torch.float64).logit()
+    margins = torch.stack([logit[0], -logit[0], logit[1], logit[1]])
+    assert calibration_error(margins) == pytest.approx(0.5 * 0.05 + 0.5 * 0.05)
+    assert calibration_error(-logit[1:]) == pytest.approx(0.95)  # sure, and wrong
+    assert calibration_error(torch.zeros(4)) == 0.0  # ties: a coin, and known to be one
+    torch.manual_seed(0)
+    margins = 3 * double(200_000)
+    preferred = torch.rand(len(margins)) < margins.sigmoid()
+    assert calibration_error(torch.where(preferred, margins, -margins)) < 0.01  # what Bradley-Terry says comes true
+
+
+def test_the_gradient_does_not_depend_on_micro_batches(embedded):
+    """Pins: a loss normalised per micro-batch, and a pair that is torn apart."""
+    model = common.load_reward_model(EMBEDDED, new_head=True)
+    torch.nn.init.normal_(model.score.weight)
+    prompts = [[15, 16, 17], [18], [19, 20, 21, 22, 23]]
+    completions = [([24, 25, 26, 27, 1], [28, 1]), ([29, 1], [20, 21, 22, 23, 24, 1]), ([25, 1], [26, 27, 1])]
+    rollout = pair_rollout(prompts, completions, "cpu")
+    row_weights = torch.tensor([0.5, 0.2, 0.3])
+    gradients = []
+    for budget in (1, 32, 1000):
+        for micro in common.pair_micro_batches(rollout, budget):
+            scores = common.completion_scores(model, rollout, micro)
+            row_weights_here = row_weights[[row // 2 for row in micro[0::2]]]
+            reward_model_loss(scores[0::2], scores[1::2], row_weights=row_weights_here)[0].backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        model.zero_grad()
+    assert gradients[0].abs().max() > 1e-3
+    for other in gradients[1:]:
+        assert torch.allclose(gradients[0], other, atol=1e-4 * gradients[0].abs().max().item())
+
+
+# ---- Whole runs ------------------------------------------------------------------------------------------------------
+
+
+def test_a_short_run_learns_to_rank(tmp_path, capsys):
+    """From ties to held-out pairs ranked right. The result is an ordinary classifier: transformers' own forward scores
+    as completion_scores does, but for the mean over the training pairs, which is then 0."""
+    changes = {"pair_problems": 200, "eval_problems": 60, "minibatch_size": 32, "min_gap": 0.05}
+    changes |= {"iterations": 40, "warmup_iterations": 4, "learning_rate": 3e-4}
+    run_dir = run(train_rm.main, train_rm.Args(**(SMALL | changes), run_root=str(tmp_path)))
+    values = {tag: [value for _, value in points] for tag, points in scalars(run_dir).items()}
+    for tag in "chosen rejected margin accuracy".split():
+        assert f"rewards/{tag}" in values
+    assert values["loss/policy"][0] == pytest.approx(math.log(2), abs=1e-6)
+    assert values["eval/pair_accuracy"][0] == 0.5 and values["eval/pair_accuracy"][-1] > 0.65
+    assert values["eval/pair_loss"][-1] < values["eval/pair_loss"][0]
+    assert 0 <= values["eval/calibration"][-1] < 0.4
+    assert "calibration" in capsys.readouterr().out
+
+    tokenizer = common.load_tokenizer(EMBEDDED)
+    pairs = load_preference_pairs("arithmetic-pairs", seed=1, pair_problems=200, min_gap=0.05)
+    pairs, prompts, completions = encode_pairs(tokenizer, pairs, "", 256)
+    train = [i for i, pair in enumerate(pairs) if not is_held_out(pair.question)]
+    model = common.load_reward_model(str(run_dir / "final"))
+    scores = pair_scores(model, [prompts[i] for i in train], [completions[i] for i in train], 4096)
+    assert model.config.score_mean != 0 and abs(scores.mean().item()) < 1e-4 < scores.std().item()
+    plain = AutoModelForSequenceClassification.from_pretrained(run_dir / "final").eval()
+    rollout = pair_rollout(prompts[:4], completions[:4], "cpu")
+    input_ids, *_ = common.completion_inputs(rollout, list(range(8)), "cpu")
+    sizes = [len(prompts[row // 2]) + n for row, n in enumerate(rollout.lengths.tolist())]
+    inside = torch.arange(input_ids.shape[1]) < torch.tensor(sizes)[:, None]
+    with torch.no_grad():
+        padded = input_ids.masked_fill(~inside, tokenizer.pad_token_id)
+        theirs = plain(padded, attention_mask=inside.long()).logits[:, 0]
+        ours = common.completion_scores(model, rollout, list(range(8)))
+    assert torch.allclose(theirs - model.config.score_mean, ours, atol=1e-4)
+
+
+@pytest.mark.parametrize("lost_work", [False, True])
+def test_an_interrupted_run_equals_the_uninterrupted_one(lost_work, tmp_path, monkeypatch):
+    """Pins: a resume that misses optimizer or data cursor, or begins with a new head."""
+    args = train_rm.Args(**SMALL, iterations=5, eval_every=3, save_every=2, run_root=str(tmp_path))
+    whole = run(train_rm.main, args)
+    with monkeypatch.context() as patched:
+        patched.setattr(common, "StopSignal", StopAtIterationThree)
+        with pytest.raises(SystemExit) as stopped:
+            train_rm.main(args)
+    assert stopped.value.code == 130
+    (broken,) = set(tmp_path.iterdir()) - {whole}
+    if lost_work:
+        shutil.rmtree(broken / "checkpoints" / "step_000003")
+    run(train_rm.main, common.parse_args(train_rm.Args, ["--resume", str(broken)]))
+    assert weights(whole / "final") == weights(broken / "final")
+    configs = [json.loads((directory / "final" / "config.json").read_text()) for directory in (whole, broken)]
+    assert configs[0]["score_mean"] == configs[1]["score_mean"]
+    ours, theirs = scalars(whole), scalars(broken)
+    assert set(ours) == set(theirs)
+    for tag in ours:
+        if not tag.startswith(("time/", "memory/")):
+            assert ours[tag] == theirs[tag], tag
+
+
+def test_a_new_head_begins_at_zero_and_keeps_the_backbone(embedded):
+    """Also over a reward model's own directory, whose head would else be taken over."""
+    model = common.load_reward_model(EMBEDDED, new_head=True)
+    assert model.score.bias is None and (model.score.weight == 0).all() and model.config.num_labels == 1
+    assert torch.equal(model.base_model.embed_tokens.weight, embedded[0].base_model.embed_tokens.weight)
+
+
+def test_bad_input(tmp_path, capsys):
+    args = train_rm.Args(**(SMALL | {"minibatch_size": 0}), run_root=str(tmp_path / "r"))
+    assert "--minibatch-size 0: must be 1 or more" in refuse(train_rm.main, args, capsys)
+    args = train_rm.Args(**SMALL, margin=-1.0, run_root=str(tmp_path / "r"))
+    assert "--margin -1.0: must be 0 or more" in refuse(train_rm.main, args, capsys)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1+1=", "chosen": "2", "rejected": "2"}\n')
+    args = train_rm.Args(**SMALL, data=str(tmp_path / "p.jsonl"), run_root=str(tmp_path / "r"))
+    assert "p.jsonl:1: chosen and rejected are equal" in refuse(train_rm.main, args, capsys)
+    assert not (tmp_path / "r").exists()
