@@ -65,7 +65,7 @@ AT_LEAST_1 = (
     "prompts_per_step group_size max_new_tokens update_epochs minibatch_size micro_batch_tokens eval_problems "
     "max_sampling_rounds demonstrations num_samples batch_size value_epochs pair_problems max_pairs_per_prompt"
 ).split()
-MORE_THAN_0 = ("temperature learning_rate value_learning_rate max_grad_norm clip_low clip_high value_clip beta").split()
+POSITIVE = ("temperature learning_rate value_learning_rate max_grad_norm clip_low clip_high value_clip beta").split()
 
 
 def check_flags(args) -> None:
@@ -73,7 +73,7 @@ def check_flags(args) -> None:
     for name, value in vars(args).items():
         if isinstance(value, int | float):
             bounds = ((AT_LEAST_0, value >= 0, "0 or more"), (AT_LEAST_1, value >= 1, "1 or more"))
-            bounds += ((MORE_THAN_0, value > 0, "more than 0"), ([name], math.isfinite(value), "finite"))
+            bounds += ((POSITIVE, value > 0, "more than 0"), ([name], math.isfinite(value), "finite"))
             for names, fits, allowed in bounds:
                 if name in names and not fits:
                     fail(f"--{name.replace('_', '-')} {value}: must be {allowed}")
@@ -111,16 +111,16 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return getattr(torch, dtype)
 
 
-def load_config(path: str):
+def load_config(path: str, flag: str = "--model"):
     """The model's config, or one line that says what is wrong with the path."""
     local = Path(path).is_dir()
     if local and not (Path(path) / "config.json").exists():
-        fail(f"--model {path}: the directory has no config.json; a Hugging Face model directory is expected")
+        fail(f"{flag} {path}: the directory has no config.json; a Hugging Face model directory is expected")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, and whatever the hub client raises
         what = "its config can't be read" if local else "neither a local directory nor a hub name that can be reached"
-        fail(f"--model {path}: {what} ({reason(error)})")
+        fail(f"{flag} {path}: {what} ({reason(error)})")
 
 
 def load_tokenizer(path: str) -> Tokenizer:
@@ -190,7 +190,7 @@ def load_reward_model(path: str, device="cpu", dtype=torch.float32, new_head: bo
     """A sequence classifier with one label, such as train_rm.py writes. new_head: any path's backbone, a head of 0."""
     if new_head:
         return load_value_model(path, device, dtype, AutoModelForSequenceClassification)
-    if (labels := load_config(path).num_labels) != 1:
+    if (labels := load_config(path, "--reward-model").num_labels) != 1:
         fail(f"--reward-model {path}: has {labels} labels, a reward model has one")
     return load_weights(AutoModelForSequenceClassification, path, device, dtype)
 
@@ -288,11 +288,9 @@ def completion_scores(reward_model: PreTrainedModel, rollout: Rollout, rows: lis
 
 
 class MasterAdamW(torch.optim.AdamW):
-    """AdamW whose parameters are fp32 master copies of the model's weights (the weights themselves where they are
-    fp32 already). At a learning rate of 1e-6 most steps are smaller than bf16 can resolve and would be lost; here
-    they add up. Gradients are collected in fp32 too, micro-batch by micro-batch.
-
-    Use it as any optimizer, with `masters` for clipping: clip_grad_norm_(optimizer.masters, ...), step(), zero_grad().
+    """AdamW whose parameters are fp32 master copies of the model's weights (the weights themselves if they are fp32).
+    At a learning rate of 1e-6 most steps are smaller than bf16 can resolve; here they add up. Gradients are collected
+    in fp32 too, over all micro-batches. Use it as any optimizer, but clip `optimizer.masters`.
     """
 
     def __init__(self, model: nn.Module, lr: float, **options):

@@ -187,7 +187,10 @@ def main(args: Args) -> None:
     if args.accuracy_weight == args.format_weight == args.length_weight == 0:
         fail("--accuracy-weight, --format-weight and --length-weight are all 0: there is nothing to learn from")
 
-    if args.reward_model and load_config(args.reward_model).vocab_size != load_config(args.model).vocab_size:
+    if (
+        args.reward_model
+        and load_config(args.reward_model, "--reward-model").vocab_size != load_config(args.model).vocab_size
+    ):
         fail(f"--reward-model {args.reward_model}: has another vocabulary than --model {args.model}")
 
     device = common.resolve_device(args.device)
