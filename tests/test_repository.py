@@ -32,42 +32,47 @@ def test_scripts_stay_small():
     assert counted_lines(Path("common.py")) <= 450 and counted_lines(Path("sampling.py")) <= 450
 
 
-FAMILY = [path for path in SCRIPTS if path.stem in ("train_pg", "train_ppo", "train_grpo", "train_kimi")]
+POLICY_GRADIENT = [Path(f"train_{name}.py") for name in ("grpo", "kimi", "ppo", "pg")]
+SUPERVISED = [Path(f"train_{name}.py") for name in ("sft", "dpo", "rm")]
 OWN = re.compile(  # lines that are an algorithm's own in sections that are otherwise the same
     r"kept, found|critic|baseline == .value|value_model|value_optimizer|add_logprob_gap|reward_model|scores\[|"
-    r"scores = torch|scores\.view|torch\.no_grad|for micro in|dict\.fromkeys"
+    r"scores = torch|scores\.view|torch\.no_grad|for micro in|dict\.fromkeys|"
+    r"set_postfix_str|start_rewards|score_mean|for i in train\]|_table\(before|rollout = |row_weights = |"
+    r"rollout, batch_ref"
 )
+SHARED = {
+    "data": (POLICY_GRADIENT, "    device = common.resolve_device", "    state = common.load_checkpoint"),
+    "sample and reward": (POLICY_GRADIENT, " 1 sample\n", "        samples = rollout"),
+    "log, evaluate, save": (POLICY_GRADIENT, " 6 log\n", "    bar.close()"),
+    "end": (POLICY_GRADIENT, "    bar.close()", "if __name__"),
+    "sample, supervised": (SUPERVISED, " 1 sample\n", " 5 update\n"),
+    "log, evaluate, save, supervised": (SUPERVISED, " 6 log\n", "    bar.close()"),
+    "end, supervised": (SUPERVISED, "    bar.close()", "if __name__"),
+}
 
 
 def section(path: Path, start: str, end: str) -> list[str]:
-    text = path.read_text()
+    text = path.read_text().replace("target, rm, tokenizer", "target, policy, tokenizer")  # train_rm.py's model
+    text = text.replace('"final", rm, tokenizer', '"final", policy, tokenizer')
     begin = text.index(start)
     return [line for line in text[begin : text.index(end, begin)].splitlines() if not OWN.search(line)]
 
 
-SHARED = [
-    ("    device = common.resolve_device", "    state = common.load_checkpoint"),
-    (" 1 sample\n", "        samples = rollout"),
-    (" 6 log\n", "    bar.close()"),
-    ("    bar.close()", "if __name__"),
-]
-
-
-@pytest.mark.parametrize("start,end", SHARED, ids=["data", "sample and reward", "log, evaluate, save", "end"])
-def test_parallel_sections_stay_parallel(start, end):
+@pytest.mark.parametrize("name", SHARED)
+def test_parallel_sections_stay_parallel(name):
     """The scripts repeat each other where the algorithms don't differ; a fix in one must reach all."""
-    sections = [section(path, start, end) for path in FAMILY]
+    family, start, end = SHARED[name]
+    sections = [section(path, start, end) for path in family]
     assert len(sections[0]) >= 4
-    for path, lines in zip(FAMILY, sections, strict=True):
+    for path, lines in zip(family, sections, strict=True):
         assert lines == sections[0], path
 
 
 def test_shared_flags_are_explained_in_the_same_words():
     differ = {"learning_rate", "minibatch_size", "loss_norm", "update_epochs", "clip_low", "clip_high", "kl_coef"}
-    differ |= {"baseline"}
-    flags = {path: flags_of(path) for path in FAMILY}
-    for name, text in flags[FAMILY[0]].items():
-        for path in FAMILY[1:]:
+    flags = {path: flags_of(path) for path in POLICY_GRADIENT}
+    for name, text in flags[POLICY_GRADIENT[0]].items():
+        for path in POLICY_GRADIENT[1:]:
             assert flags[path].get(name, text) == text or name in differ, (path, name)
 
 
