@@ -27,7 +27,7 @@ class Args:
     script: str = "train_grpo.py"
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     flags: str = ""
-    """more flags for the script, in one string"""
+    """more flags for the script, in one string: "--flags=--iterations 100" (with the =, as it begins with dashes)"""
     runs: list[Path] = field(default_factory=list)
     """run directories to report on instead of running anything"""
     plot: Path | None = None
