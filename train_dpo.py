@@ -24,11 +24,11 @@ in memory: its logprobs of the pairs are computed once and kept on disk; only an
     python train_dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl --problems openai/gsm8k:main \\
         --learning-rate 1e-6 --minibatch-size 32 --max-new-tokens 512
 
-What you should see from the first command, in 47 s on 2 cores (AMD EPYC): held-out pairs ranked right from 0.50 to 0.93,
-logps/rejected falling by nats while logps/chosen moves little, accuracy sampled at temperature 1 from 0.37 to 0.71 and
-greedy from 0.68 to 0.98. With --iterations 300 --pair-problems 3000 sampled accuracy levels off at 0.79: the pairs are
-the start model's, and what the policy gets wrong now is no longer among them. With a beta of 0.3 or less nothing stops it
-in time here: the pairs are ranked better still, and accuracy falls below the start.
+What you should see from the first command, in 47 s on 2 cores (AMD EPYC): held-out pairs ranked right from 0.50 to
+0.93, logps/rejected falling by nats while logps/chosen moves little, accuracy sampled at temperature 1 from 0.37 to
+0.71, greedy from 0.68 to 0.98. With --iterations 300 --pair-problems 3000 sampled accuracy levels off at 0.79: the
+pairs are the start model's, and what the policy gets wrong now is no longer among them. With a beta of 0.3 or less
+nothing stops it in time here: the pairs are ranked better still, and accuracy falls below the start.
 """
 
 import hashlib
