@@ -13,6 +13,10 @@ critic has its own optimizer, so there is no value coefficient: Adam would cance
     python train_ppo.py                                                 # the embedded model, no GPU needed
     python train_ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --problems openai/gsm8k:main --learning-rate 1e-6 \\
         --value-learning-rate 1e-5 --prompts-per-step 128 --group-size 1 --max-new-tokens 512
+
+What you should see from the first command, in 190 s on 2 cores (AMD EPYC): held-out accuracy, sampled at temperature 1,
+from 0.38 to 0.97, greedy accuracy at the hardest difficulty from 0.06 to 0.96. At twice the learning rate it comes
+sooner and then falls again: when nearly everything is right, whitening makes the few failures loud.
 """
 
 from dataclasses import dataclass
@@ -46,7 +50,7 @@ class Args:
     """auto | cpu | cuda | cuda:1 ..."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the weights in sampling and training; auto: bfloat16 on a GPU (with fp32 master weights), float32 on a CPU"""
-    iterations: int = 100
+    iterations: int = 80
     """how often to sample a batch and learn from it"""
     prompts_per_step: int = 32
     """P, prompts in an iteration"""
@@ -67,7 +71,7 @@ class Args:
     format_style: Literal["answer-tags", "think"] = "answer-tags"
     """answer-tags: <think>..</think><answer>..</answer>; think: <think>..</think> and then text with the answer in
     \\boxed{} or after #### (ask for that with --system-prompt)"""
-    learning_rate: float = 1e-4
+    learning_rate: float = 5e-5
     """of AdamW, for the embedded model; 1e-6 to 5e-6 for real ones"""
     warmup_iterations: int = 10
     """iterations over which the learning rate rises linearly; constant afterwards"""
