@@ -230,11 +230,11 @@ def main(args: Args) -> None:
         token_rewards = torch.zeros_like(values)  # (B, T): the score on the last token, EOS or not
         token_rewards[rows, rollout.lengths - 1] = scores
         advantages, returns = compute_gae(token_rewards, values, rollout.mask, args.gamma, args.gae_lambda)
-        if args.baseline != "value":
-            advantages = returns - (scores.mean() if args.baseline == "batch-mean" else 0.0)
         if args.baseline == "value":
             explained = 1 - (returns - values)[rollout.mask].var() / returns[rollout.mask].var()
             metrics.add({"loss/explained_variance": explained.nan_to_num(0.0, neginf=0.0).item()})
+        else:
+            advantages = returns - (scores.mean() if args.baseline == "batch-mean" else 0.0)
 
         # ------------------------------------------------------------------------------------------------ 5 update
         learning_rate = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
