@@ -37,14 +37,13 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from sampling import (  # noqa: F401  for the scripts, which call them as common.*
+    PackedGroups,
     Rollout,
-    decode,
-    join_groups,
-    make_rollout,
     micro_batches,
     minibatches,
-    pair_micro_batches,
     sample_groups,
+    take,
+    takes_groups,
     token_weights,
 )
 
@@ -57,25 +56,29 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-AT_LEAST_0 = (
-    "iterations warmup_iterations accuracy_weight format_weight length_weight length_reward_start eval_every "
-    "save_every kl_coef weight_decay tau gamma gae_lambda label_smoothing min_gap margin"
-).split()
 AT_LEAST_1 = (
     "prompts_per_step group_size max_new_tokens update_epochs minibatch_size micro_batch_tokens eval_problems "
-    "max_sampling_rounds demonstrations num_samples batch_size value_epochs pair_problems max_pairs_per_prompt"
+    "max_sampling_rounds demonstrations num_samples batch_size value_epochs value_minibatch_size pair_problems "
+    "max_pairs_per_prompt"
 ).split()
 POSITIVE = ("temperature learning_rate value_learning_rate max_grad_norm clip_low clip_high value_clip beta").split()
+ANY_SIGN = "seed", "missing_eos_score"
 
 
 def check_flags(args) -> None:
     """Every number must be finite and in its range: one line that names the flag and what is allowed."""
+    at_most_1 = ["gae_lambda", "gamma"] if hasattr(args, "gae_lambda") else []  # SimPO's gamma is a margin
     for name, value in vars(args).items():
         if isinstance(value, int | float):
-            bounds = ((AT_LEAST_0, value >= 0, "0 or more"), (AT_LEAST_1, value >= 1, "1 or more"))
-            bounds += ((POSITIVE, value > 0, "more than 0"), ([name], math.isfinite(value), "finite"))
-            for names, fits, allowed in bounds:
-                if name in names and not fits:
+            checks = {
+                "finite": math.isfinite(value),
+                "more than 0": value > 0 or name not in POSITIVE,
+                "1 or more": value >= 1 or name not in AT_LEAST_1,
+                "0 or more": value >= 0 or name in ANY_SIGN,
+                "at most 1": value <= 1 or name not in at_most_1,
+            }
+            for allowed, fits in checks.items():
+                if not fits:
                     fail(f"--{name.replace('_', '-')} {value}: must be {allowed}")
 
 
@@ -181,9 +184,13 @@ def load_value_model(path: str, device="cpu", dtype=torch.float32, auto_class=Au
     transformers_logging.set_verbosity_error()  # that the head is new is as it should be
     model = load_weights(auto_class, path, device, dtype, num_labels=1)
     transformers_logging.set_verbosity_warning()
-    for parameter in (getattr(model, "score", None) or model.classifier).parameters():
+    for parameter in value_head(model).parameters():
         nn.init.zeros_(parameter)
     return model
+
+
+def value_head(model: PreTrainedModel) -> nn.Module:
+    return getattr(model, "score", None) or model.classifier
 
 
 def load_reward_model(path: str, device="cpu", dtype=torch.float32, new_head: bool = False) -> PreTrainedModel:
@@ -195,7 +202,57 @@ def load_reward_model(path: str, device="cpu", dtype=torch.float32, new_head: bo
     return load_weights(AutoModelForSequenceClassification, path, device, dtype)
 
 
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """Gradient checkpointing: of each layer only the input is kept for the backward pass, which computes it again. (Not
+    transformers' own, which asks for train mode, and so for dropout.)"""
+    for layer in max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len):
+
+        def forward(*args, run=layer.forward, **kwargs):
+            if not torch.is_grad_enabled():
+                return run(*args, **kwargs)
+            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+        layer.forward = forward
+
+
 # ---- Logprobs of completions ---------------------------------------------------------------------------------------
+
+
+def make_rollout(prompts: list[list[int]], completions: list[list[int]], group_size: int = 1, device="cpu") -> Rollout:
+    """A Rollout of given completions (token ids, EOS included), for training on data that nobody sampled here."""
+    ids = pad_sequence([torch.tensor(c) for c in completions], batch_first=True).to(device)
+    lengths = torch.tensor([len(c) for c in completions], device=device)
+    mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+    return Rollout(prompts, ids, mask, torch.zeros(ids.shape, device=device), mask.any(1), group_size)
+
+
+class PaddedRows:
+    """The same for models whose attention is their own: each row after its prompt, right-padded. Under a causal mask
+    nothing real can see the padding, so no mask is needed and positions simply count."""
+
+    def __init__(self, prompts: list[list[int]], completions: Tensor, mask: Tensor, group: Tensor):
+        heads = [torch.tensor(prompts[p], device=completions.device) for p in group.tolist()]
+        rows = [torch.cat([head, ids[m]]) for head, ids, m in zip(heads, completions, mask, strict=True)]
+        self.ids = pad_sequence(rows, batch_first=True)
+        row, column = mask.nonzero(as_tuple=True)
+        starts = torch.tensor([len(head) for head in heads], device=row.device)
+        starts += torch.arange(len(rows), device=row.device) * self.ids.shape[1]
+        self.predictor, self.ends = starts[row] + column - 1, starts + mask.sum(1) - 1
+
+    def run(self, model: nn.Module) -> Tensor:
+        return model(self.ids, use_cache=False)[0].flatten(0, 1)
+
+
+def pack_rows(model: PreTrainedModel, rollout: Rollout, rows: list[int]) -> PackedGroups | PaddedRows:
+    """A rollout's rows as the model takes them. run(model) gives its output at all tokens; `predictor` (N,) says which
+    of them predict the N completion tokens, in the order of mask[rows].nonzero(), and `ends` (R,) where rows end."""
+    mask, prompts = rollout.mask[rows], {row // rollout.group_size: None for row in rows}
+    mask = mask[:, : int(mask.sum(1).max())]
+    number = {p: i for i, p in enumerate(prompts)}
+    group = torch.tensor([number[row // rollout.group_size] for row in rows], device=mask.device)
+    kind = PackedGroups if takes_groups(model) else PaddedRows
+    return kind([rollout.prompt_ids[p] for p in prompts], rollout.completion_ids[rows, : mask.shape[1]], mask, group)
+
 
 LOGITS_AT_ONCE = 2**25  # fp32 elements: 128 MB
 
@@ -208,80 +265,83 @@ def has_plain_head(model: PreTrainedModel) -> bool:
         ids, head = torch.tensor([[0, 1]], device=model.device), model.get_output_embeddings()
         try:
             hidden = model.base_model(ids, use_cache=False)[0]
-            model.plain_head = torch.equal(head(hidden), model(ids, use_cache=False).logits)
-        except (RuntimeError, TypeError):  # no head of its own, or none that takes these hidden states
+            model.plain_head = torch.equal(hidden @ head.weight.T, model(ids, use_cache=False).logits)
+        except (RuntimeError, TypeError, AttributeError):  # no head of its own, or none that takes these hidden states
             model.plain_head = False
         if not model.plain_head:
             print("note: this model's head is not a plain linear layer: logprobs take more memory", file=sys.stderr)
     return model.plain_head
 
 
-def token_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """logprobs (N,) of the targets and entropy (N,) (without gradient), from hidden states (N, H); fp32."""
-    logprobs = (head(hidden).float() / temperature).log_softmax(-1)
-    with torch.no_grad():
-        entropy = torch.special.entr(logprobs.exp()).sum(-1)
-    return logprobs.gather(1, targets[:, None])[:, 0], entropy
+def slices(total: int, size: int) -> list[slice]:
+    return [slice(start, start + max(1, size)) for start in range(0, total, max(1, size))]
 
 
-def completion_inputs(rollout: Rollout, rows: list[int], device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """input_ids (R, L) of prompts with completions, and for each of the N completion tokens its row, its column in
-    (R, T), and the position in (R, L) that predicts it.
+class HeadLogprobs(torch.autograd.Function):
+    """log softmax(hidden @ weight.T / temperature) at the targets (N,), and its entropy (N,), in fp32, from hidden
+    (N, H): logits exist for a chunk of rows at a time, forward and, computed again, backward."""
 
-    Rows are right-padded: under a causal mask nothing real can see the padding, so no mask is needed and positions
-    simply count.
-    """
-    mask = rollout.mask[rows]  # (R, T)
-    prompts = [torch.tensor(rollout.prompt_ids[row // rollout.group_size], device=device) for row in rows]
-    completions = [ids[m] for ids, m in zip(rollout.completion_ids[rows], mask, strict=True)]
-    ids = [torch.cat(pair) for pair in zip(prompts, completions, strict=True)]
-    row, column = mask.nonzero(as_tuple=True)  # (N,) each
-    starts = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    position = starts[row] + column - 1  # token t of a completion is predicted one position earlier
-    return pad_sequence(ids, batch_first=True), row, column, position
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature):
+        logprobs, entropy, normalizers = (torch.empty(len(hidden), device=hidden.device) for _ in range(3))
+        for rows in slices(len(hidden), LOGITS_AT_ONCE // len(weight)):
+            logits = (hidden[rows] @ weight.T).float().div_(temperature)
+            normalizers[rows] = logits.logsumexp(-1)
+            logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - normalizers[rows]
+            logits -= normalizers[rows, None]
+            entropy[rows] = -(logits.exp() * logits.clamp(min=-1e4)).sum(-1)  # 0 * -inf would be NaN
+        ctx.save_for_backward(hidden, weight, targets, normalizers)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        hidden, weight, targets, normalizers = ctx.saved_tensors
+        hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        gradient = gradient / ctx.temperature
+        for rows in slices(len(hidden), LOGITS_AT_ONCE // len(weight)):
+            logits = (hidden[rows] @ weight.T).float().div_(ctx.temperature)
+            # d logprob / d logits = (one at the target) - softmax
+            error = logits.sub_(normalizers[rows, None]).exp_().mul_(-gradient[rows, None])
+            error.scatter_add_(1, targets[rows, None], gradient[rows, None])
+            error = error.to(weight.dtype)
+            hidden_gradient[rows] = error @ weight
+            weight_gradient += error.T @ hidden[rows]
+        return hidden_gradient, weight_gradient.to(weight.dtype), None, None
 
 
 def completion_logprobs(
     model: PreTrainedModel, rollout: Rollout, rows: list[int], temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """logprobs and entropy, both (R, T) and 0 on padding, of the completions in `rows`, in one forward pass.
-
-    Logits exist for completion tokens only and, forward as backward, for one chunk of them at a time.
-    """
-    input_ids, row, column, position = completion_inputs(rollout, rows, model.device)
-    targets = rollout.completion_ids[rows][row, column]
+    """logprobs and entropy (without gradient), both (R, T) and 0 on padding, of the completions in `rows`, in one
+    forward pass."""
+    batch, mask = pack_rows(model, rollout, rows), rollout.mask[rows]
+    targets = rollout.completion_ids[rows][mask]  # (N,)
     if has_plain_head(model):
-        head = model.get_output_embeddings()
-        hidden = model.base_model(input_ids, use_cache=False)[0][row, position]
+        hidden = take(batch.run(model.base_model), batch.predictor)
+        logprobs, entropy = HeadLogprobs.apply(hidden, model.get_output_embeddings().weight, targets, temperature)
     else:
-        head, hidden = nn.Identity(), model(input_ids, use_cache=False).logits[row, position]
-
-    chunks = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
-    results = []
-    for h, t in zip(hidden.split(chunks), targets.split(chunks), strict=True):
-        if torch.is_grad_enabled() and len(targets) > chunks:  # the backward pass computes the chunk's logits again
-            results.append(checkpoint(token_logprobs, head, h, t, temperature, use_reentrant=False))
-        else:
-            results.append(token_logprobs(head, h, t, temperature))
-    logprobs, entropy = (torch.cat(parts) for parts in zip(*results, strict=True))
-    zeros = torch.zeros(len(rows), rollout.mask.shape[1], device=model.device)
-    return zeros.index_put((row, column), logprobs), zeros.index_put((row, column), entropy)
+        full = (batch.run(model)[batch.predictor].float() / temperature).log_softmax(-1)  # (N, V)
+        logprobs = full.gather(1, targets[:, None])[:, 0]
+        entropy = torch.special.entr(full.detach().exp()).sum(-1)
+    zeros = torch.zeros(mask.shape, device=mask.device)
+    return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
 
 
 def completion_values(value_model: PreTrainedModel, rollout: Rollout, rows: list[int]) -> Tensor:
     """V(s_t), (R, T) and 0 on padding: read where token t is predicted, before it is known."""
-    input_ids, row, column, position = completion_inputs(rollout, rows, value_model.device)
-    values = value_model(input_ids, use_cache=False).logits[row, position, 0].float()
-    return torch.zeros(len(rows), rollout.mask.shape[1], device=values.device).index_put((row, column), values)
+    batch, mask = pack_rows(value_model, rollout, rows), rollout.mask[rows]
+    values = value_head(value_model)(take(batch.run(value_model.base_model), batch.predictor))[:, 0].float()
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values)
 
 
 def completion_scores(reward_model: PreTrainedModel, rollout: Rollout, rows: list[int]) -> Tensor:
     """(R,) scores of whole completions, read at the last real token: by its index, since a search for the pad id (as
     the model's own forward does) stops short where the pad is the EOS. `score_mean` of its config is subtracted."""
-    input_ids, row, _, position = completion_inputs(rollout, rows, reward_model.device)
-    last = torch.zeros(len(rows), dtype=torch.long, device=row.device).index_put((row,), position + 1)
-    hidden = reward_model.base_model(input_ids, use_cache=False)[0][torch.arange(len(rows), device=row.device), last]
-    return reward_model.score(hidden)[:, 0].float() - getattr(reward_model.config, "score_mean", 0.0)
+    batch = pack_rows(reward_model, rollout, rows)
+    scores = reward_model.score(batch.run(reward_model.base_model)[batch.ends])[:, 0].float()
+    return scores - getattr(reward_model.config, "score_mean", 0.0)
 
 
 # ---- The optimizer -------------------------------------------------------------------------------------------------
@@ -373,11 +433,21 @@ def start_run(args, state: dict) -> tuple[Path, SummaryWriter]:
         writer = SummaryWriter(str(run_dir), purge_step=state.get("x", -1) + 1 if args.resume else None)
     except OSError as error:
         fail(f"--run-root {args.run_root}: {run_dir} can't be written ({error.strerror})")
+    sys.excepthook = explain
     if not state:
         rows = "\n".join(f"| {name} | {value} |" for name, value in vars(args).items())
         writer.add_text("hyperparameters", f"| flag | value |\n|---|---|\n{rows}\n\ngit commit: {git_commit()}", 0)
     print(f"run directory: {run_dir}")
     return run_dir, writer
+
+
+def explain(kind, error, trace) -> None:
+    """What a run prints when it ends in an error: one line where memory is what was missing."""
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        lower = "--micro-batch-tokens (training), or --prompts-per-step, --group-size or --max-new-tokens (sampling)"
+        print(f"error: out of memory ({reason(error)}); lower {lower}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def git_commit() -> str:
@@ -386,27 +456,6 @@ def git_commit() -> str:
         return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git here
         return "unknown"
-
-
-class Metrics:
-    """Weighted means over everything added; names that end in "max" keep the largest value instead."""
-
-    def __init__(self):
-        self.tokens = 0  # sampled
-        self.sums: dict[str, float] = {}
-        self.weights: dict[str, float] = {}
-
-    def add(self, values: dict[str, float], weight: float = 1.0) -> None:
-        for name, value in values.items():
-            if name.endswith("max"):
-                self.sums[name] = max(float(value), self.sums.get(name, -float("inf")))
-                self.weights[name] = 1.0
-            elif weight > 0:
-                self.sums[name] = self.sums.get(name, 0.0) + weight * float(value)
-                self.weights[name] = self.weights.get(name, 0.0) + weight
-
-    def means(self) -> dict[str, float]:
-        return {name: total / self.weights[name] for name, total in self.sums.items()}
 
 
 class Clock:
@@ -428,56 +477,6 @@ def peak_memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def add_rollout_metrics(metrics: Metrics, rollout: Rollout, rewards: Tensor, components: dict[str, Tensor]) -> None:
-    """reward/* and rollout/* of one sampled batch. rewards, components: (P, G)."""
-    lengths, right = rollout.lengths.float().cpu(), components["accuracy"].flatten() > 0
-    metrics.add({f"reward/{name}": values.mean() for name, values in components.items()}, len(rewards))
-    values = {
-        "reward/total": rewards.mean(),
-        "reward/std_within_group": rewards.std(1, correction=0).mean(),
-        "reward/frac_all_right": (components["accuracy"] > 0).all(1).float().mean(),
-        "reward/frac_all_wrong": (components["accuracy"] == 0).all(1).float().mean(),
-        "rollout/length_mean": lengths.mean(),
-        "rollout/length_max": lengths.max(),
-        "rollout/finished": rollout.finished.float().mean(),
-    }
-    metrics.add(values, len(rewards))
-    for name, chosen in (("right", right), ("wrong", ~right)):
-        if chosen.any():
-            metrics.add({f"rollout/length_{name}": lengths[chosen].mean()}, chosen.sum().item())
-    metrics.tokens += int(lengths.sum())
-
-
-def add_logprob_gap(metrics: Metrics, rollout: Rollout, old_logprobs: Tensor) -> None:
-    """Sampler against trainer: the same weights and tokens, so all that differs is kernels, cache and rounding."""
-    gap = (rollout.sampler_logprobs - old_logprobs)[rollout.mask].abs()
-    metrics.add({"rollout/logprob_gap_mean": gap.mean(), "rollout/logprob_gap_max": gap.max()})
-
-
-def log_scalars(writer: SummaryWriter, scalars: dict[str, float], x: int) -> None:
-    for tag, value in scalars.items():
-        writer.add_scalar(tag, value, x)
-
-
-def log_iteration(writer: SummaryWriter, metrics: Metrics, clock: Clock, x: int) -> dict[str, float]:
-    scalars = metrics.means() | {f"time/{name}": seconds for name, seconds in clock.seconds.items()}
-    if metrics.tokens:
-        scalars["rollout/tokens_per_second"] = metrics.tokens / clock.seconds["sample"]
-    log_scalars(writer, scalars, x)
-    return scalars
-
-
-def log_samples(writer: SummaryWriter, tokenizer, rollout: Rollout, texts, components: dict, x: int) -> None:
-    """The first completion of the first eight prompts, as indented blocks: markdown would eat tags and newlines."""
-    parts = []
-    for p in range(min(8, len(rollout.prompt_ids))):
-        row = p * rollout.group_size
-        scores = ", ".join(f"{name} {values[p, 0].item():g}" for name, values in components.items())
-        text = f"{tokenizer.decode(rollout.prompt_ids[p])}\n----\n{texts[row]}"
-        parts.append(f"{scores}\n\n" + "\n".join("    " + line for line in text.split("\n")))
-    writer.add_text("samples", "\n\n".join(parts), x)
 
 
 class StopSignal:

@@ -14,6 +14,8 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 import common
 from common import fail, reason
 from rewards import extract_answer
@@ -302,6 +304,17 @@ def context_length(config) -> float:
     return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
+def decode(tokenizer: common.Tokenizer, rollout: common.Rollout) -> list[str]:
+    """(B,) texts of the completions without EOS; for rewards and for people, never to be encoded again.
+
+    Where the chat template opens the think block in the prompt, the tag is put back in front: it belongs to the text.
+    """
+    G, rows = rollout.group_size, zip(rollout.completion_ids.tolist(), rollout.lengths.tolist(), strict=True)
+    texts = tokenizer.batch_decode([ids[:n] for ids, n in rows], skip_special_tokens=True)
+    heads = tokenizer.batch_decode([prompt[-8:] for prompt in rollout.prompt_ids])
+    return ["<think>" * heads[i // G].rstrip().endswith("<think>") + text for i, text in enumerate(texts)]
+
+
 def check_context(prompts: list[list[int]], names: list[str], config, max_new_tokens: int) -> None:
     """Every prompt, with room for its completion, must fit the model's context."""
     context = context_length(config)
@@ -311,6 +324,37 @@ def check_context(prompts: list[list[int]], names: list[str], config, max_new_to
         more = f" (so do {len(too_long) - 1} more)" if len(too_long) > 1 else ""
         need = f"{tokens} prompt tokens + --max-new-tokens {max_new_tokens}"
         fail(f"problem {name!r}: {need} exceed the model's context of {context}{more}")
+
+
+def cache_bytes(config, dtype: torch.dtype) -> int:
+    """Of one token's keys and values in all layers."""
+    config = config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes; inf where it can't be known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
+    return next((int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable")), math.inf)
+
+
+def check_memory(policy, prompts: list[list[int]], args) -> None:
+    """Ends a run before it begins where sampling and the optimizer can't fit in what is free now."""
+    rows, longest = args.prompts_per_step * args.group_size, max(map(len, prompts))
+    tokens = (args.prompts_per_step if common.takes_groups(policy) else rows) * longest + rows * args.max_new_tokens
+    logits = 3 * 4 * rows * policy.config.get_text_config().vocab_size
+    sampling = tokens * cache_bytes(policy.config, policy.dtype) + logits
+    training = sum(p.numel() for p in policy.parameters()) * (12 if policy.dtype == torch.float32 else 16)
+    if sampling + training > (free := free_memory(policy.device)):
+        sizes = f"--prompts-per-step {args.prompts_per_step} --group-size {args.group_size}"
+        sizes += f" --max-new-tokens {args.max_new_tokens}"
+        needed = f"sampling takes {sampling / 1e9:.1f} GB, gradients and optimizer {training / 1e9:.1f} GB"
+        fail(f"{sizes}: {needed}, {free / 1e9:.1f} GB are free; lower them, or take a smaller --model")
 
 
 # ---- Preference pairs ----------------------------------------------------------------------------------------------
@@ -468,6 +512,27 @@ def encode_pairs(
 def pair_rollout(prompts: list[list[int]], completions: list, device) -> common.Rollout:
     """The pairs as groups of two: chosen, rejected."""
     return common.make_rollout(prompts, [ids for pair in completions for ids in pair], group_size=2, device=device)
+
+
+def pair_micro_batches(rollout: common.Rollout, max_tokens: int) -> list[list[int]]:
+    """All rows of a Rollout of pairs in micro-batches of whole pairs, in the order chosen, rejected, chosen, ...: a
+    pair's loss needs both rows. The budget is never under what the largest pair takes."""
+    lengths = rollout.lengths.view(-1, rollout.group_size).sum(1).tolist()
+    largest = max(len(prompt) + length for prompt, length in zip(rollout.prompt_ids, lengths, strict=True))
+    batches = common.micro_batches(rollout, list(range(len(rollout.mask))), max(max_tokens, largest))
+    return [sorted(rows) for rows in batches]  # similar lengths together had put the shorter of a pair first
+
+
+def join_groups(parts: list[tuple[common.Rollout, list[int]]]) -> common.Rollout:
+    """One common.Rollout of the given groups of several."""
+    G, T = parts[0][0].group_size, max(rollout.mask.shape[1] for rollout, _ in parts)
+
+    def gather(field: str) -> torch.Tensor:
+        rows = [getattr(r, field)[[p * G + g for p in groups for g in range(G)]] for r, groups in parts if groups]
+        return torch.cat([torch.nn.functional.pad(t, (0, T - t.shape[1])) if t.dim() == 2 else t for t in rows])
+
+    prompts = [rollout.prompt_ids[p] for rollout, groups in parts for p in groups]
+    return common.Rollout(prompts, *map(gather, ("completion_ids", "mask", "sampler_logprobs", "finished")), G)
 
 
 # ---- Which problems an iteration sees ------------------------------------------------------------------------------

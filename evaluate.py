@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import common
-from common import derive_seed, fail
-from data import SYSTEM_PROMPT, Problem, check_context, encode_prompts, load_problems
+from common import Clock, Rollout, derive_seed, fail
+from data import SYSTEM_PROMPT, Problem, check_context, decode, encode_prompts, load_problems
 from rewards import accuracy_reward, answers_match, extract_answer, format_reward
 
 SAMPLES = 4  # completions a problem in a train script's evaluations
@@ -53,7 +55,7 @@ def evaluate(
             temperature,
             derive_seed("evaluate", seed, start),
         )
-        texts = common.decode(tokenizer, rollout)
+        texts = decode(tokenizer, rollout)
         for p, i in enumerate(batch):
             completions = []
             for row in range(p * num_samples, (p + 1) * num_samples):
@@ -187,6 +189,80 @@ def pair_table(before: dict[str, float], after: dict[str, float]) -> str:
     names = ("pair_accuracy", "pair_margin", "pair_loss", "calibration", "kl", "win_rate")
     rows = [[name, before[f"eval/{name}"], after[f"eval/{name}"]] for name in names if f"eval/{name}" in after]
     return format_table(["held-out", "before", "after"], rows)
+
+
+# ---- What the train scripts log --------------------------------------------------------------------------------------
+
+
+class Metrics:
+    """Weighted means over everything added; names that end in "max" keep the largest value instead."""
+
+    def __init__(self):
+        self.tokens = 0  # sampled
+        self.sums: dict[str, float] = {}
+        self.weights: dict[str, float] = {}
+
+    def add(self, values: dict[str, float], weight: float = 1.0) -> None:
+        for name, value in values.items():
+            if name.endswith("max"):
+                self.sums[name] = max(float(value), self.sums.get(name, -float("inf")))
+                self.weights[name] = 1.0
+            elif weight > 0:
+                self.sums[name] = self.sums.get(name, 0.0) + weight * float(value)
+                self.weights[name] = self.weights.get(name, 0.0) + weight
+
+    def means(self) -> dict[str, float]:
+        return {name: total / self.weights[name] for name, total in self.sums.items()}
+
+
+def log_scalars(writer: SummaryWriter, scalars: dict[str, float], x: int) -> None:
+    for tag, value in scalars.items():
+        writer.add_scalar(tag, value, x)
+
+
+def log_iteration(writer: SummaryWriter, metrics: Metrics, clock: Clock, x: int) -> dict[str, float]:
+    scalars = metrics.means() | {f"time/{name}": seconds for name, seconds in clock.seconds.items()}
+    if metrics.tokens:
+        scalars["rollout/tokens_per_second"] = metrics.tokens / clock.seconds["sample"]
+    log_scalars(writer, scalars, x)
+    return scalars
+
+
+def add_rollout_metrics(metrics: Metrics, rollout: Rollout, rewards: Tensor, components: dict[str, Tensor]) -> None:
+    """reward/* and rollout/* of one sampled batch. rewards, components: (P, G)."""
+    lengths, right = rollout.lengths.float().cpu(), components["accuracy"].flatten() > 0
+    metrics.add({f"reward/{name}": values.mean() for name, values in components.items()}, len(rewards))
+    values = {
+        "reward/total": rewards.mean(),
+        "reward/std_within_group": rewards.std(1, correction=0).mean(),
+        "reward/frac_all_right": (components["accuracy"] > 0).all(1).float().mean(),
+        "reward/frac_all_wrong": (components["accuracy"] == 0).all(1).float().mean(),
+        "rollout/length_mean": lengths.mean(),
+        "rollout/length_max": lengths.max(),
+        "rollout/finished": rollout.finished.float().mean(),
+    }
+    metrics.add(values, len(rewards))
+    for name, chosen in (("right", right), ("wrong", ~right)):
+        if chosen.any():
+            metrics.add({f"rollout/length_{name}": lengths[chosen].mean()}, chosen.sum().item())
+    metrics.tokens += int(lengths.sum())
+
+
+def add_logprob_gap(metrics: Metrics, rollout: Rollout, old_logprobs: Tensor) -> None:
+    """Sampler against trainer: the same weights and tokens, so all that differs is kernels, cache and rounding."""
+    gap = (rollout.sampler_logprobs - old_logprobs)[rollout.mask].abs()
+    metrics.add({"rollout/logprob_gap_mean": gap.mean(), "rollout/logprob_gap_max": gap.max()})
+
+
+def log_samples(writer: SummaryWriter, tokenizer, rollout: Rollout, texts, components: dict, x: int) -> None:
+    """The first completion of the first eight prompts, as indented blocks: markdown would eat tags and newlines."""
+    parts = []
+    for p in range(min(8, len(rollout.prompt_ids))):
+        row = p * rollout.group_size
+        scores = ", ".join(f"{name} {values[p, 0].item():g}" for name, values in components.items())
+        text = f"{tokenizer.decode(rollout.prompt_ids[p])}\n----\n{texts[row]}"
+        parts.append(f"{scores}\n\n" + "\n".join("    " + line for line in text.split("\n")))
+    writer.add_text("samples", "\n\n".join(parts), x)
 
 
 def arithmetic_samples(count: int) -> list[dict]:

@@ -5,12 +5,18 @@ completion tokens only; what stands where `mask` is False is padding that nothin
 """
 
 import random
+import sys
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+BLOCK = 32  # tokens by which the buffers of completions grow; vocabulary entries in a block of the cumulative sum
 
 
 @dataclass
@@ -30,118 +36,35 @@ class Rollout:
         return self.mask.sum(1)
 
 
-def join_groups(parts: list[tuple[Rollout, list[int]]]) -> Rollout:
-    """One Rollout of the given groups of several."""
-    G, T = parts[0][0].group_size, max(rollout.mask.shape[1] for rollout, _ in parts)
-
-    def gather(field: str) -> Tensor:
-        rows = [getattr(r, field)[[p * G + g for p in groups for g in range(G)]] for r, groups in parts if groups]
-        return torch.cat([nn.functional.pad(t, (0, T - t.shape[1])) if t.dim() == 2 else t for t in rows])
-
-    prompts = [rollout.prompt_ids[p] for rollout, groups in parts for p in groups]
-    return Rollout(prompts, *map(gather, ("completion_ids", "mask", "sampler_logprobs", "finished")), G)
-
-
-def make_rollout(prompts: list[list[int]], completions: list[list[int]], group_size: int = 1, device="cpu") -> Rollout:
-    """A Rollout of given completions (token ids, EOS included), for training on data that nobody sampled here."""
-    ids = pad_sequence([torch.tensor(c) for c in completions], batch_first=True).to(device)
-    lengths = torch.tensor([len(c) for c in completions], device=device)
-    mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-    return Rollout(prompts, ids, mask, torch.zeros(ids.shape, device=device), mask.any(1), group_size)
-
-
 def sample_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """One token a row and its logprob, from fp32 logits (R, V) and uniform numbers (R,); temperature 0 is argmax.
+    """One token a row and its logprob, from logits (R, V) and uniform numbers (R,), in fp32; temperature 0 is argmax.
 
     Inverse of the cumulative distribution: exact, without a sort of the vocabulary, and a row's draw depends on its
-    own number only.
+    own number only. The cumulative sum is taken over blocks first, and then inside the one that is hit.
     """
+    logits = logits.float()
     if temperature == 0:
         tokens = logits.argmax(-1)
-        return tokens, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-    logprobs = (logits / temperature).log_softmax(-1)
-    cdf = logprobs.exp().cumsum(-1)
-    total = cdf[:, -1]  # 1 up to rounding
-    below = torch.nextafter(total, torch.zeros_like(total))  # u * total may round up to total, past the last token
-    tokens = torch.searchsorted(cdf, torch.minimum(uniforms * total, below)[:, None], right=True)
-    return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
+        return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+    R, V = logits.shape
+    scaled = logits if temperature == 1 else logits / temperature
+    peak = scaled.amax(-1, keepdim=True)
+    weights = logits.new_zeros(R, -(-V // BLOCK) * BLOCK)  # exp(logit - peak): probabilities up to a factor
+    torch.sub(scaled, peak, out=weights[:, :V]).exp_()
+    weights = weights.view(R, -1, BLOCK)
+    ends = weights.sum(-1).cumsum(-1)  # (R, blocks)
+    total = ends[:, -1:]
+    target = below(uniforms[:, None] * total, total)
+    block = torch.searchsorted(ends, target, right=True)
+    start = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
+    inside = weights[torch.arange(R, device=logits.device), block[:, 0]].cumsum(-1)  # (R, BLOCK)
+    tokens = block * BLOCK + torch.searchsorted(inside, below(target - start, inside[:, -1:]), right=True)
+    return tokens[:, 0], (scaled.gather(1, tokens) - peak - total.log())[:, 0]
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[str]:
-    """(B,) texts of the completions without EOS; for rewards and for people, never to be encoded again.
-
-    Where the chat template opens the think block in the prompt, the tag is put back in front: it belongs to the text.
-    """
-    G, rows = rollout.group_size, zip(rollout.completion_ids.tolist(), rollout.lengths.tolist(), strict=True)
-    texts = tokenizer.batch_decode([ids[:n] for ids, n in rows], skip_special_tokens=True)
-    heads = tokenizer.batch_decode([prompt[-8:] for prompt in rollout.prompt_ids])
-    return ["<think>" * heads[i // G].rstrip().endswith("<think>") + text for i, text in enumerate(texts)]
-
-
-@torch.no_grad()
-def sample_groups(
-    model: PreTrainedModel,
-    prompts: list[list[int]],
-    group_size: int,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    seed: int = 0,
-    eos_token_ids: int | list[int] | None = None,
-) -> Rollout:
-    """`group_size` completions of every prompt, from the model's plain softmax at `temperature` (0: greedy): nothing
-    else in the generation config (top-p, penalties) is looked at.
-
-    Each prompt is computed once; its KV cache is then expanded to the group. A row that has ended leaves the batch.
-    eos_token_ids: where a completion ends; None: those of the model's generation config.
-    """
-    device, P, G = model.device, len(prompts), group_size
-    if eos_token_ids is None:
-        eos_token_ids = model.generation_config.eos_token_id
-    if eos_token_ids is None:
-        raise ValueError("the model's generation config has no eos_token_id: give eos_token_ids")
-    eos = torch.tensor(eos_token_ids, device=device).flatten()
-
-    # Prefill, left-padded so that every row goes on at the same cache slot; position ids count real tokens only.
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    longest = max(map(len, prompts))
-    prompt_ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
-    attention = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
-    positions = (attention.cumsum(1) - 1).clamp(min=0)
-    output = model(prompt_ids, attention_mask=attention, position_ids=positions, use_cache=True, logits_to_keep=1)
-    cache = output.past_key_values
-    cache.reorder_cache(torch.arange(P, device=device).repeat_interleave(G))
-    logits = output.logits[:, -1].float().repeat_interleave(G, 0)  # (B, V)
-    attention, lengths = attention.repeat_interleave(G, 0), lengths.repeat_interleave(G)
-
-    # All random numbers up front, on the CPU: a row's draws depend neither on the device nor on which rows ended.
-    generator = torch.Generator().manual_seed(seed)
-    uniforms = torch.rand(P * G, max_new_tokens, generator=generator).to(device)
-    completion_ids = torch.zeros(P * G, max_new_tokens, dtype=torch.long, device=device)
-    mask = torch.zeros(P * G, max_new_tokens, dtype=torch.bool, device=device)
-    sampler_logprobs = torch.zeros(P * G, max_new_tokens, device=device)
-    finished = torch.zeros(P * G, dtype=torch.bool, device=device)
-    rows = torch.arange(P * G, device=device)  # those that still sample
-
-    for step in range(max_new_tokens):
-        tokens, logprobs = sample_tokens(logits, temperature, uniforms[rows, step])
-        completion_ids[rows, step], sampler_logprobs[rows, step], mask[rows, step] = tokens, logprobs, True
-        ended = torch.isin(tokens, eos)
-        finished[rows] = ended
-        live = (~ended).nonzero()[:, 0]
-        if len(live) == 0 or step == max_new_tokens - 1:
-            break
-        if len(live) < len(rows):
-            cache.reorder_cache(live)
-            rows, tokens, attention = rows[live], tokens[live], attention[live]
-        attention = torch.cat([attention, attention.new_ones(len(rows), 1)], 1)
-        positions = lengths[rows] + step
-        output = model(
-            tokens[:, None], attention_mask=attention, position_ids=positions[:, None], past_key_values=cache
-        )
-        logits = output.logits[:, -1].float()
-
-    T = int(mask.sum(1).max())
-    return Rollout(prompts, completion_ids[:, :T], mask[:, :T], sampler_logprobs[:, :T], finished, G)
+def below(x: Tensor, limit: Tensor) -> Tensor:
+    """x in [0, limit): rounding may have brought it to the limit, past the last token of any probability."""
+    return torch.minimum(x, torch.nextafter(limit, torch.zeros_like(limit))).clamp(min=0)
 
 
 # ---- Weights and batches -------------------------------------------------------------------------------------------
@@ -174,35 +97,441 @@ def minibatches(rollout: Rollout, size: int, seed: int) -> list[list[int]]:
 
 
 def micro_batches(rollout: Rollout, rows: list[int], max_tokens: int) -> list[list[int]]:
-    """`rows` in slices of at most max_tokens tokens, padding counted (a single row may exceed it): whole groups of
-    similar length together, or a slice of one group that is too large."""
+    """`rows` in slices of at most max_tokens tokens, a prompt counted once for its rows (a single row may exceed it):
+    whole groups, of similar length together, or a slice of one that is too large."""
     G, lengths = rollout.group_size, rollout.lengths.tolist()
-    size = {row: len(rollout.prompt_ids[row // G]) + lengths[row] for row in rows}
     groups: dict[int, list[int]] = {}
-    for row in sorted(rows, key=lambda row: (size[row], row)):  # ascending: the last row added is the longest
+    for row in sorted(rows, key=lambda row: (lengths[row], row)):
         groups.setdefault(row // G, []).append(row)
-    batches, batch = [], []
-    for group in sorted(groups.values(), key=lambda group: size[group[-1]]):
-        if len(group) * size[group[-1]] > max_tokens:
-            piece = []
-            for row in group:
-                if piece and (len(piece) + 1) * size[row] > max_tokens:
-                    batches.append(piece)
-                    piece = []
-                piece.append(row)
-            batches.append(piece)
-        elif batch and (len(batch) + len(group)) * size[group[-1]] > max_tokens:
-            batches.append(batch)
-            batch = list(group)
+    batches, used = [[]], 0
+    for p, group in sorted(groups.items(), key=lambda item: len(rollout.prompt_ids[item[0]]) + lengths[item[1][-1]]):
+        prompt = len(rollout.prompt_ids[p])
+        if used + prompt + sum(lengths[row] for row in group) > max_tokens and batches[-1]:
+            batches, used = [*batches, []], 0
+        used += prompt
+        for row in group:
+            if used + lengths[row] > max_tokens and batches[-1]:
+                batches, used = [*batches, []], prompt
+            batches[-1].append(row)
+            used += lengths[row]
+    return batches if rows else []
+
+
+# ---- Sampling ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample_groups(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    group_size: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    eos_token_ids: int | list[int] | None = None,
+) -> Rollout:
+    """`group_size` completions of every prompt, from the model's plain softmax at `temperature` (0: greedy): nothing
+    else in the generation config (top-p, penalties) is looked at.
+
+    Each prompt is computed once for its whole group. Rows that have ended leave the batch.
+    eos_token_ids: where a completion ends; None: those of the model's generation config.
+    """
+    device, B = model.device, len(prompts) * group_size
+    if eos_token_ids is None:
+        eos_token_ids = model.generation_config.eos_token_id
+    if eos_token_ids is None:
+        raise ValueError("the model's generation config has no eos_token_id: give eos_token_ids")
+    eos = torch.tensor(eos_token_ids, device=device).flatten()
+    precision = torch.get_float32_matmul_precision()
+    if model.config.get_text_config().hidden_size < 256:  # products so small are faster so, and exact as well
+        torch.set_float32_matmul_precision("highest")
+
+    # All random numbers up front, on the CPU: a row's draws depend neither on the device nor on which rows ended.
+    generator = torch.Generator().manual_seed(seed)
+    uniforms = torch.rand(B, max_new_tokens, generator=generator).to(device)
+    completion_ids = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
+    mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
+    sampler_logprobs = torch.zeros(B, max_new_tokens, device=device)
+    finished = torch.zeros(B, dtype=torch.bool, device=device)
+
+    decoder = decoder_class(model)(model, prompts, group_size, max_new_tokens)
+    logits = decoder.prefill()  # (B, V)
+    rows, ended = torch.arange(B, device=device), finished.clone()  # those in the batch, and which of them are done
+    for step in range(max_new_tokens):
+        tokens, logprobs = sample_tokens(logits, temperature, uniforms[rows, step])
+        completion_ids[rows, step], sampler_logprobs[rows, step], mask[rows, step] = tokens, logprobs, ~ended
+        ended = ended | torch.isin(tokens, eos)
+        if step == max_new_tokens - 1:
+            break
+        if (step + 1) % decoder.check_every == 0:  # to look is to wait for the GPU
+            live = int((~ended).sum())
+            if live == 0:
+                break
+            if (size := decoder.batch_size(live)) < len(rows):
+                kept = ended.argsort(stable=True)[:size].sort().values  # ended rows only where the size isn't free
+                finished[rows] = ended
+                rows, tokens, ended = rows[kept], tokens[kept], ended[kept]
+                decoder.keep(kept)
+        logits = decoder.step(tokens)
+    finished[rows] = ended
+    torch.set_float32_matmul_precision(precision)
+
+    T = int(mask.sum(1).max())
+    completion_ids, sampler_logprobs = completion_ids.masked_fill(~mask, 0), sampler_logprobs.masked_fill(~mask, 0.0)
+    return Rollout(prompts, completion_ids[:, :T], mask[:, :T], sampler_logprobs[:, :T], finished, group_size)
+
+
+def decoder_class(model: PreTrainedModel) -> type:
+    fast = GraphDecoder if model.device.type == "cuda" else GroupDecoder
+    return fast if takes_groups(model) else PlainDecoder
+
+
+class PlainDecoder:
+    """Any model that transformers can generate with: left-padded prompts, so that every row goes on at the same slot
+    of the cache, and transformers' own cache, expanded to the group."""
+
+    check_every = 1  # steps between looks at which rows have ended
+
+    def __init__(self, model: PreTrainedModel, prompts: list[list[int]], group_size: int, max_new_tokens: int):
+        self.model, self.prompts, self.group_size, self.done = model, prompts, group_size, 0
+
+    def prefill(self) -> Tensor:
+        device, longest = self.model.device, max(map(len, self.prompts))
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in self.prompts], device=device)
+        lengths = torch.tensor([len(prompt) for prompt in self.prompts], device=device)
+        attention = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
+        positions = (attention.cumsum(1) - 1).clamp(min=0)  # of real tokens only
+        output = self.model(ids, attention_mask=attention, position_ids=positions, use_cache=True, logits_to_keep=1)
+        self.cache, expand = output.past_key_values, torch.arange(len(ids), device=device)
+        expand = expand.repeat_interleave(self.group_size)
+        self.cache.reorder_cache(expand)
+        self.attention, self.lengths = attention[expand], lengths[expand]
+        return output.logits[expand, -1]
+
+    def batch_size(self, live: int) -> int:
+        return live
+
+    def keep(self, rows: Tensor) -> None:
+        self.cache.reorder_cache(rows)
+        self.attention, self.lengths = self.attention[rows], self.lengths[rows]
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits (R, V) after one more token in each row of the batch."""
+        self.attention = torch.cat([self.attention, self.attention.new_ones(len(tokens), 1)], 1)
+        positions = (self.lengths + self.done)[:, None]
+        self.done += 1
+        return self.model(
+            tokens[:, None], attention_mask=self.attention, position_ids=positions, past_key_values=self.cache
+        ).logits[:, -1]
+
+
+# ---- Groups: every prompt computed once, in sampling and in training -----------------------------------------------
+#
+# transformers' models call a function of our choice for attention, and hand it whatever else they were called with. So
+# a batch is one row of tokens without any padding, prompts first, and only the attention knows which token belongs to
+# which row. All other layers see each prompt once, and nothing else than tokens.
+
+
+def group_attention(module, query, key, value, attention_mask, scaling=None, groups=None, **options):
+    """transformers' attention interface: query (1, H, N, D), key and value (1, KVH, N, D) -> (1, N, H, D)."""
+    if groups is None:  # anyone else's call
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    if any(options.get(name) is not None for name in ("sliding_window", "softcap", "s_aux", "position_bias")):
+        raise NotImplementedError("attention that is not plain softmax over all that came before")
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (N, heads, D)
+    return groups.attend(module.layer_idx, q, k, v, scaling)[None], None
+
+
+ALL_ATTENTION_FUNCTIONS.register("groups", group_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register("groups", sdpa_mask)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention of q (R, T, H, D) over k, v (R, S, KVH, D), H a multiple of KVH; mask (R, T, S) is True where
+    a query sees a key, None: causal. Returns (R, T, H, D)."""
+    R, T, H, D = q.shape
+    S, KVH = k.shape[1:3]
+    if q.is_cuda:
+        shared = {"is_causal": True} if mask is None else {"attn_mask": mask[:, None]}
+        if mask is not None:  # with a mask, grouped heads would take the slow kernel
+            k, v = k.repeat_interleave(H // KVH, 2), v.repeat_interleave(H // KVH, 2)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out = nn.functional.scaled_dot_product_attention(q, k, v, scale=scaling, enable_gqa=mask is None, **shared)
+        return out.transpose(1, 2)
+    # On a CPU plain products are faster than torch's fused attention, see common.load_weights. The heads that share
+    # a key are more queries of it.
+    if mask is None:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()[None]
+    q = q.reshape(R, T, KVH, H // KVH, D).permute(0, 2, 3, 1, 4).reshape(R * KVH, -1, D)
+    k, v = (t.transpose(1, 2).reshape(R * KVH, S, D) for t in (k, v))
+    scores = (q @ k.transpose(1, 2)).view(R, KVH, -1, T, S).float() * scaling
+    scores = scores.masked_fill(~mask[:, None, None], -torch.inf).softmax(-1).to(v.dtype)
+    out = scores.view(R * KVH, -1, S) @ v  # (R * KVH, H / KVH * T, D)
+    return out.view(R, KVH, -1, T, D).permute(0, 3, 1, 2, 4).reshape(R, T, H, D)
+
+
+SCORES_KEPT = 2**20  # of a layer's attention for the backward pass; where there are more, it computes them again
+
+
+class PackedGroups:
+    """Prompts (P) and rows (R) of completions as one row of N tokens: all prompts, then all completions.
+
+    completions (R, T) and their mask; group (R,): each row's prompt. Right-padded only inside the attention, where
+    nothing real looks at the padding.
+    """
+
+    def __init__(self, prompts: list[list[int]], completions: Tensor, mask: Tensor, group: Tensor):
+        device = completions.device
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        self.mask, self.group, self.cache = mask, group, None
+        self.prompt_mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]  # (P, L)
+        flat = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+        self.ids = torch.cat([flat, completions[mask]])[None]  # (1, N)
+        row, column = mask.nonzero(as_tuple=True)  # of each completion token
+        self.positions = torch.cat([self.prompt_mask.nonzero()[:, 1], lengths[group][row] + column])[None]
+        # where in the one row each token of the padded shapes stands, and back
+        self.prompt_at = (self.prompt_mask.flatten().cumsum(0) - 1).view_as(self.prompt_mask).clamp(min=0)
+        self.completion_at = (len(flat) + mask.flatten().cumsum(0) - 1).view_as(mask).clamp(max=self.ids.numel() - 1)
+        self.source = torch.cat([self.prompt_mask.flatten(), mask.flatten()]).nonzero()[:, 0]
+        # which token predicts each completion token, and where the rows end
+        self.prompt_ends = lengths.cumsum(0) - 1  # (P,)
+        before = torch.arange(len(flat) - 1, self.ids.numel() - 1, device=device)
+        self.predictor = torch.where(column == 0, self.prompt_ends[group][row], before)
+        self.ends = len(flat) + mask.sum(1).cumsum(0) - 1  # (R,)
+
+    def run(self, model: nn.Module, **options) -> Tensor:
+        """The model's first output, (N, ...) unless the options have it compute less."""
+        # a 4-dimensional mask is left as it is, so that no model builds one of N x N
+        options |= {"attention_mask": self.ids.new_zeros(1, 1, 1, 1), "use_cache": False}
+        return model(self.ids, position_ids=self.positions, groups=self, **options)[0][0]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        scores = q.shape[1] * self.mask.numel() * (self.prompt_mask.shape[1] + self.mask.shape[1])
+        if torch.is_grad_enabled() and scores > SCORES_KEPT:
+            return checkpoint(self.attend_rows, q, k, v, scaling, use_reentrant=False)
+        return self.attend_rows(q, k, v, scaling)
+
+    def attend_rows(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        prompt_k, prompt_v = take(k, self.prompt_at), take(v, self.prompt_at)  # (P, L, KVH, D)
+        if self.cache is not None:
+            self.cache.append((prompt_k, prompt_v))
+        outputs = [attention(take(q, self.prompt_at), prompt_k, prompt_v, scaling).flatten(0, 1)]
+        if len(self.mask):
+            T = self.mask.shape[1]
+            keys = torch.cat([take(prompt_k, self.group), take(k, self.completion_at)], 1)  # (R, L + T, KVH, D)
+            values = torch.cat([take(prompt_v, self.group), take(v, self.completion_at)], 1)
+            causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().expand(len(self.mask), T, T)
+            seen = torch.cat([self.prompt_mask[self.group][:, None].expand(-1, T, -1), causal], 2)  # (R, T, L + T)
+            outputs.append(attention(take(q, self.completion_at), keys, values, scaling, seen).flatten(0, 1))
+        return take(torch.cat(outputs), self.source)
+
+
+def take(t: Tensor, index: Tensor) -> Tensor:
+    """t[index], as an embedding: of all ways to index, the one whose backward pass is fast on a CPU."""
+    return nn.functional.embedding(index, t.flatten(1)).view(*index.shape, *t.shape[1:])
+
+
+@torch.no_grad()
+def takes_groups(model: PreTrainedModel) -> bool:
+    """True where the model's attention can be ours: plain softmax over everything before. Found out by trying, once
+    for a model: hidden states of packed groups must be those of each row alone."""
+    if not hasattr(model, "takes_groups"):
+        device, before = model.device, model.config.get_text_config()._attn_implementation
+        prompts, completions = [[1, 2, 3, 4, 5], [2, 0]], torch.tensor([[3, 1, 4], [1, 5, 0], [2, 2, 6]], device=device)
+        mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1]], device=device).bool()
+        alone = [[*prompts[0], 3, 1, 4], [*prompts[0], 1, 5], [*prompts[1], 2, 2, 6]]
+        base = model.base_model
+        try:
+            expected = [base(torch.tensor([ids], device=device), use_cache=False)[0][0, -1] for ids in alone]
+            model.set_attn_implementation("groups")
+            packed = PackedGroups(prompts, completions, mask, torch.tensor([0, 0, 1], device=device))
+            difference = packed.run(base)[packed.ends] - torch.stack(expected)
+            tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+            model.takes_groups = (difference.abs().max() < tolerance * torch.stack(expected).abs().max()).item()
+        except Exception:  # whatever a model raises that was not written for this
+            model.takes_groups = False
+        if not model.takes_groups:
+            model.set_attn_implementation(before)
+            print("note: this model's attention is its own: sampling and training take the slow path", file=sys.stderr)
+    return model.takes_groups
+
+
+class GroupDecoder:
+    """Decoding where a prompt's keys and values are kept, and read, once for all rows of its group, and those of the
+    completions in buffers that grow by BLOCK tokens and shrink with the rows that are left. Prompts of no more than
+    BLOCK tokens are copied into each row's own buffer instead: sharing them would cost more than it saves."""
+
+    check_every = 1  # steps between looks at which rows have ended
+
+    def __init__(self, model: PreTrainedModel, prompts: list[list[int]], group_size: int, max_new_tokens: int):
+        self.model, self.prompts, self.group_size = model, prompts, group_size
+        self.group = torch.arange(len(prompts), device=model.device).repeat_interleave(group_size)  # (R,), ascending
+        self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)[self.group]  # (R,)
+        self.width, self.capacity = max(map(len, prompts)), BLOCK  # L, and columns for completion tokens
+        self.done = 0  # completion tokens computed
+        self.keys = self.values = None  # of each layer (R, KVH, own + capacity, D)
+
+    def prefill(self) -> Tensor:
+        """Logits (B, V) of the first tokens; fills the prompts' keys and values, of each layer (P, KVH, L, D)."""
+        device = self.model.device
+        none = torch.zeros(0, 1, dtype=torch.long, device=device)  # no completions yet
+        packed = PackedGroups(self.prompts, none, none.bool(), none[:, 0])
+        packed.cache = []  # attend() puts the layers' keys and values there
+        logits = packed.run(self.model, logits_to_keep=packed.prompt_ends)[self.group]
+        pad = (0, 0, 0, self.width - packed.prompt_mask.shape[1])
+        layers = [[nn.functional.pad(t.transpose(1, 2), pad).contiguous() for t in pair] for pair in packed.cache]
+        self.prompt_keys, self.prompt_values = zip(*layers, strict=True)
+        self.own = self.width if self.width <= BLOCK else 0  # columns of the prompt in each row's own buffer
+        if self.keys is None:
+            _, KVH, _, D = self.prompt_keys[0].shape
+            shape = len(self.group), KVH, self.own + self.capacity, D
+            self.keys, self.values = ([layer.new_zeros(shape) for layer in self.prompt_keys] for _ in range(2))
+        if self.own:
+            for buffer, prompt in zip(self.keys + self.values, self.prompt_keys + self.prompt_values, strict=True):
+                buffer[:, :, : self.own] = prompt[self.group]
+        seen = torch.arange(self.width + self.capacity, device=device) < self.lengths[:, None]
+        self.bias = torch.zeros(seen.shape, device=device).masked_fill(~seen, -torch.inf)  # (R, L + capacity)
+        self.column = torch.zeros(1, dtype=torch.long, device=device)  # where a step's keys and values go
+        self.slot, self.rows = self.place_rows(self.group.bincount().max())
+        return logits
+
+    def place_rows(self, G: int) -> tuple[Tensor, Tensor]:
+        """Each row's slot in (P, G), for the products with the prompts; and the row in each slot, (P * G,), any row
+        where none belongs."""
+        R, counts = len(self.group), self.group.bincount(minlength=len(self.prompt_keys[0]))
+        row = torch.arange(R, device=self.group.device)
+        slot = self.group * G + row - (counts.cumsum(0) - counts)[self.group]
+        return slot, torch.zeros(len(counts) * int(G), dtype=torch.long, device=row.device).index_copy_(0, slot, row)
+
+    def batch_size(self, live: int) -> int:
+        """How many rows to go on with: copying the buffers has its price too."""
+        return live if live <= len(self.group) * 7 // 8 else len(self.group)
+
+    def keep(self, rows: Tensor) -> None:
+        left, self.group = self.group[rows].unique(return_inverse=True)
+        if len(left) < len(self.prompt_keys[0]):
+            self.prompt_keys = [t[left] for t in self.prompt_keys]
+            self.prompt_values = [t[left] for t in self.prompt_values]
+        self.keys, self.values = [t[rows] for t in self.keys], [t[rows] for t in self.values]
+        self.lengths, self.bias = self.lengths[rows], self.bias[rows]
+        self.slot, self.rows = self.place_rows(self.group.bincount().max())
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits (R, V) after one more token in each row of the batch."""
+        if self.done == self.capacity:
+            self.capacity += BLOCK
+            self.keys = [nn.functional.pad(t, (0, 0, 0, BLOCK)) for t in self.keys]
+            self.values = [nn.functional.pad(t, (0, 0, 0, BLOCK)) for t in self.values]
+            self.bias = nn.functional.pad(self.bias, (0, BLOCK), value=-torch.inf)
+        self.column.fill_(self.own + self.done)
+        self.bias[:, self.width + self.done] = 0.0
+        self.done += 1
+        return self.compute(tokens, self.lengths + self.done - 1)
+
+    def compute(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        options = {"attention_mask": tokens.new_zeros(1, 1, 1, 1), "use_cache": False, "groups": self}
+        return self.model(tokens[None], position_ids=positions[None], **options).logits[0]
+
+    def store(self, buffer: Tensor, new: Tensor) -> None:
+        buffer[:, :, self.own + self.done - 1] = new
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        """One query a row: softmax over the prompt's keys and the row's own."""
+        (R, H, D), KVH = q.shape, k.shape[1]
+        keys, values = self.keys[layer][:R], self.values[layer][:R]
+        self.store(keys, k)
+        self.store(values, v)
+        q = q.reshape(R, KVH, H // KVH, D)
+        scores = (q.flatten(0, 1) @ keys.flatten(0, 1).transpose(1, 2)).view(R, KVH, H // KVH, -1)
+        if not self.own:
+            old = self.to_slots(q) @ self.prompt_keys[layer].flatten(0, 1).transpose(1, 2)
+            scores = torch.cat([self.to_rows(old, R, KVH), scores], -1)
+        scores = scores.float().mul_(scaling).add_(self.bias[:R, None, None]).softmax(-1).to(v.dtype)
+        old, new = scores.split([self.width - self.own, keys.shape[2]], -1)
+        out = (new.reshape(R * KVH, H // KVH, -1) @ values.flatten(0, 1)).view(R, KVH, H // KVH, D)
+        if not self.own:
+            out = out + self.to_rows(self.to_slots(old) @ self.prompt_values[layer].flatten(0, 1), R, KVH)
+        return out.view(R, H, D)
+
+    def to_slots(self, t: Tensor) -> Tensor:
+        """(R, KVH, H / KVH, X) -> (P * KVH, G * H / KVH, X): all queries that a prompt's key is read for."""
+        _, KVH, _, X = t.shape
+        P = len(self.prompt_keys[0])
+        return t[self.rows].view(P, -1, *t.shape[1:]).transpose(1, 2).reshape(P * KVH, -1, X)
+
+    def to_rows(self, t: Tensor, R: int, KVH: int) -> Tensor:
+        """And back."""
+        P = len(self.prompt_keys[0])
+        return t.view(P, KVH, len(self.rows) // P, -1, t.shape[-1]).transpose(1, 2).flatten(0, 1)[self.slot[:R]]
+
+
+class GraphDecoder(GroupDecoder):
+    """The same on a GPU, where launching a small model's thousand kernels takes several times as long as computing
+    them: one step is a CUDA graph. What it reads must stay where it is, so buffers have their full size from the start,
+    rows leave only when half of them have ended, a graph for each such size, and both are kept for the next batch of
+    this shape. Weights are updated in place, so the graphs see them.
+    """
+
+    check_every = 8  # to look is to wait for the GPU
+
+    def __init__(self, model: PreTrainedModel, prompts: list[list[int]], group_size: int, max_new_tokens: int):
+        super().__init__(model, prompts, group_size, max_new_tokens)
+        self.width, self.capacity = (-(-n // BLOCK) * BLOCK for n in (self.width, max_new_tokens))
+        self.shape = len(prompts), group_size, self.width, self.capacity
+        self.graphs: dict[int, tuple] = {}  # of each number of rows: the graph and its logits
+
+    def prefill(self) -> Tensor:
+        last = getattr(self.model, "graph_decoder", None)
+        reusable = last is not None and last.shape == self.shape
+        if reusable:
+            self.keys, self.values, self.graphs = last.keys, last.values, last.graphs
         else:
-            batch += group
-    return batches + [batch] if batch else batches
+            self.model.graph_decoder = last = None  # frees its memory first
+        logits = super().prefill()
+        self.tokens, self.positions = torch.zeros_like(self.lengths), torch.zeros_like(self.lengths)
+        names = "tokens", "positions", "bias", "column", "slot", "rows", "prompt_keys", "prompt_values"
+        for name in names if reusable else ():
+            old, new = getattr(last, name), getattr(self, name)
+            for there, here in [(old, new)] if torch.is_tensor(old) else zip(old, new, strict=True):
+                there.copy_(here)
+            setattr(self, name, old)
+        self.model.graph_decoder = self
+        return logits
 
+    def store(self, buffer: Tensor, new: Tensor) -> None:
+        buffer.index_copy_(2, self.column, new[:, :, None])
 
-def pair_micro_batches(rollout: Rollout, max_tokens: int) -> list[list[int]]:
-    """All rows of a Rollout of pairs in micro-batches of whole pairs, in the order chosen, rejected, chosen, ...: a
-    pair's loss needs both rows. The budget is never under what the largest pair takes."""
-    G, lengths = rollout.group_size, rollout.lengths.tolist()
-    longest = max(len(rollout.prompt_ids[row // G]) + length for row, length in enumerate(lengths))
-    batches = micro_batches(rollout, list(range(len(lengths))), max(max_tokens, G * longest))
-    return [sorted(rows) for rows in batches]  # similar lengths together had put the shorter of a pair first
+    def batch_size(self, live: int) -> int:
+        size = len(self.group)
+        while size // 2 >= max(live, 4):
+            size //= 2
+        return size
+
+    def keep(self, rows: Tensor) -> None:
+        R, self.group, self.lengths = len(rows), self.group[rows], self.lengths[rows]
+        for t in (*self.keys, *self.values, self.bias):
+            t[:R] = t[rows]
+        self.slot[:R], self.rows[:] = self.place_rows(self.group_size)
+
+    def compute(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        R = len(tokens)
+        self.tokens[:R], self.positions[:R] = tokens, positions
+        if R not in self.graphs:
+            self.graphs[R] = self.capture(R)
+        graph, logits = self.graphs[R]
+        graph.replay()
+        return logits
+
+    def capture(self, R: int) -> tuple:
+        inputs = self.tokens[:R], self.positions[:R]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # what libraries allocate at a first call must not be part of the graph
+            for _ in range(2):
+                super().compute(*inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        pool = next((other.pool() for other, _ in self.graphs.values()), None)  # one memory pool for all sizes
+        with torch.cuda.graph(graph, pool=pool):
+            logits = super().compute(*inputs)
+        return graph, logits

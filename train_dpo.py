@@ -44,20 +44,23 @@ from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 
 import common
-from common import Clock, Metrics, derive_seed, fail
+import evaluate
+from common import Clock, derive_seed, fail
 from data import (
     SYSTEM_PROMPT,
     ProblemSampler,
     check_context,
     context_length,
+    decode,
     encode_pairs,
     encode_prompts,
     is_held_out,
     load_eval_problems,
     load_preference_pairs,
+    pair_micro_batches,
     pair_rollout,
 )
-from evaluate import comparison_table, evaluate_policy, pair_table
+from evaluate import Metrics, comparison_table, evaluate_policy, pair_table
 from rewards import accuracy_reward
 
 
@@ -106,8 +109,9 @@ class Args:
     warmup_iterations: int = 20
     """iterations over which the learning rate rises linearly"""
     micro_batch_tokens: int = 4096
-    """tokens (prompt, completion, padding) in one forward and backward pass, at least one pair; changes memory, not the
-    gradient"""
+    """tokens in one forward and backward pass, prompts counted once, at least a pair; changes memory only"""
+    gradient_checkpointing: bool = False
+    """keep only each layer's input for the backward pass and compute the layer again there: less memory, slower"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""
     eval_every: int = 0
@@ -194,7 +198,7 @@ def reference_logprobs(ref, prompts, completions, max_tokens: int, cache: Path) 
     for start in tqdm(range(0, len(prompts), 256), desc="reference"):
         chunk = slice(start, start + 256)
         rollout = pair_rollout(prompts[chunk], completions[chunk], ref.device)
-        for micro in common.pair_micro_batches(rollout, max_tokens):
+        for micro in pair_micro_batches(rollout, max_tokens):
             rows = [2 * start + row for row in micro]
             logprobs[rows, : rollout.mask.shape[1]] = common.completion_logprobs(ref, rollout, micro)[0].cpu()
     cache.mkdir(parents=True, exist_ok=True)
@@ -213,7 +217,7 @@ def judge_samples(policy, ref, tokenizer, problems, prompts, args: Args) -> tupl
         chunk = slice(start, start + args.minibatch_size)
         seed = derive_seed(args.seed, "judge", start)
         rollout = common.sample_groups(policy, prompts[chunk], 1, args.max_new_tokens, seed=seed)
-        texts = common.decode(tokenizer, rollout)
+        texts = decode(tokenizer, rollout)
         rewards += [accuracy_reward(text, p.answer) for text, p in zip(texts, problems[chunk], strict=True)]
         rows = list(range(len(texts)))
         for micro in common.micro_batches(rollout, rows, args.micro_batch_tokens) if ref is not None else []:
@@ -252,6 +256,8 @@ def main(args: Args) -> None:
     run_dir, writer = common.start_run(args, state)
     stop = common.StopSignal()
     policy = common.load_policy(state.get("model", args.model), device, dtype, tokenizer.eos_token_id)
+    if args.gradient_checkpointing:
+        common.checkpoint_layers(policy)
     optimizer = common.MasterAdamW(policy, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay)
 
     ref_logprobs = None
@@ -290,14 +296,14 @@ def main(args: Args) -> None:
         scores |= {"eval/win_rate": sum(wins) / len(wins)} | ({} if simpo else {"eval/kl": kl})
         if held_out:
             held, (rollout, ref_held, row_weights) = Metrics(), make_batch(held_out)
-            for micro in common.pair_micro_batches(rollout, args.micro_batch_tokens):
+            for micro in pair_micro_batches(rollout, args.micro_batch_tokens):
                 logprobs, _ = common.completion_logprobs(policy, rollout, micro)
                 loss, values = pair_loss(rollout, micro, ref_held, row_weights, logprobs)
                 share = row_weights[[row // 2 for row in micro[0::2]]].sum().item()
                 values = {name: values[f"rewards/{name}"] for name in ("accuracy", "margin")} | {"loss": loss / share}
                 held.add({f"eval/pair_{name}": value for name, value in values.items()}, weight=share)
             scores |= held.means()
-        common.log_scalars(writer, scores, x)
+        evaluate.log_scalars(writer, scores, x)
         return scores
 
     sampler = ProblemSampler(train, seed=args.seed)
@@ -326,7 +332,7 @@ def main(args: Args) -> None:
         common.set_learning_rate(optimizer, learning_rate)
         kl_weights = common.token_weights(rollout.mask, "token", args.max_new_tokens)
         policy_loss = 0.0
-        for micro in common.pair_micro_batches(rollout, args.micro_batch_tokens):
+        for micro in pair_micro_batches(rollout, args.micro_batch_tokens):
             logprobs, entropy = common.completion_logprobs(policy, rollout, micro)
             loss, loss_metrics = pair_loss(rollout, micro, batch_ref_logprobs, row_weights, logprobs)
             tokens = rollout.mask[micro].sum().item()
@@ -347,7 +353,7 @@ def main(args: Args) -> None:
         # --------------------------------------------------------------------------------------------------- 6 log
         iteration += 1
         metrics.add({"loss/learning_rate": learning_rate, "memory/peak_gb": common.peak_memory_gb(device)})
-        logged = common.log_iteration(writer, metrics, clock, x)
+        logged = evaluate.log_iteration(writer, metrics, clock, x)
         bar.set_postfix_str(f"loss {logged['loss/policy']:.3f} acc {logged['rewards/accuracy']:.3f}")
         bar.update()
 

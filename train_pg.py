@@ -30,9 +30,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import common
-from common import Clock, Metrics, derive_seed, fail, load_config
+import data
+import evaluate
+from common import Clock, derive_seed, fail, load_config
 from data import SYSTEM_PROMPT, ProblemSampler, check_context, encode_prompts, load_eval_problems, load_train_problems
-from evaluate import comparison_table, evaluate_policy
+from evaluate import Metrics, comparison_table, evaluate_policy
 from rewards import accuracy_reward, format_reward, length_reward
 
 
@@ -78,8 +80,10 @@ class Args:
     """of AdamW, for the embedded model; 1e-6 to 5e-6 for real ones"""
     warmup_iterations: int = 10
     """iterations over which the learning rate rises linearly; constant afterwards"""
-    micro_batch_tokens: int = 4096
-    """tokens (prompt, completion, padding) in one forward and backward pass; changes memory, not the gradient"""
+    micro_batch_tokens: int = 8192
+    """tokens in one forward and backward pass, a prompt counted once; changes memory, not the gradient"""
+    gradient_checkpointing: bool = False
+    """keep only each layer's input for the backward pass and compute the layer again there: less memory, slower"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""
     loss_norm: Literal["sequence", "token", "constant"] = "token"
@@ -161,9 +165,14 @@ def main(args: Args) -> None:
     run_dir, writer = common.start_run(args, state)
     stop = common.StopSignal()
     policy = common.load_policy(state.get("model", args.model), device, dtype, tokenizer.eos_token_id)
+    data.check_memory(policy, prompts, args)
+    if args.gradient_checkpointing:
+        common.checkpoint_layers(policy)
     optimizer = common.MasterAdamW(policy, lr=args.learning_rate)
     if args.baseline == "value":
         value_model = common.load_value_model(args.model, device, dtype)
+        if args.gradient_checkpointing:
+            common.checkpoint_layers(value_model)
         value_optimizer = common.MasterAdamW(value_model, lr=args.value_learning_rate)
     sampler = ProblemSampler(problems, args.problem_sampling, args.seed)
     iteration, x = 0, 0  # x: completions sampled so far, the x-axis of every event
@@ -176,7 +185,7 @@ def main(args: Args) -> None:
         iteration, x, before, scores = state["iteration"], state["x"], state["before"], state["scores"]
     else:
         before = scores = evaluate_policy(policy, tokenizer, eval_problems, eval_prompts, args, batch_size)
-        common.log_scalars(writer, scores, x)
+        evaluate.log_scalars(writer, scores, x)
 
     bar = tqdm(total=args.iterations, initial=iteration, unit="it")
     metrics, clock = Metrics(), Clock(device)
@@ -195,7 +204,7 @@ def main(args: Args) -> None:
         clock.lap("sample")
 
         # ------------------------------------------------------------------------------------------------ 2 reward
-        texts = common.decode(tokenizer, rollout)
+        texts = data.decode(tokenizer, rollout)
         answers = [problems[i].answer for i in indices for _ in range(args.group_size)]
         components = {
             "accuracy": torch.tensor([accuracy_reward(t, a) for t, a in zip(texts, answers, strict=True)]),
@@ -211,7 +220,7 @@ def main(args: Args) -> None:
         success = components["accuracy"].mean(1)  # (P,)
         for index, rate in zip(indices, success.tolist(), strict=True):
             sampler.record(index, rate)
-        common.add_rollout_metrics(metrics, rollout, rewards, components)
+        evaluate.add_rollout_metrics(metrics, rollout, rewards, components)
         samples = rollout, texts, components
         clock.lap("reward")
 
@@ -275,8 +284,8 @@ def main(args: Args) -> None:
         iteration += 1
         metrics.add({"loss/learning_rate": learning_rate, "memory/peak_gb": common.peak_memory_gb(device)})
         metrics.add(sampler.summary())
-        common.add_logprob_gap(metrics, rollout, old_logprobs)
-        logged = common.log_iteration(writer, metrics, clock, x)
+        evaluate.add_logprob_gap(metrics, rollout, old_logprobs)
+        logged = evaluate.log_iteration(writer, metrics, clock, x)
         bar.set_postfix_str(
             "reward {reward/total:.3f} acc {reward/accuracy:.3f} tok/s {rollout/tokens_per_second:.0f}".format(**logged)
         )
@@ -286,8 +295,8 @@ def main(args: Args) -> None:
         last = iteration == args.iterations
         if last or (args.eval_every and iteration % args.eval_every == 0):
             scores = evaluate_policy(policy, tokenizer, eval_problems, eval_prompts, args, batch_size)
-            common.log_scalars(writer, scores, x)
-            common.log_samples(writer, tokenizer, *samples, x)
+            evaluate.log_scalars(writer, scores, x)
+            evaluate.log_samples(writer, tokenizer, *samples, x)
         if stop.number or (args.save_every and (last or iteration % args.save_every == 0)):
             state = {"iteration": iteration, "x": x, "before": before, "scores": scores}
             state["sampler"] = sampler.state_dict()

@@ -31,7 +31,8 @@ from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 
 import common
-from common import Clock, Metrics, fail
+import evaluate
+from common import Clock, fail
 from data import (
     SYSTEM_PROMPT,
     ProblemSampler,
@@ -39,9 +40,10 @@ from data import (
     encode_pairs,
     is_held_out,
     load_preference_pairs,
+    pair_micro_batches,
     pair_rollout,
 )
-from evaluate import pair_table
+from evaluate import Metrics, pair_table
 
 
 @dataclass
@@ -80,8 +82,9 @@ class Args:
     warmup_iterations: int = 20
     """iterations over which the learning rate rises linearly"""
     micro_batch_tokens: int = 4096
-    """tokens (prompt, completion, padding) in one forward and backward pass, at least one pair; changes memory, not the
-    gradient"""
+    """tokens in one forward and backward pass, prompts counted once, at least a pair; changes memory only"""
+    gradient_checkpointing: bool = False
+    """keep only each layer's input for the backward pass and compute the layer again there: less memory, slower"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""
     eval_every: int = 0
@@ -133,7 +136,7 @@ def pair_scores(reward_model, prompts: list[list[int]], completions: list, max_t
     for start in range(0, len(prompts), 256):
         chunk = slice(start, start + 256)
         rollout = pair_rollout(prompts[chunk], completions[chunk], reward_model.device)
-        for micro in common.pair_micro_batches(rollout, max_tokens):
+        for micro in pair_micro_batches(rollout, max_tokens):
             rows = [2 * start + row for row in micro]
             scores[rows] = common.completion_scores(reward_model, rollout, micro).cpu()
     return scores.view(-1, 2)
@@ -160,6 +163,8 @@ def main(args: Args) -> None:
     rm = common.load_reward_model(state.get("model", args.model), device, dtype, new_head=not state)
     rm.config.pad_token_id = tokenizer.pad_token_id  # by which its own forward finds the last token
     rm.config.score_mean = 0.0  # found at the end
+    if args.gradient_checkpointing:
+        common.checkpoint_layers(rm)
     optimizer = common.MasterAdamW(rm, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay)
 
     def evaluate_all() -> dict[str, float]:
@@ -171,7 +176,7 @@ def main(args: Args) -> None:
             values = {name: values[f"rewards/{name}"] for name in ("accuracy", "margin")} | {"loss": loss.item()}
             scores = {f"eval/pair_{name}": value for name, value in values.items()}
             scores["eval/calibration"] = calibration_error(chosen - rejected)
-        common.log_scalars(writer, scores, x)
+        evaluate.log_scalars(writer, scores, x)
         return scores
 
     sampler = ProblemSampler(train, seed=args.seed)
@@ -198,7 +203,7 @@ def main(args: Args) -> None:
         learning_rate = args.learning_rate * rise * (0.55 + 0.45 * math.cos(math.pi * iteration / args.iterations))
         common.set_learning_rate(optimizer, learning_rate)
         policy_loss = 0.0
-        for micro in common.pair_micro_batches(rollout, args.micro_batch_tokens):
+        for micro in pair_micro_batches(rollout, args.micro_batch_tokens):
             pair = common.completion_scores(rm, rollout, micro)  # chosen, rejected, chosen, ...
             weights = row_weights[[row // 2 for row in micro[0::2]]]
             loss, loss_metrics = reward_model_loss(pair[0::2], pair[1::2], args.margin, weights)
@@ -214,7 +219,7 @@ def main(args: Args) -> None:
         # --------------------------------------------------------------------------------------------------- 6 log
         iteration += 1
         metrics.add({"loss/learning_rate": learning_rate, "memory/peak_gb": common.peak_memory_gb(device)})
-        logged = common.log_iteration(writer, metrics, clock, x)
+        logged = evaluate.log_iteration(writer, metrics, clock, x)
         bar.set_postfix_str(f"loss {logged['loss/policy']:.3f} acc {logged['rewards/accuracy']:.3f}")
         bar.update()
 

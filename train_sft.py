@@ -24,7 +24,8 @@ import torch
 from tqdm import tqdm
 
 import common
-from common import Clock, Metrics, fail
+import evaluate
+from common import Clock, fail
 from data import (
     SYSTEM_PROMPT,
     ProblemSampler,
@@ -36,7 +37,7 @@ from data import (
     load_demonstrations,
     load_eval_problems,
 )
-from evaluate import comparison_table, evaluate_policy
+from evaluate import Metrics, comparison_table, evaluate_policy
 
 
 @dataclass
@@ -76,7 +77,9 @@ class Args:
     warmup_iterations: int = 20
     """iterations over which the learning rate rises linearly"""
     micro_batch_tokens: int = 4096
-    """tokens (prompt, completion, padding) in one forward and backward pass; changes memory, not the gradient"""
+    """tokens in one forward and backward pass, a prompt counted once; changes memory, not the gradient"""
+    gradient_checkpointing: bool = False
+    """keep only each layer's input for the backward pass and compute the layer again there: less memory, slower"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""
     loss_norm: Literal["sequence", "token", "constant"] = "token"
@@ -137,6 +140,8 @@ def main(args: Args) -> None:
     torch.manual_seed(args.seed)  # of the random weights
     from_scratch = args.from_scratch and not state
     policy = common.load_policy(state.get("model", args.model), device, dtype, tokenizer.eos_token_id, from_scratch)
+    if args.gradient_checkpointing:
+        common.checkpoint_layers(policy)
     optimizer = common.MasterAdamW(policy, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay)
 
     def evaluate_all() -> dict[str, float]:
@@ -144,7 +149,7 @@ def main(args: Args) -> None:
         if held_out:
             data = [prompts[i] for i in held_out], [completions[i] for i in held_out]
             scores["eval/loss"] = held_out_loss(policy, *data, args.micro_batch_tokens)
-        common.log_scalars(writer, scores, x)
+        evaluate.log_scalars(writer, scores, x)
         return scores
 
     sampler = ProblemSampler(train, seed=args.seed)
@@ -187,7 +192,7 @@ def main(args: Args) -> None:
         # --------------------------------------------------------------------------------------------------- 6 log
         iteration += 1
         metrics.add({"loss/learning_rate": learning_rate, "memory/peak_gb": common.peak_memory_gb(device)})
-        logged = common.log_iteration(writer, metrics, clock, x)
+        logged = evaluate.log_iteration(writer, metrics, clock, x)
         bar.set_postfix_str(f"loss {logged['loss/policy']:.3f}")
         bar.update()
 

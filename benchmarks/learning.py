@@ -1,9 +1,11 @@
-"""Runs a train script as its user does, once for each seed, and prints what the README claims about it.
+"""Runs train scripts as their user does, once for each seed, and prints what the README claims about them.
 
     python benchmarks/learning.py                                    # train_grpo.py, seeds 1, 2, 3
+    python benchmarks/learning.py --compare                          # all algorithms at an equal budget, 3 seeds each
     python benchmarks/learning.py --runs runs/train_grpo__* --plot assets/grpo.png     # figures of runs that are there
 
-Seconds are those of the whole process: imports, model loading and evaluations included.
+Seconds are those of the whole process: imports, model loading and evaluations included. Sample, logprobs and update are
+the parts of one iteration, mean over the run.
 """
 
 import json
@@ -22,8 +24,20 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 
+# Each at 25,600 completions sampled: 100 iterations of 32 x 8, or for DPO 8 of each of 3,200 problems before it begins.
+COMPARED = {
+    "train_pg.py": "--iterations 100",
+    "train_ppo.py": "--iterations 100",
+    "train_grpo.py": "--iterations 100 --learning-rate 2e-4",
+    "train_kimi.py": "--iterations 100",
+    "train_dpo.py": "--iterations 300 --pair-problems 3200 --learning-rate 3e-4",
+}
+
+
 @dataclass
 class Args:
+    compare: bool = False
+    """run the five algorithms of COMPARED"""
     script: str = "train_grpo.py"
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     flags: str = ""
@@ -67,32 +81,62 @@ def machine() -> str:
     return f"{name}, {torch.get_num_threads()} threads{gpu}; {versions}"
 
 
-def plot(runs: dict[str, dict], path: Path) -> None:
+def plot_seeds(runs: list[tuple[str, dict]], path: Path) -> None:
+    """Training and held-out accuracy of each run, and the hardest difficulty apart."""
+    figure, (left, right) = new_figure(("accuracy, sampled at temperature 1", "held-out accuracy, hardest difficulty"))
+    for i, (name, scalars) in enumerate(runs):
+        left.plot(*curve(scalars, "reward/accuracy"), color=f"C{i}", alpha=0.35, linewidth=1)
+        left.plot(*curve(scalars, "eval/accuracy"), color=f"C{i}", marker="o", label=f"{name}, held out")
+        for tag, style, how in (("accuracy_greedy", "-", "greedy"), ("accuracy", "--", "sampled")):
+            points = curve(scalars, f"eval/{tag}_difficulty_6")
+            right.plot(*points, style, color=f"C{i}", marker="o", label=f"{name}, {how}")
+    left.plot([], [], color="gray", alpha=0.5, linewidth=1, label="training batches")
+    save_figure(figure, path)
+
+
+def plot_scripts(runs: list[tuple[str, dict]], path: Path) -> None:
+    """Held-out accuracy of each script: the mean over its seeds, from the lowest to the highest shaded. One that
+    samples all its completions before it learns is a point at the end."""
+    tags = {"eval/accuracy": "sampled at temperature 1", "eval/accuracy_greedy": "greedy"}
+    figure, plots = new_figure([f"held-out accuracy, {how}" for how in tags.values()])
+    names = list(dict.fromkeys(name for name, _ in runs))
+    budget = max(curve(scalars, "eval/accuracy")[0][-1] for _, scalars in runs if "reward/accuracy" in scalars)
+    for axes, tag in zip(plots, tags, strict=True):
+        for i, name in enumerate(names):
+            curves = [curve(scalars, tag) for n, scalars in runs if n == name]
+            if "reward/accuracy" not in next(scalars for n, scalars in runs if n == name):
+                last = [y[-1] for _, y in curves]
+                label = f"{name} (after it, on what the base wrote)"
+                axes.plot([budget] * len(last), last, "D", color=f"C{i}", markersize=5, label=label, clip_on=False)
+                continue
+            x, values = curves[0][0], list(zip(*(y for _, y in curves), strict=True))
+            axes.plot(x, [sum(v) / len(v) for v in values], color=f"C{i}", marker="o", label=name)
+            axes.fill_between(x, list(map(min, values)), list(map(max, values)), color=f"C{i}", alpha=0.15, linewidth=0)
+    save_figure(figure, path)
+
+
+def curve(scalars: dict, tag: str) -> tuple:
+    return tuple(zip(*scalars[tag], strict=True)) if tag in scalars else ([], [])
+
+
+def new_figure(titles):
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
-    for i, (name, scalars) in enumerate(runs.items()):
-        color = f"C{i}"
-        x, y = zip(*scalars["reward/accuracy"], strict=True)
-        left.plot(x, y, color=color, alpha=0.35, linewidth=1)
-        x, y = zip(*scalars["eval/accuracy"], strict=True)
-        left.plot(x, y, color=color, marker="o", label=f"{name}, held out")
-        for tag, style in (("eval/accuracy_greedy_difficulty_6", "-"), ("eval/accuracy_difficulty_6", "--")):
-            if tag in scalars:
-                x, y = zip(*scalars[tag], strict=True)
-                label = name + (", greedy" if style == "-" else ", sampled")
-                right.plot(x, y, style, color=color, marker="o", label=label)
-    left.set_title("accuracy, sampled at temperature 1 (thin: training batches)")
-    right.set_title("held-out accuracy at the hardest difficulty")
-    for axes in (left, right):
-        axes.set(xlabel="completions sampled", ylim=(0, 1.02))
-        axes.set_xlim(left=0)
+    figure, plots = plt.subplots(1, len(titles), figsize=(11, 4), constrained_layout=True)
+    for axes, title in zip(plots, titles, strict=True):
+        axes.set(title=title, xlabel="completions sampled", ylim=(0, 1.02))
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=8, loc="lower right")
         axes.spines[["top", "right"]].set_visible(False)
+    return figure, plots
+
+
+def save_figure(figure, path: Path) -> None:
+    for axes in figure.axes:
+        axes.set_xlim(left=0)
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")
@@ -101,29 +145,33 @@ def plot(runs: dict[str, dict], path: Path) -> None:
 def main(args: Args) -> None:
     from evaluate import format_table
 
-    costs, runs = {}, args.runs
+    costs, runs = {}, list(args.runs)
     if not runs:
-        runs = []
-        for seed in args.seeds:
-            run, *cost = run_script(args.script, seed, args.flags)
-            runs.append(run)
-            costs[run] = cost
-    rows, curves = [], {}
+        for script, flags in (COMPARED if args.compare else {args.script: ""}).items():
+            for seed in args.seeds:
+                run, *cost = run_script(script, seed, f"{flags} {args.flags}")
+                runs.append(run)
+                costs[run] = cost
+    rows, curves = [], []
     for run in runs:
         saved, scalars = json.loads((run / "args.json").read_text()), read_scalars(run)
-        name = f"seed {saved['seed']}" + f" ({run.name})" * (f"seed {saved['seed']}" in curves)
-        curves[name] = scalars
-        row = [name, *costs.get(run, [float("nan")] * 2)]
+        script = run.name.split("__")[0]
+        curves.append((script if args.compare else f"seed {saved['seed']}", scalars))
+        row = [f"{script} seed {saved['seed']}", *costs.get(run, [float("nan")] * 2)]
+        for part in ("sample", "logprobs", "update"):
+            values = [value for _, value in scalars.get(f"time/{part}", [(0, 0.0)])]
+            row.append(sum(values) / len(values))
         for tag in ("eval/accuracy", "eval/accuracy_greedy", "eval/accuracy_greedy_difficulty_6"):
             values = [value for _, value in scalars.get(tag, [(0, float("nan"))])]
             row += [values[0], values[-1]]
         row.append("{:.1e}".format(max(value for _, value in scalars.get("rollout/logprob_gap_max", [(0, 0.0)]))))
         rows.append(row)
-    header = ["", "seconds", "peak GB", "sampled before", "after", "greedy before", "after"]
-    header += ["greedy, hardest before", "after", "logprob gap max"]
-    print(f"{args.script} {args.flags}\n{machine()}\n\n{format_table(header, rows)}")
+    header = ["", "seconds", "peak GB", "sample s", "logprobs s", "update s"]
+    header += ["sampled", "after", "greedy", "after", "hardest", "after", "gap max"]
+    flags = "\n".join(f"{script} {flags}" for script, flags in COMPARED.items()) if args.compare else args.script
+    print(f"{flags} {args.flags}\n{machine()}\n\n{format_table(header, rows)}")
     if args.plot:
-        plot(curves, args.plot)
+        (plot_scripts if args.compare else plot_seeds)(curves, args.plot)
 
 
 if __name__ == "__main__":

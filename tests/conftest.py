@@ -1,4 +1,4 @@
-"""Small random models of three architectures, and the embedded one. Everything runs on a CPU in fp32."""
+"""Small random models of several architectures, and the embedded one. Everything runs on a CPU in fp32."""
 
 import os
 
@@ -6,7 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on a net
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 import common
 
@@ -16,8 +16,11 @@ SHAPE = {"vocab_size": VOCABULARY, "eos_token_id": EOS, "pad_token_id": 0, "bos_
 DEEP = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 CONFIGS = {
     "llama": LlamaConfig(**SHAPE, **DEEP, intermediate_size=64, max_position_embeddings=64),
+    "qwen2": Qwen2Config(**SHAPE, **DEEP, intermediate_size=64, max_position_embeddings=64),  # biases
     "qwen3": Qwen3Config(**SHAPE, **DEEP, intermediate_size=64, max_position_embeddings=64, head_dim=8),
     "gpt2": GPT2Config(**SHAPE, n_embd=32, n_layer=2, n_head=4, n_positions=64),  # learned positions
+    # a sliding window: no attention for groups, so the slow path
+    "mistral": MistralConfig(**SHAPE, **DEEP, intermediate_size=64, max_position_embeddings=64, sliding_window=4),
 }
 
 

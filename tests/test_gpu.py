@@ -5,6 +5,8 @@ import torch
 from conftest import EMBEDDED
 
 import common
+import data
+import sampling
 import train_grpo
 from common import completion_logprobs, sample_groups
 from data import encode_prompts, load_problems
@@ -19,7 +21,7 @@ def test_greedy_completions_are_the_cpus():
     for device in ("cpu", "cuda"):
         policy = common.load_policy(EMBEDDED, device)
         torch.set_float32_matmul_precision("highest")
-        texts.append(common.decode(tokenizer, sample_groups(policy, prompts, 1, 40, temperature=0)))
+        texts.append(data.decode(tokenizer, sample_groups(policy, prompts, 1, 40, temperature=0)))
     assert sum(a == b for a, b in zip(*texts, strict=True)) >= 58  # a tie may fall the other way
 
 
@@ -40,3 +42,38 @@ def test_a_run_learns(tmp_path):
     state = common.load_checkpoint(str(run_dir))
     assert state["masters"] and all(master.dtype == torch.float32 for master in state["masters"])
     assert state["scores"]["eval/accuracy"] > state["before"]["eval/accuracy"] + 0.1
+
+
+def test_the_graph_equals_the_plain_path_and_sees_new_weights(monkeypatch):
+    """Two batches of one shape, the second through the first one's graphs, with weights that changed in place."""
+    tokenizer = common.load_tokenizer(EMBEDDED)
+    policy = common.load_policy(EMBEDDED, "cuda")
+    torch.set_float32_matmul_precision("highest")
+    prompts = encode_prompts(tokenizer, [p.question for p in load_problems("arithmetic", "eval", 80)])
+    for batch in (prompts[:40], prompts[40:]):
+        rollouts = []
+        for decoder in (sampling.PlainDecoder, sampling.GraphDecoder):
+            monkeypatch.setattr(sampling, "decoder_class", lambda model, decoder=decoder: decoder)
+            rollouts.append(sample_groups(policy, batch, 4, 40, temperature=0))
+        plain, graph = (data.decode(tokenizer, rollout) for rollout in rollouts)
+        assert sum(a == b for a, b in zip(plain, graph, strict=True)) >= 0.97 * len(plain)
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.mul_(1.02)
+    assert policy.graph_decoder.graphs
+
+
+def test_packed_gradients_are_the_padded_ones(monkeypatch):
+    """The GPU's attention (fused, with a mask) against the slow path, in float32."""
+    tokenizer = common.load_tokenizer(EMBEDDED)
+    policy = common.load_policy(EMBEDDED, "cuda")
+    torch.set_float32_matmul_precision("highest")
+    prompts = encode_prompts(tokenizer, [p.question for p in load_problems("arithmetic", "eval", 8)])
+    rollout = sample_groups(policy, prompts, 4, 40, seed=1)
+    gradients = []
+    for packed in (True, False):
+        policy.takes_groups = packed
+        policy.zero_grad()
+        completion_logprobs(policy, rollout, list(range(32)))[0].sum().backward()
+        gradients.append([p.grad.clone() for p in policy.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-3, rtol=1e-3) for a, b in zip(*gradients, strict=True))

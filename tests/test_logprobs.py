@@ -86,6 +86,31 @@ def test_chunked_head_equals_the_naive_one(model, chunk, monkeypatch):
     assert all(torch.allclose(a, b, atol=1e-5, rtol=1e-4) for a, b in zip(ours, naive, strict=True))
 
 
+def test_gradient_checkpointing_changes_no_gradient(model):
+    rollout, gradients = batch(), []
+    for checkpointed in (False, True):
+        if checkpointed:
+            common.checkpoint_layers(model)
+        model.zero_grad()
+        logprobs, _ = completion_logprobs(model, rollout, list(range(6)))
+        logprobs.sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+def test_gradient_checkpointing_keeps_less():
+    """What autograd keeps for the backward pass, counted."""
+    kept = []
+    for checkpointed in (False, True):
+        model, sizes = make_model("llama", num_hidden_layers=8), []
+        if checkpointed:
+            common.checkpoint_layers(model)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+            completion_logprobs(model, batch(), list(range(6)))
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0] / 3
+
+
 def test_a_head_that_is_not_plain_is_seen():
     """Gemma-2 caps its logits with a tanh: hidden states times the head's weights would be another distribution."""
     config = Gemma2Config(
@@ -105,9 +130,10 @@ def test_softmax_is_taken_in_fp32():
     model = make_model("llama").to(torch.bfloat16)
     rollout = batch()
     logprobs, _ = completion_logprobs(model, rollout, [2])
-    ids = torch.cat([torch.tensor(rollout.prompt_ids[1]), rollout.completion_ids[2]])[None]
-    logits = model(ids, use_cache=False).logits[0, :-1].float()
-    expected = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    rows = common.pack_rows(model, rollout, [2])
+    logits = rows.run(model)[rows.predictor]
+    expected = logits.float().log_softmax(-1).gather(1, rollout.completion_ids[2][:, None])[:, 0]
+    assert logits.dtype == torch.bfloat16
     assert logprobs.dtype == torch.float32
     assert torch.allclose(logprobs[0], expected, atol=1e-5)
     again, _ = completion_logprobs(model, rollout, [2])

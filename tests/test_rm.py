@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 import common
 import train_rm
-from data import encode_pairs, is_held_out, load_preference_pairs, pair_rollout
+from data import encode_pairs, is_held_out, load_preference_pairs, pair_micro_batches, pair_rollout
 from train_rm import calibration_error, pair_scores, reward_model_loss
 
 SMALL = {"model": EMBEDDED, "device": "cpu", "pair_problems": 60, "minibatch_size": 8, "eval_problems": 12}
@@ -106,7 +106,7 @@ def test_the_gradient_does_not_depend_on_micro_batches(embedded):
     row_weights = torch.tensor([0.5, 0.2, 0.3])
     gradients = []
     for budget in (1, 32, 1000):
-        for micro in common.pair_micro_batches(rollout, budget):
+        for micro in pair_micro_batches(rollout, budget):
             scores = common.completion_scores(model, rollout, micro)
             row_weights_here = row_weights[[row // 2 for row in micro[0::2]]]
             reward_model_loss(scores[0::2], scores[1::2], row_weights=row_weights_here)[0].backward()
@@ -144,7 +144,7 @@ def test_a_short_run_learns_to_rank(tmp_path, capsys):
     assert model.config.score_mean != 0 and abs(scores.mean().item()) < 1e-4 < scores.std().item()
     plain = AutoModelForSequenceClassification.from_pretrained(run_dir / "final").eval()
     rollout = pair_rollout(prompts[:4], completions[:4], "cpu")
-    input_ids, *_ = common.completion_inputs(rollout, list(range(8)), "cpu")
+    input_ids = common.PaddedRows(prompts[:4], rollout.completion_ids, rollout.mask, torch.arange(8) // 2).ids
     sizes = [len(prompts[row // 2]) + n for row, n in enumerate(rollout.lengths.tolist())]
     inside = torch.arange(input_ids.shape[1]) < torch.tensor(sizes)[:, None]
     with torch.no_grad():

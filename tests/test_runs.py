@@ -21,8 +21,8 @@ import train_kimi
 import train_pg
 import train_ppo
 import train_sft
-from common import Metrics, completion_logprobs, sample_groups
-from evaluate import comparison_table
+from common import completion_logprobs, sample_groups
+from evaluate import Metrics, comparison_table
 
 SMALL = {"model": EMBEDDED, "device": "cpu", "prompts_per_step": 4, "group_size": 4, "eval_problems": 12}
 

@@ -4,8 +4,10 @@ import pytest
 import torch
 from conftest import EOS, VOCABULARY, make_model, ragged_prompts
 
-from common import completion_logprobs, decode, join_groups, make_rollout, sample_groups
-from sampling import sample_tokens
+import sampling
+from common import completion_logprobs, make_rollout, sample_groups
+from data import decode, join_groups
+from sampling import BLOCK, GraphDecoder, GroupDecoder, PlainDecoder, sample_tokens, takes_groups
 
 
 def reference_logits(model, ids: list[int]) -> torch.Tensor:
@@ -32,6 +34,93 @@ def test_greedy_equals_generate(model):
         torch.tensor([prompt]), attention_mask=torch.ones(1, 3), max_new_tokens=15, do_sample=False, pad_token_id=0
     )
     assert ours.completion_ids[0][ours.mask[0]].tolist() == theirs[0, 3:].tolist()
+
+
+def test_which_models_take_groups(model, capsys):
+    """The slow path is chosen by a check, is said once, and nothing else is left changed by it."""
+    implementation = model.config._attn_implementation
+    expected = model.config.model_type != "mistral"
+    assert takes_groups(model) is expected
+    assert (model.config._attn_implementation == "groups") is expected
+    assert expected or model.config._attn_implementation == implementation
+    takes_groups(model)
+    assert capsys.readouterr().err.count("slow path") == (0 if expected else 1)
+
+
+def test_an_attention_that_ignores_the_groups_is_found_out():
+    """A model that drops unknown keywords would compute one long row of all prompts: wrong, and no error."""
+    model = make_model("llama")
+    for layer in model.base_model.layers:
+        layer.self_attn.forward = lambda *args, forward=layer.self_attn.forward, groups=None, **kwargs: forward(
+            *args, **kwargs
+        )
+    assert not takes_groups(model)
+
+
+def test_ordinary_calls_are_as_before(model):
+    """generate and a padded batch with a mask, of a model whose attention has become ours."""
+    ids, mask = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    with torch.no_grad():
+        before = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits[:, -1]
+        takes_groups(model)
+        after = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits[:, -1]
+    assert torch.allclose(before, after, atol=1e-4)
+
+
+@pytest.mark.parametrize("decoder", [PlainDecoder, GroupDecoder])
+@pytest.mark.parametrize("limit", [1, BLOCK, BLOCK + 1, 2 * BLOCK + 5])
+def test_the_decoders_agree_at_every_length(decoder, limit, monkeypatch):
+    """Pins: a buffer of the cache that is full; a prompt's slots after some of its rows, or all of them, have left."""
+    model = make_model("llama", max_position_embeddings=256)
+    prompts = [[5], list(range(2, 39)), [7, 8, 9], [11, 12]]
+    assert takes_groups(model)
+    monkeypatch.setattr(sampling, "decoder_class", lambda model: decoder)
+    rollout = sample_groups(model, prompts, 5, limit, temperature=1.5, seed=8, eos_token_ids=[EOS, 3])
+    assert limit == 1 or len(set(rollout.lengths.tolist())) > 5 or limit < BLOCK
+    logprobs, _ = completion_logprobs(model, rollout, list(range(20)), 1.5)
+    assert (logprobs - rollout.sampler_logprobs).abs().max() < 1e-4
+    monkeypatch.setattr(sampling, "decoder_class", lambda model: PlainDecoder)
+    other = sample_groups(model, prompts, 5, limit, temperature=1.5, seed=8, eos_token_ids=[EOS, 3])
+    assert torch.equal(rollout.completion_ids, other.completion_ids)
+
+
+class Recomputed:
+    """Stands for a CUDA graph: reads the tensors that were there at its capture, and writes where it wrote then."""
+
+    def __init__(self, decoder, R):
+        self.run = lambda: GroupDecoder.compute(decoder, decoder.tokens[:R], decoder.positions[:R])
+        self.logits = self.run()
+
+    def replay(self):
+        self.logits.copy_(self.run())
+
+
+def test_the_graphs_decoder_equals_the_plain_one(monkeypatch):
+    """Its logic without its GPU: buffers of full size, rows that stay although they have ended, halving, and a second
+    and a third batch through the first one's buffers; weights that changed in between are seen."""
+    captured = []
+
+    def capture(decoder, R):
+        captured.append(R)
+        graph = Recomputed(decoder, R)
+        return graph, graph.logits
+
+    model = make_model("llama", max_position_embeddings=256)
+    assert takes_groups(model)
+    monkeypatch.setattr(GraphDecoder, "capture", capture)
+    batches = [([[5], list(range(2, 30)), [7, 8]], 8), ([[6, 5], [9, 10, 11], [12]], 8), ([[6, 5]], 8)]
+    for number, (prompts, group_size) in enumerate(batches):
+        rollouts = []
+        for decoder in (PlainDecoder, GraphDecoder):
+            monkeypatch.setattr(sampling, "decoder_class", lambda model, decoder=decoder: decoder)
+            rollouts.append(sample_groups(model, prompts, group_size, 40, 1.3, number, [EOS, 3]))
+        plain, graph = rollouts
+        assert torch.equal(plain.completion_ids, graph.completion_ids)
+        assert torch.equal(plain.mask, graph.mask) and torch.equal(plain.finished, graph.finished)
+        assert (plain.sampler_logprobs - graph.sampler_logprobs).abs().max() < 1e-4
+        with torch.no_grad():
+            model.base_model.layers[0].mlp.up_proj.weight.add_(0.1)
+    assert captured[:2] == [24, 12] and captured.count(24) == 1 and 8 in captured
 
 
 def test_sampler_logprobs_are_the_trainers(model):

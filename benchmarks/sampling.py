@@ -1,0 +1,136 @@
+"""`sample_groups` against Hugging Face's `generate`: tokens per second on the same prompts, group size and limits.
+
+    python benchmarks/sampling.py --model DIR --problems gsm8k/train.jsonl             # float32
+    python benchmarks/sampling.py --model DIR --problems gsm8k/train.jsonl --dtype bfloat16
+
+Only useful tokens count: what a row computes after its EOS does not. `generate` runs twice: as it comes, and with the
+float32 matmul precision that ours sets on a CPU (see common.load_weights), so that nobody takes the one ratio for the
+other. The three take turns, after one round that isn't counted, and the median counts.
+"""
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import tyro
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from learning import machine  # noqa: E402
+
+import common  # noqa: E402
+from data import cache_bytes, encode_prompts, load_problems  # noqa: E402
+from evaluate import format_table  # noqa: E402
+
+
+@dataclass
+class Args:
+    model: str = "models/tiny-arithmetic"
+    """local model directory or hub name"""
+    problems: str = "arithmetic"
+    """where the prompts come from"""
+    prompts: int = 8
+    """how many, the first ones"""
+    group_size: int = 8
+    lengths: list[int] = field(default_factory=lambda: [64, 128])
+    """limits of new tokens, one table row each"""
+    dtype: str = "float32"
+    device: str = "auto"
+    rounds: int = 3
+
+
+def seconds(run, device: torch.device) -> tuple[float, int]:
+    """Of one call, and the useful tokens that it returned."""
+    start = time.perf_counter()
+    tokens = run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, tokens
+
+
+def main(args: Args) -> None:
+    device = common.resolve_device(args.device)
+    dtype = getattr(torch, args.dtype)
+    tokenizer = common.load_tokenizer(args.model)
+    questions = [p.question for p in load_problems(args.problems, "train")[: args.prompts]]
+    prompts = encode_prompts(tokenizer, questions)
+    stock = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval()
+    ours = common.load_policy(args.model, device, dtype, tokenizer.eos_token_id)
+    our_precision = torch.get_float32_matmul_precision()
+    eos = torch.tensor(ours.generation_config.eos_token_id, device=device)
+
+    longest = max(map(len, prompts))
+    padded = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+    attention = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+
+    def run_ours(limit: int, round: int) -> int:
+        torch.set_float32_matmul_precision(our_precision)
+        return int(common.sample_groups(ours, prompts, args.group_size, limit, seed=round).mask.sum())
+
+    def run_generate(limit: int, round: int, precision: str) -> int:
+        torch.set_float32_matmul_precision(precision)
+        torch.manual_seed(round)
+        ids = stock.generate(
+            padded,
+            attention_mask=attention,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,  # the plain softmax, as ours: without the default's sort of the vocabulary
+            max_new_tokens=limit,
+            num_return_sequences=args.group_size,
+            eos_token_id=eos.tolist(),
+            pad_token_id=0,
+        )[:, longest:]
+        ended = torch.isin(ids, eos).cumsum(1)
+        return int(((ended == 0) | ((ended == 1) & torch.isin(ids, eos))).sum())
+
+    rows = []
+    for limit in args.lengths:
+        runs = {
+            "ours": lambda r, limit=limit: run_ours(limit, r),
+            "generate": lambda r, limit=limit: run_generate(limit, r, "highest"),
+            "generate, same precision": lambda r, limit=limit: run_generate(limit, r, our_precision),
+        }
+        speeds: dict[str, list[float]] = {name: [] for name in runs}
+        for round in range(args.rounds + 1):
+            for name, run in runs.items():
+                taken, tokens = seconds(lambda run=run, round=round: run(round), device)
+                if round > 0:
+                    speeds[name].append(tokens / taken)
+        medians = [statistics.median(values) for values in speeds.values()]
+        row = [f"{args.prompts} x {args.group_size} x {limit}", *(f"{m:.0f}" for m in medians)]
+        row += [f"{medians[0] / m:.2f}" for m in medians[1:]]
+        if device.type == "cuda":
+            row.append(f"{floor(ours, prompts, args, limit) * medians[0]:.2f}")
+        rows.append(row)
+    header = ["useful tokens/s", "ours", "generate", "with our precision", "ours/generate", "ours/with precision"]
+    header += ["of the bandwidth floor"] * (device.type == "cuda")
+    print(f"{args.model}, {args.dtype}, prompts of {min(map(len, prompts))} to {longest} tokens\n{machine()}\n")
+    print(format_table(header, rows))
+
+
+def floor(model, prompts, args: Args, limit: int) -> float:
+    """Seconds a token at least: every step reads all weights once, and on average half of the completions' cache and
+    the prompts', at the bandwidth that a copy on this GPU reaches."""
+    source = torch.empty(2**30, dtype=torch.uint8, device=model.device)
+    target, times = torch.empty_like(source), []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        target.copy_(source)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    bandwidth = 2 * source.numel() / min(times)
+    cached = sum(map(len, prompts)) + len(prompts) * args.group_size * limit / 2
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    read = weights + cached * cache_bytes(model.config, model.dtype)
+    return read / bandwidth / (len(prompts) * args.group_size)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

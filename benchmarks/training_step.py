@@ -1,0 +1,135 @@
+"""One whole GRPO step, sampling to optimizer, against TRL's GRPOTrainer: same model, prompts, group size, length limit
+and one optimizer step in float32, each in a process of its own. Seconds are the median of the steps after the first.
+
+    pip install trl==1.16.0                              # for this benchmark only
+    python benchmarks/training_step.py --model DIR --problems gsm8k/train.jsonl
+
+TRL runs as it comes but for its precision (its default would be mixed bfloat16), and once more with the precision of
+products that ours sets on a CPU; each with its default, gradient checkpointing, and without it.
+"""
+
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from learning import machine, read_scalars  # noqa: E402
+
+import common  # noqa: E402
+import train_grpo  # noqa: E402
+from data import SYSTEM_PROMPT, load_problems  # noqa: E402
+from evaluate import format_table  # noqa: E402
+
+WAYS = "ours", "trl", "trl, our precision", "trl, no checkpointing", "trl, no checkpointing, our precision"
+
+
+@dataclass
+class Args:
+    model: str = "models/tiny-arithmetic"
+    """local model directory or hub name"""
+    problems: str = "arithmetic"
+    """a .jsonl file of problems, or "arithmetic\""""
+    prompts: int = 4
+    group_size: int = 8
+    max_new_tokens: int = 64
+    steps: int = 4
+    learning_rate: float = 1e-6
+    way: str = ""
+    """one of WAYS, in this process; without it: each in a process of its own, and the table"""
+    only: str = ""
+    """only the ways that begin so"""
+
+
+def measure_ours(args: Args, directory: str) -> list[list[float]]:
+    flags = {"prompts_per_step": args.prompts, "iterations": args.steps, "eval_problems": 1, "eval_every": 0}
+    flags |= {name: getattr(args, name) for name in ("model", "problems", "group_size", "max_new_tokens")}
+    train_grpo.main(
+        train_grpo.Args(**flags, learning_rate=args.learning_rate, save_every=0, run_root=directory, dtype="float32")
+    )
+    scalars = read_scalars(next(Path(directory).iterdir()))
+    parts = [scalars[f"time/{name}"] for name in ("sample", "reward", "logprobs", "update")]
+    return [[sum(part[i][1] for part in parts), *(part[i][1] for part in parts)] for i in range(args.steps)]
+
+
+def measure_trl(args: Args, directory: str) -> list[list[float]]:
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    system = {"role": "system", "content": SYSTEM_PROMPT}
+    problems = load_problems(args.problems, "train")[: args.prompts * args.steps]
+    rows = [{"prompt": [system, {"role": "user", "content": p.question}], "gold": p.answer} for p in problems]
+    if "our precision" in args.way:
+        common.load_policy("models/tiny-arithmetic")  # sets it
+    config = GRPOConfig(
+        output_dir=directory,
+        per_device_train_batch_size=args.prompts * args.group_size,
+        num_generations=args.group_size,
+        max_completion_length=args.max_new_tokens,
+        max_steps=args.steps,
+        learning_rate=args.learning_rate,
+        bf16=False,
+        gradient_checkpointing="no checkpointing" not in args.way,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+    )
+    steps, started = [], [0.0]
+
+    class Timer(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            started[0] = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            steps.append([time.perf_counter() - started[0]])
+
+    def reward(completions, gold, **_):
+        texts = [completion[0]["content"] for completion in completions]
+        return [train_grpo.accuracy_reward(t, a) for t, a in zip(texts, gold, strict=True)]
+
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    tokenizer = common.load_tokenizer(args.model)
+    GRPOTrainer(
+        model,
+        reward,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[Timer()],
+    ).train()
+    return steps
+
+
+def main(args: Args) -> None:
+    if args.way:
+        with tempfile.TemporaryDirectory() as directory:
+            steps = (measure_ours if args.way == "ours" else measure_trl)(args, directory)
+        middle = [sorted(values)[len(values) // 2] for values in zip(*steps[1:], strict=True)]
+        print("measured", common.peak_memory_gb(common.resolve_device("auto")), *middle)
+        return
+    rows = []
+    for way in (way for way in WAYS if way.startswith(args.only)):
+        command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            sys.exit(result.stderr[-2000:])
+        peak, *seconds = map(float, result.stdout.split("measured ")[1].split())
+        rows.append([way, seconds[0], peak, *(f"{s:.2f}" for s in seconds[1:] or [0] * 4)])
+        rows[-1][3:3] = [rows[-1][1] / rows[0][1], rows[0][2] / rows[-1][2]]
+    what = f"{args.prompts} x {args.group_size} x {args.max_new_tokens}"
+    print(f"{args.model}, {args.problems}, {what}, float32\n{machine()}\n")
+    header = ["", "seconds a step", "peak GB", "times slower than ours", "our peak / its"]
+    print(format_table([*header, "sample", "reward", "logprobs", "update"], rows))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
