@@ -1,5 +1,5 @@
 """What is the critic for? PPO, whose critic values every token, against GRPO, whose baseline is one number for a whole
-completion, and PG with a critic, on the longest chains only (5 and 6 operations), at the same budget and without a KL.
+completion, on the longest chains only (5 and 6 operations), at the same budget and without a KL.
 
     python benchmarks/long_chains.py --plot assets/long_chains.png
 """
@@ -23,7 +23,6 @@ from evaluate import format_table  # noqa: E402
 RUNS = {
     "train_ppo.py": "--kl-coef 0",
     "train_grpo.py": "--learning-rate 2e-4",
-    "train_pg.py": "",
 }
 
 

@@ -14,7 +14,7 @@ import tyro
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from learning import curve, machine, read_scalars, run_script, save_figure  # noqa: E402
+from learning import curve, machine, read_scalars, run_script  # noqa: E402
 
 from evaluate import format_table  # noqa: E402
 
@@ -56,7 +56,10 @@ def plot(runs: list[tuple[float, dict]], path: Path) -> None:
         right = axes.twinx()
         right.plot(x, proxy, color="C1")
         right.set(ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)), ylabel="score")
-    save_figure(figure, path)
+    plots[0][0].legend(frameon=False, fontsize=8, loc="center right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    print(f"wrote {path}")
 
 
 def main(args: Args) -> None:
