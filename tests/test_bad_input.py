@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import EMBEDDED
 from transformers import AutoConfig
 
 import common
+import data
 import evaluate
 import train_grpo
 import train_kimi
+import train_pg
 import train_ppo
 import train_sft
 
@@ -92,6 +95,50 @@ def test_kimis_flags(changes, message, tmp_path, capsys, no_model):
     args = train_kimi.Args(**({"model": EMBEDDED, "run_root": str(tmp_path / "runs")} | changes))
     assert message in refuse(train_kimi.main, args, capsys)
     assert not list(tmp_path.iterdir())
+
+
+CRITICS = [
+    (train_pg, {"baseline": "value", "value_minibatch_size": 0}, "--value-minibatch-size 0: must be 1 or more"),
+    (train_pg, {"baseline": "value", "gamma": 1.01}, "--gamma 1.01: must be at most 1"),
+    (train_ppo, {"gae_lambda": 1.5}, "--gae-lambda 1.5: must be at most 1"),
+    (train_ppo, {"gae_lambda": float("nan")}, "--gae-lambda nan: must be finite"),
+]
+
+
+@pytest.mark.parametrize("script,changes,message", CRITICS, ids=[message[:50] for _, _, message in CRITICS])
+def test_the_critics_flags(script, changes, message, tmp_path, capsys, no_model):
+    args = script.Args(**({"model": EMBEDDED, "run_root": str(tmp_path / "runs")} | changes))
+    assert message in refuse(script.main, args, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", [train_pg, train_ppo, train_grpo, train_kimi])
+def test_a_batch_that_can_not_fit_is_refused_before_the_first_step(script, tmp_path, capsys, monkeypatch):
+    """The flags to lower are named, and nothing was sampled."""
+    monkeypatch.setattr(data, "free_memory", lambda device: 30e6)
+    monkeypatch.setattr(common, "sample_groups", lambda *args, **kwargs: 1 / 0)
+    args = script.Args(model=EMBEDDED, run_root=str(tmp_path))
+    error = refuse(script.main, args, capsys)
+    assert "--prompts-per-step 32 --group-size 8 --max-new-tokens 40: sampling takes 0.0" in error
+    assert "gradients and optimizer 0.0 GB, 0.0 GB are free; lower them" in error
+
+
+def test_the_memory_that_sampling_takes():
+    """KV cache by its shape: 2 (keys, values) x layers x heads x head size x bytes, a token."""
+    config = common.load_config(EMBEDDED)
+    assert data.cache_bytes(config, torch.float32) == 2 * 4 * 4 * 32 * 4
+    assert data.cache_bytes(config, torch.bfloat16) == 2 * 4 * 4 * 32 * 2
+    assert data.free_memory(torch.device("cpu")) > 1e8
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"])
+def test_out_of_memory_is_one_line(message, capsys):
+    error = torch.OutOfMemoryError(message) if "CUDA" in message else RuntimeError(message)
+    common.explain(type(error), error, None)
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: out of memory") and "--micro-batch-tokens" in printed and printed.count("\n") == 1
+    common.explain(ValueError, ValueError("something else"), None)
+    assert "ValueError: something else" in capsys.readouterr().err
 
 
 def test_curriculum_without_difficulties(tmp_path, capsys):
