@@ -5,7 +5,6 @@ sampling.py), logprobs of completions, batches, the optimizer over fp32 master w
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import re
 import resource
@@ -44,7 +43,6 @@ from sampling import (  # noqa: F401  for the scripts, which call them as common
     sample_groups,
     take,
     takes_groups,
-    token_weights,
 )
 
 transformers_logging.disable_progress_bar()  # "Loading weights", "Writing model shards": ours is the one to watch
@@ -54,32 +52,6 @@ def fail(message: str) -> NoReturn:
     """Bad input: one clear line on stderr and exit code 2, no traceback."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
-
-
-AT_LEAST_1 = (
-    "prompts_per_step group_size max_new_tokens update_epochs minibatch_size micro_batch_tokens eval_problems "
-    "max_sampling_rounds demonstrations num_samples batch_size value_epochs value_minibatch_size pair_problems "
-    "max_pairs_per_prompt"
-).split()
-POSITIVE = ("temperature learning_rate value_learning_rate max_grad_norm clip_low clip_high value_clip beta").split()
-ANY_SIGN = "seed", "missing_eos_score"
-
-
-def check_flags(args) -> None:
-    """Every number must be finite and in its range: one line that names the flag and what is allowed."""
-    at_most_1 = ["gae_lambda", "gamma"] if hasattr(args, "gae_lambda") else []  # SimPO's gamma is a margin
-    for name, value in vars(args).items():
-        if isinstance(value, int | float):
-            checks = {
-                "finite": math.isfinite(value),
-                "more than 0": value > 0 or name not in POSITIVE,
-                "1 or more": value >= 1 or name not in AT_LEAST_1,
-                "0 or more": value >= 0 or name in ANY_SIGN,
-                "at most 1": value <= 1 or name not in at_most_1,
-            }
-            for allowed, fits in checks.items():
-                if not fits:
-                    fail(f"--{name.replace('_', '-')} {value}: must be {allowed}")
 
 
 def reason(error: Exception) -> str:
@@ -102,6 +74,8 @@ def resolve_device(device: str) -> torch.device:
     try:
         resolved = torch.device(device)
         torch.empty(1, device=resolved)
+        if resolved.type == "cuda" and resolved.index is not None:
+            torch.cuda.set_device(resolved)  # streams and graphs are the current device's
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {device}: not usable on this machine ({reason(error)}); try --device auto")
     return resolved
@@ -239,6 +213,9 @@ class PaddedRows:
         starts += torch.arange(len(rows), device=row.device) * self.ids.shape[1]
         self.predictor, self.ends = starts[row] + column - 1, starts + mask.sum(1) - 1
 
+    def logits(self, model: nn.Module) -> Tensor:
+        return self.run(model)[self.predictor]
+
     def run(self, model: nn.Module) -> Tensor:
         return model(self.ids, use_cache=False)[0].flatten(0, 1)
 
@@ -273,19 +250,22 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     return model.plain_head
 
 
-def slices(total: int, size: int) -> list[slice]:
-    return [slice(start, start + max(1, size)) for start in range(0, total, max(1, size))]
+def slices(hidden: Tensor, weight: Tensor | None) -> list[slice]:
+    """Of the rows, so that LOGITS_AT_ONCE is kept."""
+    size = max(1, LOGITS_AT_ONCE // (hidden.shape[1] if weight is None else len(weight)))
+    return [slice(start, start + size) for start in range(0, len(hidden), size)]
 
 
 class HeadLogprobs(torch.autograd.Function):
     """log softmax(hidden @ weight.T / temperature) at the targets (N,), and its entropy (N,), in fp32, from hidden
-    (N, H): logits exist for a chunk of rows at a time, forward and, computed again, backward."""
+    (N, H): logits exist for a chunk of rows at a time, forward and, computed again, backward. weight None: hidden are
+    the logits already."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
         logprobs, entropy, normalizers = (torch.empty(len(hidden), device=hidden.device) for _ in range(3))
-        for rows in slices(len(hidden), LOGITS_AT_ONCE // len(weight)):
-            logits = (hidden[rows] @ weight.T).float().div_(temperature)
+        for rows in slices(hidden, weight):
+            logits = (hidden[rows] if weight is None else hidden[rows] @ weight.T).float() / temperature
             normalizers[rows] = logits.logsumexp(-1)
             logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - normalizers[rows]
             logits -= normalizers[rows, None]
@@ -298,17 +278,18 @@ class HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient, _):
         hidden, weight, targets, normalizers = ctx.saved_tensors
-        hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
-        gradient = gradient / ctx.temperature
-        for rows in slices(len(hidden), LOGITS_AT_ONCE // len(weight)):
-            logits = (hidden[rows] @ weight.T).float().div_(ctx.temperature)
+        hidden_gradient, gradient = torch.empty_like(hidden), gradient / ctx.temperature
+        weight_gradient = None if weight is None else torch.zeros_like(weight, dtype=torch.float32)
+        for rows in slices(hidden, weight):
+            logits = (hidden[rows] if weight is None else hidden[rows] @ weight.T).float() / ctx.temperature
             # d logprob / d logits = (one at the target) - softmax
             error = logits.sub_(normalizers[rows, None]).exp_().mul_(-gradient[rows, None])
             error.scatter_add_(1, targets[rows, None], gradient[rows, None])
-            error = error.to(weight.dtype)
-            hidden_gradient[rows] = error @ weight
-            weight_gradient += error.T @ hidden[rows]
-        return hidden_gradient, weight_gradient.to(weight.dtype), None, None
+            error = error.to(hidden.dtype)
+            hidden_gradient[rows] = error if weight is None else error @ weight
+            if weight is not None:
+                weight_gradient += error.T @ hidden[rows]
+        return hidden_gradient, weight if weight is None else weight_gradient.to(weight.dtype), None, None
 
 
 def completion_logprobs(
@@ -322,9 +303,7 @@ def completion_logprobs(
         hidden = take(batch.run(model.base_model), batch.predictor)
         logprobs, entropy = HeadLogprobs.apply(hidden, model.get_output_embeddings().weight, targets, temperature)
     else:
-        full = (batch.run(model)[batch.predictor].float() / temperature).log_softmax(-1)  # (N, V)
-        logprobs = full.gather(1, targets[:, None])[:, 0]
-        entropy = torch.special.entr(full.detach().exp()).sum(-1)
+        logprobs, entropy = HeadLogprobs.apply(batch.logits(model), None, targets, temperature)
     zeros = torch.zeros(mask.shape, device=mask.device)
     return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
 
@@ -342,6 +321,24 @@ def completion_scores(reward_model: PreTrainedModel, rollout: Rollout, rows: lis
     batch = pack_rows(reward_model, rollout, rows)
     scores = reward_model.score(batch.run(reward_model.base_model)[batch.ends])[:, 0].float()
     return scores - getattr(reward_model.config, "score_mean", 0.0)
+
+
+def token_weights(mask: Tensor, loss_norm: str, max_new_tokens: int) -> Tensor:
+    """(B, T) weights with which a per-token loss is summed, exactly 0 where mask is False; of the whole minibatch at
+    once, so that its split into micro-batches can't change the gradient.
+
+    "sequence": mean over rows of the mean over each row's tokens (DeepSeekMath, arXiv:2402.03300, eq. 3).
+    "token": mean over all tokens (DAPO, arXiv:2503.14476, eq. 8).
+    "constant": sum over a row's tokens / max_new_tokens, mean over rows (Dr. GRPO, arXiv:2503.20783).
+    """
+    m = mask.float()
+    if loss_norm == "sequence":
+        return m / m.sum(1, keepdim=True).clamp(min=1) / len(m)
+    if loss_norm == "token":
+        return m / m.sum().clamp(min=1)
+    if loss_norm == "constant":
+        return m / (len(m) * max_new_tokens)
+    raise ValueError(f"loss_norm is 'sequence', 'token' or 'constant', not {loss_norm!r}")
 
 
 # ---- The optimizer -------------------------------------------------------------------------------------------------

@@ -315,6 +315,32 @@ def decode(tokenizer: common.Tokenizer, rollout: common.Rollout) -> list[str]:
     return ["<think>" * heads[i // G].rstrip().endswith("<think>") + text for i, text in enumerate(texts)]
 
 
+AT_LEAST_1 = (
+    "prompts_per_step group_size max_new_tokens update_epochs minibatch_size micro_batch_tokens eval_problems "
+    "max_sampling_rounds demonstrations num_samples batch_size value_epochs value_minibatch_size pair_problems "
+    "max_pairs_per_prompt"
+).split()
+POSITIVE = ("temperature learning_rate value_learning_rate max_grad_norm clip_low clip_high value_clip beta").split()
+ANY_SIGN = "seed", "missing_eos_score"
+
+
+def check_flags(args) -> None:
+    """Every number must be finite and in its range: one line that names the flag and what is allowed."""
+    at_most_1 = ["gae_lambda", "gamma"] if hasattr(args, "gae_lambda") else []  # SimPO's gamma is a margin
+    for name, value in vars(args).items():
+        if isinstance(value, int | float):
+            checks = {
+                "finite": math.isfinite(value),
+                "more than 0": value > 0 or name not in POSITIVE,
+                "1 or more": value >= 1 or name not in AT_LEAST_1,
+                "0 or more": value >= 0 or name in ANY_SIGN,
+                "at most 1": value <= 1 or name not in at_most_1,
+            }
+            for allowed, fits in checks.items():
+                if not fits:
+                    fail(f"--{name.replace('_', '-')} {value}: must be {allowed}")
+
+
 def check_context(prompts: list[list[int]], names: list[str], config, max_new_tokens: int) -> None:
     """Every prompt, with room for its completion, must fit the model's context."""
     context = context_length(config)
@@ -344,17 +370,19 @@ def free_memory(device: torch.device) -> float:
 
 
 def check_memory(policy, prompts: list[list[int]], args) -> None:
-    """Ends a run before it begins where sampling and the optimizer can't fit in what is free now."""
+    """Ends a run before it begins where sampling, at the longest prompt, and the optimizer can't fit in what is free
+    now."""
     rows, longest = args.prompts_per_step * args.group_size, max(map(len, prompts))
     tokens = (args.prompts_per_step if common.takes_groups(policy) else rows) * longest + rows * args.max_new_tokens
     logits = 3 * 4 * rows * policy.config.get_text_config().vocab_size
     sampling = tokens * cache_bytes(policy.config, policy.dtype) + logits
     training = sum(p.numel() for p in policy.parameters()) * (12 if policy.dtype == torch.float32 else 16)
-    if sampling + training > (free := free_memory(policy.device)):
+    needed = sampling + training if policy.device.type == "cuda" else max(sampling, training)  # one after the other
+    if needed > (free := free_memory(policy.device)):
         sizes = f"--prompts-per-step {args.prompts_per_step} --group-size {args.group_size}"
         sizes += f" --max-new-tokens {args.max_new_tokens}"
-        needed = f"sampling takes {sampling / 1e9:.1f} GB, gradients and optimizer {training / 1e9:.1f} GB"
-        fail(f"{sizes}: {needed}, {free / 1e9:.1f} GB are free; lower them, or take a smaller --model")
+        takes = f"sampling takes {sampling / 1e9:.1f} GB, gradients and optimizer {training / 1e9:.1f} GB"
+        fail(f"{sizes}: {takes}, {free / 1e9:.1f} GB are free; lower them, or take a smaller --model")
 
 
 # ---- Preference pairs ----------------------------------------------------------------------------------------------
@@ -517,8 +545,8 @@ def pair_rollout(prompts: list[list[int]], completions: list, device) -> common.
 def pair_micro_batches(rollout: common.Rollout, max_tokens: int) -> list[list[int]]:
     """All rows of a Rollout of pairs in micro-batches of whole pairs, in the order chosen, rejected, chosen, ...: a
     pair's loss needs both rows. The budget is never under what the largest pair takes."""
-    lengths = rollout.lengths.view(-1, rollout.group_size).sum(1).tolist()
-    largest = max(len(prompt) + length for prompt, length in zip(rollout.prompt_ids, lengths, strict=True))
+    G, lengths = rollout.group_size, rollout.lengths.view(-1, rollout.group_size).sum(1).tolist()
+    largest = max(G * len(prompt) + length for prompt, length in zip(rollout.prompt_ids, lengths, strict=True))
     batches = common.micro_batches(rollout, list(range(len(rollout.mask))), max(max_tokens, largest))
     return [sorted(rows) for rows in batches]  # similar lengths together had put the shorter of a pair first
 

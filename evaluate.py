@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import common
 from common import Clock, Rollout, derive_seed, fail
-from data import SYSTEM_PROMPT, Problem, check_context, decode, encode_prompts, load_problems
+from data import SYSTEM_PROMPT, Problem, check_context, check_flags, decode, encode_prompts, load_problems
 from rewards import accuracy_reward, answers_match, extract_answer, format_reward
 
 SAMPLES = 4  # completions a problem in a train script's evaluations
@@ -316,7 +316,7 @@ def main(args: Args) -> None:
         fail(f"--output {args.output}: is a directory, a file's name is expected")
     if args.output and not os.access(Path(args.output).resolve().parent, os.W_OK):
         fail(f"--output {args.output}: its directory is not there or not writable")
-    common.check_flags(args)
+    check_flags(args)
     device = common.resolve_device(args.device)
     tokenizer = common.load_tokenizer(args.model)
     problems = load_problems(args.problems, args.split, args.eval_problems)

@@ -50,6 +50,7 @@ from data import (
     SYSTEM_PROMPT,
     ProblemSampler,
     check_context,
+    check_flags,
     context_length,
     decode,
     encode_pairs,
@@ -109,7 +110,7 @@ class Args:
     warmup_iterations: int = 20
     """iterations over which the learning rate rises linearly"""
     micro_batch_tokens: int = 4096
-    """tokens in one forward and backward pass, prompts counted once, at least a pair; changes memory only"""
+    """tokens (prompt and completion of each row) in a forward and backward pass, at least a pair; not the result"""
     gradient_checkpointing: bool = False
     """keep only each layer's input for the backward pass and compute the layer again there: less memory, slower"""
     max_grad_norm: float = 1.0
@@ -228,7 +229,7 @@ def judge_samples(policy, ref, tokenizer, problems, prompts, args: Args) -> tupl
 
 def main(args: Args) -> None:
     # ------------------------------------------------------------------------------------------------------- Setup
-    common.check_flags(args)
+    check_flags(args)
     simpo, mean = args.loss == "simpo", args.loss == "simpo" or args.length_normalize
     if simpo and (args.kl_coef > 0 or args.ref_cache):
         fail("--loss simpo has no reference: --kl-coef and --ref-cache don't go with it")

@@ -76,12 +76,12 @@ class Args:
     format_style: Literal["answer-tags", "think"] = "answer-tags"
     """answer-tags: <think>..</think><answer>..</answer>; think: <think>..</think> and then text with the answer in
     \\boxed{} or after #### (ask for that with --system-prompt)"""
-    learning_rate: float = 2e-4
+    learning_rate: float = 1.5e-4
     """of AdamW, for the embedded model; 1e-6 to 5e-6 for real ones"""
     warmup_iterations: int = 10
     """iterations over which the learning rate rises linearly; constant afterwards"""
     micro_batch_tokens: int = 8192
-    """tokens in one forward and backward pass, a prompt counted once; changes memory, not the gradient"""
+    """tokens (prompt and completion of each row) in one forward and backward pass; changes memory only"""
     gradient_checkpointing: bool = False
     """keep only each layer's input for the backward pass and compute the layer again there: less memory, slower"""
     max_grad_norm: float = 1.0
@@ -146,7 +146,7 @@ def value_loss(values: Tensor, returns: Tensor, weights: Tensor) -> tuple[Tensor
 
 def main(args: Args) -> None:
     # ------------------------------------------------------------------------------------------------------- Setup
-    common.check_flags(args)
+    data.check_flags(args)
     batch_size = args.prompts_per_step * args.group_size
     if args.accuracy_weight == args.format_weight == args.length_weight == 0:
         fail("--accuracy-weight, --format-weight and --length-weight are all 0: there is nothing to learn from")

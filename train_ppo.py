@@ -82,7 +82,7 @@ class Args:
     minibatch_size: int | None = None
     """completions in one optimizer step, whole groups; None: a quarter of the iteration's batch"""
     micro_batch_tokens: int = 8192
-    """tokens in one forward and backward pass, a prompt counted once; changes memory, not the gradient"""
+    """tokens (prompt and completion of each row) in one forward and backward pass; changes memory only"""
     gradient_checkpointing: bool = False
     """keep only each layer's input for the backward pass and compute the layer again there: less memory, slower"""
     max_grad_norm: float = 1.0
@@ -186,7 +186,7 @@ def value_loss(
 
 def main(args: Args) -> None:
     # ------------------------------------------------------------------------------------------------------- Setup
-    common.check_flags(args)
+    data.check_flags(args)
     batch_size = args.prompts_per_step * args.group_size
     minibatch_size = args.minibatch_size or max(1, args.prompts_per_step // 4) * args.group_size
     if minibatch_size % args.group_size or not args.group_size <= minibatch_size <= batch_size:

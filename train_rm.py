@@ -36,6 +36,7 @@ from common import Clock, fail
 from data import (
     SYSTEM_PROMPT,
     ProblemSampler,
+    check_flags,
     context_length,
     encode_pairs,
     is_held_out,
@@ -82,7 +83,7 @@ class Args:
     warmup_iterations: int = 20
     """iterations over which the learning rate rises linearly"""
     micro_batch_tokens: int = 4096
-    """tokens in one forward and backward pass, prompts counted once, at least a pair; changes memory only"""
+    """tokens (prompt and completion of each row) in a forward and backward pass, at least a pair; not the result"""
     gradient_checkpointing: bool = False
     """keep only each layer's input for the backward pass and compute the layer again there: less memory, slower"""
     max_grad_norm: float = 1.0
@@ -144,7 +145,7 @@ def pair_scores(reward_model, prompts: list[list[int]], completions: list, max_t
 
 def main(args: Args) -> None:
     # ------------------------------------------------------------------------------------------------------- Setup
-    common.check_flags(args)
+    check_flags(args)
     device = common.resolve_device(args.device)
     dtype = common.resolve_dtype(args.dtype, device)
     tokenizer = common.load_tokenizer(args.model)

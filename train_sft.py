@@ -30,6 +30,7 @@ from data import (
     SYSTEM_PROMPT,
     ProblemSampler,
     check_context,
+    check_flags,
     context_length,
     encode_completions,
     encode_prompts,
@@ -77,7 +78,7 @@ class Args:
     warmup_iterations: int = 20
     """iterations over which the learning rate rises linearly"""
     micro_batch_tokens: int = 4096
-    """tokens in one forward and backward pass, a prompt counted once; changes memory, not the gradient"""
+    """tokens (prompt and completion of each row) in one forward and backward pass; changes memory only"""
     gradient_checkpointing: bool = False
     """keep only each layer's input for the backward pass and compute the layer again there: less memory, slower"""
     max_grad_norm: float = 1.0
@@ -112,7 +113,7 @@ def held_out_loss(policy, prompts: list[list[int]], completions: list[list[int]]
 
 def main(args: Args) -> None:
     # ------------------------------------------------------------------------------------------------------- Setup
-    common.check_flags(args)
+    check_flags(args)
     device = common.resolve_device(args.device)
     dtype = common.resolve_dtype(args.dtype, device)
     tokenizer = common.load_tokenizer(args.model)

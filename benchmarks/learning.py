@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 COMPARED = {
     "train_pg.py": "--iterations 100",
     "train_ppo.py": "--iterations 100",
-    "train_grpo.py": "--iterations 100 --learning-rate 2e-4",
+    "train_grpo.py": "--iterations 100 --learning-rate 1.5e-4",
     "train_kimi.py": "--iterations 100",
     "train_dpo.py": "--iterations 400 --pair-problems 3200 --max-pairs-per-prompt 12 --learning-rate 3e-4",
 }

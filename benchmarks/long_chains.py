@@ -37,7 +37,7 @@ class Args:
 
 
 def main(args: Args) -> None:
-    problems = [p for p in load_problems("arithmetic", "train") if p.difficulty >= args.min_difficulty]
+    problems = [p for p in load_problems("arithmetic", "all", 6000) if p.difficulty >= args.min_difficulty]
     rows, runs = [], []
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "long-chains.jsonl"

@@ -128,6 +128,8 @@ def floor(model, prompts, args: Args, limit: int) -> float:
     bandwidth = 2 * source.numel() / min(times)
     cached = sum(map(len, prompts)) + len(prompts) * args.group_size * limit / 2
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    if not model.config.tie_word_embeddings:  # then the input's are only looked up
+        weights -= model.get_input_embeddings().weight.numel() * model.dtype.itemsize
     read = weights + cached * cache_bytes(model.config, model.dtype)
     return read / bandwidth / (len(prompts) * args.group_size)
 

@@ -217,9 +217,8 @@ def test_micro_batches_cover_every_row_once_within_the_budget(max_tokens):
     rollout, rows = random_batch(5, 4), [*range(0, 8), *range(12, 20)]
     batches = micro_batches(rollout, rows, max_tokens)
 
-    def tokens(batch):  # a prompt counts once
-        prompts = sum(len(rollout.prompt_ids[group]) for group in {r // 4 for r in batch})
-        return prompts + sum(rollout.lengths[batch]).item()
+    def tokens(batch):
+        return sum(len(rollout.prompt_ids[r // 4]) + rollout.lengths[r].item() for r in batch)
 
     assert sorted(row for batch in batches for row in batch) == rows
     for batch in batches:

@@ -108,7 +108,9 @@ def test_the_graphs_decoder_equals_the_plain_one(monkeypatch):
     model = make_model("llama", max_position_embeddings=256)
     assert takes_groups(model)
     monkeypatch.setattr(GraphDecoder, "capture", capture)
-    batches = [([[5], list(range(2, 30)), [7, 8]], 8), ([[6, 5], [9, 10, 11], [12]], 8), ([[6, 5]], 8)]
+    long = list(range(2, 39))  # beyond BLOCK, so that prompts are shared
+    batches = [([[5], long[:28], [7, 8]], 8), ([[6, 5], [9, 10, 11], [12]], 8), ([[6, 5]], 8)]
+    batches += [([[5], long, [7, 8]], 8), ([[6, 5], [9, 10, 11], [12]], 8), ([[6], long[::-1], [9, 8]], 8)]
     for number, (prompts, group_size) in enumerate(batches):
         rollouts = []
         for decoder in (PlainDecoder, GraphDecoder):
@@ -120,7 +122,7 @@ def test_the_graphs_decoder_equals_the_plain_one(monkeypatch):
         assert (plain.sampler_logprobs - graph.sampler_logprobs).abs().max() < 1e-4
         with torch.no_grad():
             model.base_model.layers[0].mlp.up_proj.weight.add_(0.1)
-    assert captured[:2] == [24, 12] and captured.count(24) == 1 and 8 in captured
+    assert captured[:2] == [24, 12] and captured.count(24) == 2 and 8 in captured  # once for each width of prompts
 
 
 def test_sampler_logprobs_are_the_trainers(model):
