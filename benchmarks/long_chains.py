@@ -20,10 +20,11 @@ from learning import curve, machine, new_figure, read_scalars, run_script, save_
 from data import load_problems  # noqa: E402
 from evaluate import format_table  # noqa: E402
 
-RUNS = {
-    "train_ppo.py": "--kl-coef 0",
-    "train_grpo.py": "--learning-rate 2e-4",
-}
+RUNS = (
+    ("train_ppo.py", "--kl-coef 0"),
+    ("train_grpo.py", "--learning-rate 2e-4"),
+    ("train_grpo.py", "--learning-rate 5e-5 --update-epochs 4 --minibatch-size 64"),  # PPO's updates, without a critic
+)
 
 
 @dataclass
@@ -36,6 +37,17 @@ class Args:
     """write accuracy and length over completions to this picture"""
 
 
+def plot(runs: list[tuple[str, dict]], path: Path) -> None:
+    figure, (left, right) = new_figure(("held-out accuracy, sampled at temperature 1", "length in training, tokens"))
+    for i, (name, scalars) in enumerate(runs):
+        names = [other for other, _ in runs]
+        color, label = f"C{list(dict.fromkeys(names)).index(name)}", name if names.index(name) == i else None
+        left.plot(*curve(scalars, "eval/accuracy"), color=color, marker="o", label=label)
+        right.plot(*curve(scalars, "rollout/length_mean"), color=color, alpha=0.7, label=label)
+    right.set_ylim(bottom=10, top=25)
+    save_figure(figure, path)
+
+
 def main(args: Args) -> None:
     problems = [p for p in load_problems("arithmetic", "all", 6000) if p.difficulty >= args.min_difficulty]
     rows, runs = [], []
@@ -43,11 +55,11 @@ def main(args: Args) -> None:
         file = Path(directory) / "long-chains.jsonl"
         lines = [{"question": p.question, "answer": p.answer, "difficulty": p.difficulty} for p in problems]
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        for script, flags in RUNS.items():
+        for script, flags in RUNS:
             for seed in args.seeds:
                 more = f"--problems {file} --iterations {args.iterations} {flags}"
                 run, seconds, _ = run_script(script, seed, more)
-                runs.append((script, read_scalars(run)))
+                runs.append((f"{script} {flags}", read_scalars(run)))
                 row = [f"{script} {flags} seed {seed}", seconds]
                 for tag in ("eval/accuracy", "eval/accuracy_greedy", "eval/length", "rollout/length_right"):
                     values = curve(runs[-1][1], tag)[1]
@@ -57,14 +69,7 @@ def main(args: Args) -> None:
     header += ["of right ones first", "last", "groups all wrong, first"]
     print(f"{len(problems)} problems, {args.iterations} iterations\n{machine()}\n\n{format_table(header, rows)}")
     if args.plot:
-        figure, (left, right) = new_figure(("held-out accuracy, sampled at temperature 1", "length, tokens"))
-        for i, script in enumerate(RUNS):
-            for seed, (_, scalars) in enumerate(run for run in runs if run[0] == script):
-                label = script if seed == 0 else None
-                left.plot(*curve(scalars, "eval/accuracy"), color=f"C{i}", marker="o", label=label)
-                right.plot(*curve(scalars, "rollout/length_mean"), color=f"C{i}", alpha=0.7, label=label)
-        right.set_ylim(auto=True)
-        save_figure(figure, args.plot)
+        plot(runs, args.plot)
 
 
 if __name__ == "__main__":
