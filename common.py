@@ -201,8 +201,8 @@ def make_rollout(prompts: list[list[int]], completions: list[list[int]], group_s
 
 
 class PaddedRows:
-    """The same for models whose attention is their own: each row after its prompt, right-padded. Under a causal mask
-    nothing real can see the padding, so no mask is needed and positions simply count."""
+    """What PackedGroups is, for models whose attention is their own: each row after its prompt, right-padded. Under a
+    causal mask nothing real can see the padding, so no mask is needed and positions simply count."""
 
     def __init__(self, prompts: list[list[int]], completions: Tensor, mask: Tensor, group: Tensor):
         heads = [torch.tensor(prompts[p], device=completions.device) for p in group.tolist()]
@@ -376,7 +376,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate
 
 
-# ---- Runs: arguments, directory, metrics, checkpoints --------------------------------------------------------------
+# ---- Runs: arguments, directory, checkpoints -----------------------------------------------------------------------
 
 RESUME_MAY_CHANGE = ("iterations", "eval_every", "save_every", "device", "run_root")
 

@@ -552,7 +552,7 @@ def pair_micro_batches(rollout: common.Rollout, max_tokens: int) -> list[list[in
 
 
 def join_groups(parts: list[tuple[common.Rollout, list[int]]]) -> common.Rollout:
-    """One common.Rollout of the given groups of several."""
+    """One Rollout of the given groups of several."""
     G, T = parts[0][0].group_size, max(rollout.mask.shape[1] for rollout, _ in parts)
 
     def gather(field: str) -> torch.Tensor:

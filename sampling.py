@@ -255,6 +255,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, mask: Tensor | No
 SCORES_KEPT = 2**20  # of a layer's attention for the backward pass; where there are more, it computes them again
 
 
+def call_with_groups(model: nn.Module, ids: Tensor, positions: Tensor, groups, **options) -> Tensor:
+    """The model's first output for one row of tokens (1, N), whose attention is groups.attend."""
+    whole = ids.new_zeros(1, 1, 1, 1)  # a 4-dimensional mask is left as it is: no model builds one of N x N
+    options |= {"position_ids": positions, "attention_mask": whole, "use_cache": False, "groups": groups}
+    return model(ids, **options)[0][0]
+
+
 class PackedGroups:
     """Prompts (P) and rows (R) of completions as one row of N tokens: all prompts, then all completions.
 
@@ -290,9 +297,7 @@ class PackedGroups:
 
     def run(self, model: nn.Module, **options) -> Tensor:
         """The model's first output, (N, ...) unless the options have it compute less."""
-        # a 4-dimensional mask is left as it is, so that no model builds one of N x N
-        options |= {"attention_mask": self.ids.new_zeros(1, 1, 1, 1), "use_cache": False}
-        return model(self.ids, position_ids=self.positions, groups=self, **options)[0][0]
+        return call_with_groups(model, self.ids, self.positions, self, **options)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         scores = q.shape[1] * self.mask.numel() * (self.prompt_mask.shape[1] + self.mask.shape[1])
@@ -397,13 +402,14 @@ class GroupDecoder:
         return live if live <= len(self.group) * 7 // 8 else len(self.group)
 
     def keep(self, rows: Tensor) -> None:
-        left, self.group = self.group[rows].unique(return_inverse=True)
-        if len(left) < len(self.prompt_keys[0]):
-            self.prompt_keys = [t[left] for t in self.prompt_keys]
-            self.prompt_values = [t[left] for t in self.prompt_values]
         self.keys, self.values = [t[rows] for t in self.keys], [t[rows] for t in self.values]
-        self.lengths, self.bias = self.lengths[rows], self.bias[rows]
-        self.slot, self.rows = self.place_rows(self.group.bincount().max())
+        self.group, self.lengths, self.bias = self.group[rows], self.lengths[rows], self.bias[rows]
+        if not self.own:
+            left, self.group = self.group.unique(return_inverse=True)
+            if len(left) < len(self.prompt_keys[0]):
+                self.prompt_keys = [t[left] for t in self.prompt_keys]
+                self.prompt_values = [t[left] for t in self.prompt_values]
+            self.slot, self.rows = self.place_rows(self.group.bincount().max())
 
     def step(self, tokens: Tensor) -> Tensor:
         """Logits (R, V) after one more token in each row of the batch."""
@@ -418,8 +424,7 @@ class GroupDecoder:
         return self.compute(tokens, self.lengths + self.done - 1)
 
     def compute(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        options = {"attention_mask": tokens.new_zeros(1, 1, 1, 1), "use_cache": False, "groups": self}
-        return self.model(tokens[None], position_ids=positions[None], **options).logits[0]
+        return call_with_groups(self.model, tokens[None], positions[None], self)
 
     def store(self, buffer: Tensor, new: Tensor) -> None:
         buffer[:, :, self.own + self.done - 1] = new
