@@ -3,11 +3,11 @@ sampling.py), logprobs of completions, batches, the optimizer over fp32 master w
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -19,6 +19,7 @@ from typing import NoReturn
 
 import torch
 import tyro
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -133,7 +134,7 @@ def load_weights(auto_class, path: str, device, dtype, from_scratch: bool = Fals
     try:
         if from_scratch:
             return auto_class.from_config(load_config(path), **options).to(device).eval()
-        return auto_class.from_pretrained(path, **options).to(device).eval()
+        return auto_class.from_pretrained(path, use_safetensors=True, **options).to(device).eval()
     except Exception as error:
         fail(f"{path}: its weights can't be loaded ({reason(error)})")
 
@@ -378,7 +379,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 # ---- Runs: arguments, directory, checkpoints -----------------------------------------------------------------------
 
-RESUME_MAY_CHANGE = ("iterations", "eval_every", "save_every", "device", "run_root")
+RESUME_MAY_CHANGE = ("iterations", "eval_every", "save_every", "keep_checkpoints", "device", "run_root")
 
 
 def parse_args(Args, argv: list[str] | None = None):
@@ -439,10 +440,14 @@ def start_run(args, state: dict) -> tuple[Path, SummaryWriter]:
 
 
 def explain(kind, error, trace) -> None:
-    """What a run prints when it ends in an error: one line where memory is what was missing."""
+    """What a run prints when it ends in an error: one line where memory or disk space is what was missing."""
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         lower = "--micro-batch-tokens (training), or --prompts-per-step, --group-size or --max-new-tokens (sampling)"
         print(f"error: out of memory ({reason(error)}); lower {lower}", file=sys.stderr)
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        print(f"error: {reason(error)}; make room on the disk, then go on with --resume", file=sys.stderr)
+    elif isinstance(error, KeyboardInterrupt):
+        print("stopped at once; go on from the newest checkpoint with --resume", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -453,27 +458,6 @@ def git_commit() -> str:
         return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git here
         return "unknown"
-
-
-class Clock:
-    """Seconds between one lap and the next, the device's queued work included."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.seconds = device, {}
-        self.last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        last, self.last = self.last, time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + self.last - last
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """The GPU's peak of allocated memory, or the process's peak resident size on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 class StopSignal:
@@ -505,25 +489,41 @@ def file_digests(directory: Path) -> dict[str, str]:
     return {path.name: digest(path) for path in sorted(directory.iterdir()) if path.name != "digests.json"}
 
 
-def save_checkpoint(target: Path, model, tokenizer, optimizer: MasterAdamW | None = None, state: dict | None = None):
+def save_checkpoint(
+    target: Path, model, tokenizer, optimizer: MasterAdamW | None = None, state: dict | None = None, keep: int = 0
+):
     """An ordinary Hugging Face directory. With an optimizer also trainer.pt, all that the run needs to go on exactly,
     and the digests by which `load_checkpoint` knows that everything is whole.
 
     It is written aside and renamed: `target` is never there in part, whenever the process is killed.
-    state: plain values and tensors; "x", the events' step so far, among them.
+    state: plain values and tensors; "x", the events' step so far, among them. keep: so many of the newest checkpoints,
+    the others are deleted once this one is whole; 0: all.
     """
-    aside = target.with_name(target.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    if optimizer is not None:
-        torch.save(state | optimizer_state(optimizer), aside / "trainer.pt")
-        (aside / "digests.json").write_text(json.dumps(file_digests(aside)))
-    if target.exists():
-        os.rename(target, target.with_name(target.name + ".old"))
-    os.rename(aside, target)
-    shutil.rmtree(target.with_name(target.name + ".old"), ignore_errors=True)
+    aside, old = target.with_name(target.name + ".tmp"), target.with_name(target.name + ".old")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        if optimizer is not None:
+            torch.save(state | optimizer_state(optimizer), aside / "trainer.pt")
+            (aside / "digests.json").write_text(json.dumps(file_digests(aside)))
+        if target.exists():
+            os.rename(target, old)
+        os.rename(aside, target)
+    except (OSError, RuntimeError, SafetensorError) as error:  # the last two are torch's and safetensors' disk full
+        free = shutil.disk_usage(target.parent).free / 1e9
+        shutil.rmtree(aside, ignore_errors=True)
+        left = f"{free:.3f} GB are free there; the checkpoints before it are whole"
+        fail(f"{target} can't be written ({reason(error)}): {left}. Make room, then go on with --resume")
+    shutil.rmtree(old, ignore_errors=True)
+    for outdated in checkpoints(target.parent)[keep:] if keep else []:
+        shutil.rmtree(outdated)
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """The newest first."""
+    return sorted(directory.glob("step_*[0-9]"), reverse=True)
 
 
 def load_checkpoint(run: str | None) -> dict:
@@ -531,7 +531,7 @@ def load_checkpoint(run: str | None) -> dict:
     has no checkpoint yet and so starts over."""
     if not run:
         return {}
-    directories = sorted((Path(run) / "checkpoints").glob("step_*[0-9]"), reverse=True)
+    directories = checkpoints(Path(run) / "checkpoints")
     for directory in directories:
         try:
             if json.loads((directory / "digests.json").read_text()) != file_digests(directory):
@@ -539,7 +539,7 @@ def load_checkpoint(run: str | None) -> dict:
             state = torch.load(directory / "trainer.pt", weights_only=True, map_location="cpu")
             return state | {"model": str(directory)}
         except Exception as error:  # whatever a damaged file makes json, torch or the file system raise
-            print(f"warning: {directory} is damaged ({error}); trying the one before it", file=sys.stderr)
+            print(f"warning: {directory} is damaged ({reason(error)}); trying the one before it", file=sys.stderr)
     if directories:
         fail(f"--resume {run}: none of its checkpoints is whole")
     print(f"note: {run} has no checkpoint yet: starting over in it", file=sys.stderr)

@@ -8,6 +8,7 @@ a JSONL file or a hub dataset; `encode_prompts` turns questions into token ids t
 import hashlib
 import json
 import math
+import os
 import random
 import re
 from collections import Counter
@@ -108,7 +109,7 @@ def read_jsonl(path: str) -> list[tuple[int, dict]]:
 def fail_on(errors: list[str], source: str) -> None:
     if errors:
         more = f"\n... and {len(errors) - 5} more lines of {source}" if len(errors) > 5 else ""
-        fail("\n".join(errors[:5]) + more)
+        fail("\n".join(error[:500] for error in errors[:5]) + more)
 
 
 def text_field(row: dict, names: tuple[str, ...]) -> str:
@@ -116,17 +117,32 @@ def text_field(row: dict, names: tuple[str, ...]) -> str:
     name = next((name for name in names if row.get(name) is not None), None)
     if name is None:
         raise ValueError(f"no field {' or '.join(map(repr, names))} (it has {', '.join(map(repr, row))})")
-    value = row[name]
+    return as_text(name, row[name])
+
+
+MAX_FIELD_CHARS = 1_000_000
+
+
+def as_text(name: str, value) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"field {name!r} is of type {type(value).__name__}, text is expected")
-    if not str(value).strip():
+    text = str(value)
+    if not text.strip():
         raise ValueError(f"field {name!r} is empty")
-    return str(value)
+    return check_text(name, text)
+
+
+def check_text(name: str, text: str) -> str:
+    if len(text) > MAX_FIELD_CHARS:
+        raise ValueError(f"field {name!r} has {len(text)} characters, at most {MAX_FIELD_CHARS} are allowed")
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"field {name!r} holds half a surrogate pair, which no tokenizer takes")
+    return text
 
 
 def read_problems(rows: list[tuple[str, dict]], source: str) -> list[Problem]:
     """rows: (place, row) with `question` or `prompt`, `answer`, optionally `id`, `topic`, `difficulty`."""
-    problems, errors = [], []
+    problems, errors, places = [], [], {}
     for place, row in rows:
         try:
             answer = text_field(row, ("answer",))
@@ -135,11 +151,15 @@ def read_problems(rows: list[tuple[str, dict]], source: str) -> list[Problem]:
                 if not answer:
                     raise ValueError("nothing stands behind '####' in field 'answer'")
             difficulty = row.get("difficulty")
-            if difficulty is not None and (isinstance(difficulty, bool) or not isinstance(difficulty, int | float)):
-                raise ValueError(f"field 'difficulty' is {difficulty!r}, a number is expected")
+            number = isinstance(difficulty, int | float) and not isinstance(difficulty, bool)
+            if difficulty is not None and not (number and abs(difficulty) < 1e9):  # nor NaN
+                raise ValueError(f"field 'difficulty' is {str(difficulty)[:80]!r}, a number is expected")
             question = text_field(row, ("question", "prompt"))
-            id = str(place if row.get("id") is None else row["id"])
-            problems.append(Problem(question, answer.strip(), id, str(row.get("topic") or ""), difficulty))
+            id = place if row.get("id") is None else as_text("id", row["id"])
+            if (first := places.setdefault(id, place)) != place:
+                raise ValueError(f"id {id[:80]!r} is the one of {first} already")
+            topic = as_text("topic", row["topic"]) if row.get("topic") else ""
+            problems.append(Problem(question, answer.strip(), id, topic, difficulty))
         except ValueError as error:
             errors.append(f"{place}: {error}")
     fail_on(errors, source)
@@ -318,14 +338,15 @@ def decode(tokenizer: common.Tokenizer, rollout: common.Rollout) -> list[str]:
 AT_LEAST_1 = (
     "prompts_per_step group_size max_new_tokens update_epochs minibatch_size micro_batch_tokens eval_problems "
     "max_sampling_rounds demonstrations num_samples batch_size value_epochs value_minibatch_size pair_problems "
-    "max_pairs_per_prompt"
+    "max_pairs_per_prompt max_bad_updates"
 ).split()
 POSITIVE = ("temperature learning_rate value_learning_rate max_grad_norm clip_low clip_high value_clip beta").split()
 ANY_SIGN = "seed", "missing_eos_score"
 
 
 def check_flags(args) -> None:
-    """Every number must be finite and in its range: one line that names the flag and what is allowed."""
+    """Every number must be finite and in its range, every directory writable: one line that names the flag and what is
+    allowed."""
     at_most_1 = ["gae_lambda", "gamma"] if hasattr(args, "gae_lambda") else []  # SimPO's gamma is a margin
     for name, value in vars(args).items():
         if isinstance(value, int | float):
@@ -339,6 +360,13 @@ def check_flags(args) -> None:
             for allowed, fits in checks.items():
                 if not fits:
                     fail(f"--{name.replace('_', '-')} {value}: must be {allowed}")
+    for name in ("run_root", "ref_cache"):
+        if folder := getattr(args, name, None):
+            path = Path(folder).resolve()
+            nearest = next(place for place in (path, *path.parents) if place.exists())
+            if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+                flag = f"--{name.replace('_', '-')} {folder}"
+                fail(f"{flag}: can't be written ({nearest} is not a directory that can be written)")
 
 
 def check_context(prompts: list[list[int]], names: list[str], config, max_new_tokens: int) -> None:
@@ -464,6 +492,7 @@ def sampled_pairs(rows: list[tuple[str, dict]], source: str, min_gap: float, dro
             for completion in row["completions"]:
                 if not isinstance(completion, dict) or not isinstance(completion.get("text"), str):
                     raise ValueError("a completion has no field 'text'")
+                check_text("text", completion["text"])
                 score = completion.get("reward")
                 if not isinstance(score, int | float) or not math.isfinite(score):
                     raise ValueError(f"a completion's 'reward' is {score!r}, a number is expected")

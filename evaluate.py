@@ -9,17 +9,22 @@ Accuracy is reported *sampled at temperature 1* (the policy that RL trains) and 
 import json
 import math
 import os
+import resource
+import sys
+import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import common
-from common import Clock, Rollout, derive_seed, fail
+from common import Rollout, derive_seed, fail
 from data import SYSTEM_PROMPT, Problem, check_context, check_flags, decode, encode_prompts, load_problems
 from rewards import accuracy_reward, answers_match, extract_answer, format_reward
 
@@ -215,6 +220,27 @@ class Metrics:
         return {name: total / self.weights[name] for name, total in self.sums.items()}
 
 
+class Clock:
+    """Seconds between one lap and the next, the device's queued work included."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds = device, {}
+        self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        last, self.last = self.last, time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + self.last - last
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The GPU's peak of allocated memory, or the process's peak resident size on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
 def log_scalars(writer: SummaryWriter, scalars: dict[str, float], x: int) -> None:
     for tag, value in scalars.items():
         writer.add_scalar(tag, value, x)
@@ -222,6 +248,7 @@ def log_scalars(writer: SummaryWriter, scalars: dict[str, float], x: int) -> Non
 
 def log_iteration(writer: SummaryWriter, metrics: Metrics, clock: Clock, x: int) -> dict[str, float]:
     scalars = metrics.means() | {f"time/{name}": seconds for name, seconds in clock.seconds.items()}
+    scalars["memory/peak_gb"] = peak_memory_gb(clock.device)
     if metrics.tokens:
         scalars["rollout/tokens_per_second"] = metrics.tokens / clock.seconds["sample"]
     log_scalars(writer, scalars, x)
@@ -234,13 +261,14 @@ def add_rollout_metrics(metrics: Metrics, rollout: Rollout, rewards: Tensor, com
     metrics.add({f"reward/{name}": values.mean() for name, values in components.items()}, len(rewards))
     values = {
         "reward/total": rewards.mean(),
-        "reward/std_within_group": rewards.std(1, correction=0).mean(),
         "reward/frac_all_right": (components["accuracy"] > 0).all(1).float().mean(),
         "reward/frac_all_wrong": (components["accuracy"] == 0).all(1).float().mean(),
         "rollout/length_mean": lengths.mean(),
         "rollout/length_max": lengths.max(),
         "rollout/finished": rollout.finished.float().mean(),
     }
+    if rollout.group_size > 1:
+        values["reward/std_within_group"] = rewards.std(1, correction=0).mean()
     metrics.add(values, len(rewards))
     for name, chosen in (("right", right), ("wrong", ~right)):
         if chosen.any():
@@ -263,6 +291,70 @@ def log_samples(writer: SummaryWriter, tokenizer, rollout: Rollout, texts, compo
         text = f"{tokenizer.decode(rollout.prompt_ids[p])}\n----\n{texts[row]}"
         parts.append(f"{scores}\n\n" + "\n".join("    " + line for line in text.split("\n")))
     writer.add_text("samples", "\n\n".join(parts), x)
+
+
+class Health:
+    """Watches a run: an update whose loss or gradient is not finite is skipped, and signs of a collapse are printed,
+    each once, when they have held for PATIENCE iterations in a row."""
+
+    PATIENCE = 5
+    SIGNS = {  # tag: (is it so?, what it means and what to try)
+        "loss/entropy": (
+            lambda entropy: entropy < 0.005,
+            "the policy is nearly deterministic and explores no more: a lower --learning-rate, or a KL (--kl-coef)",
+        ),
+        "reward/std_within_group": (
+            lambda std: std == 0,
+            "all completions of every prompt score alike, so a group teaches nothing: other problems, a larger "
+            "--group-size, or train_sft.py first",
+        ),
+        "rollout/finished": (
+            lambda finished: finished == 0,
+            "every completion is cut by the length limit, so none has an answer: a larger --max-new-tokens, or a model "
+            "that ends what it writes (train_sft.py)",
+        ),
+        "loss/kl": (
+            lambda kl: kl > 1,
+            "the policy is far from where it started: a larger --kl-coef (or --tau), a lower --learning-rate",
+        ),
+    }
+
+    def __init__(self, run_dir: Path, tokenizer, max_bad_updates: int):
+        self.run_dir, self.tokenizer, self.max_bad_updates = run_dir, tokenizer, max_bad_updates
+        self.bad_updates, self.streaks = 0, Counter()
+
+    def is_finite(self, loss: float, grad_norm: float, rollout: Rollout, rows: list[int], **values: Tensor) -> bool:
+        """Whether an optimizer may take this step. After max_bad_updates in a row that it may not, the run ends, and
+        `bad_update.jsonl` in the run directory has the minibatch: of its rows those with a non-finite entry in one of
+        the values, (B,) or (B, T), or else all."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.bad_updates = 0
+            return True
+        self.bad_updates += 1
+        what = f"loss {loss:g}, gradient norm {grad_norm:g}"
+        if self.bad_updates == 1:
+            tqdm.write(f"warning: {what}: this update is skipped (see loss/skipped)", file=sys.stderr)
+        if self.bad_updates == self.max_bad_updates:
+            file = self.run_dir / "bad_update.jsonl"
+            texts, records = decode(self.tokenizer, rollout), []
+            for row in rows:
+                prompt = self.tokenizer.decode(rollout.prompt_ids[row // rollout.group_size])
+                not_finite = [name for name, value in values.items() if not value[row].isfinite().all()]
+                ids = rollout.completion_ids[row][rollout.mask[row]].tolist()
+                records.append({"not_finite": not_finite, "prompt": prompt, "completion": texts[row], "ids": ids})
+            write_samples(file, [r for r in records if r["not_finite"]] or records)
+            limit = f"--max-bad-updates {self.max_bad_updates} updates in a row were not finite"
+            fail(f"{limit} (the last: {what}), the weights are as before them; its rows are in {file}")
+        return False
+
+    def watch(self, logged: dict[str, float]) -> None:
+        """Called with what an iteration has logged."""
+        for tag, (is_so, advice) in self.SIGNS.items():
+            self.streaks[tag] = self.streaks[tag] + 1 if tag in logged and is_so(logged[tag]) else 0
+            if self.streaks[tag] == self.PATIENCE and not self.streaks[f"{tag} told"]:
+                self.streaks[f"{tag} told"] = 1
+                now = f"{tag} {logged[tag]:.3g} for {self.PATIENCE} iterations"
+                tqdm.write(f"warning: {now}: {advice}", file=sys.stderr)
 
 
 def arithmetic_samples(count: int) -> list[dict]:

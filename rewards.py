@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import unicodedata
 from fractions import Fraction
 from importlib.util import find_spec
 
@@ -315,6 +316,54 @@ def format_reward(text: str, style: str = "answer-tags") -> float:
     else:
         raise ValueError(f"unknown format style {style!r}, choose one of {', '.join(FORMAT_STYLES)}")
     return 1.0 if answer.strip() and not outside.strip() else 0.0
+
+
+# Of each language the scripts that it is written in, as they begin the names of Unicode's letters.
+SCRIPTS = {
+    **dict.fromkeys(("de", "en", "es", "fr", "it", "nl", "pl", "pt", "tr", "vi"), ("LATIN",)),
+    **dict.fromkeys(("bg", "ru", "uk"), ("CYRILLIC",)),
+    **dict.fromkeys(("ar", "fa", "ur"), ("ARABIC",)),
+    **dict.fromkeys(("hi", "mr", "ne"), ("DEVANAGARI",)),
+    "zh": ("CJK",),
+    "ja": ("CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA"),
+    "ko": ("HANGUL",),
+    "el": ("GREEK",),
+    "he": ("HEBREW",),
+    "th": ("THAI",),
+    "bn": ("BENGALI",),
+    "ta": ("TAMIL",),
+}
+
+
+@functools.lru_cache(maxsize=65_536)
+def script_of(letter: str) -> str:
+    """LATIN, CJK, ... of one letter, MARK of an accent that joins any of them, "" of what is none."""
+    name = unicodedata.name(letter, "")
+    return "MARK" if name.startswith(("COMBINING", "MODIFIER")) else name.partition(" ")[0]
+
+
+def language_reward(text: str, language: str) -> float:
+    """Takes a completion and one of SCRIPTS' codes, returns the fraction of the reasoning's words that are written in
+    the language's script, 1.0 where there are no words (DeepSeek-R1, arXiv:2501.12948, section 2.3.2).
+
+    The reasoning reaches from the first <think> (or the start) to the last </think> (or the end). A Chinese or
+    Japanese character counts as a word, elsewhere a run of letters does; a single Latin letter and a LaTeX command
+    are mathematics, in any language. It tells scripts apart, not languages of one script such as English and French.
+    """
+    if language not in SCRIPTS:
+        raise ValueError(f"unknown language {language!r}, choose one of {', '.join(sorted(SCRIPTS))}")
+    end = text.rfind("</think>") if "</think>" in text else len(text)
+    text = text[max(text.find("<think>", 0, end), 0) : end].removeprefix("<think>")
+    words = inside = 0
+    for run in re.findall(r"[^\W\d_]+", re.sub(r"\\[A-Za-z]+|</?think>", " ", text)):
+        scripts = [script for script in map(script_of, run) if script != "MARK"]
+        spaceless = [script for script in scripts if script in SCRIPTS["ja"]]
+        words += len(spaceless)
+        inside += sum(script in SCRIPTS[language] for script in spaceless)
+        if len(scripts) > len(spaceless) and not (len(scripts) == 1 and scripts[0] == "LATIN"):
+            words += 1
+            inside += all(script in SCRIPTS[language] for script in scripts if script not in SCRIPTS["ja"])
+    return inside / words if words else 1.0
 
 
 def length_reward(lengths, correct):

@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 import common
 import evaluate
-from common import Clock, derive_seed, fail
+from common import derive_seed, fail
 from data import (
     SYSTEM_PROMPT,
     ProblemSampler,
@@ -61,7 +61,7 @@ from data import (
     pair_micro_batches,
     pair_rollout,
 )
-from evaluate import Metrics, comparison_table, evaluate_policy, pair_table
+from evaluate import Clock, Metrics, comparison_table, evaluate_policy, pair_table
 from rewards import accuracy_reward
 
 
@@ -115,12 +115,16 @@ class Args:
     """keep only each layer's input for the backward pass and compute the layer again there: less memory, slower"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""
+    max_bad_updates: int = 10
+    """updates with a non-finite loss or gradient are skipped; so many of them in a row end the run"""
     eval_every: int = 0
     """iterations between evaluations; 0: only before and after"""
     eval_problems: int = 300
     """held-out problems, and held-out pairs, in an evaluation"""
     save_every: int = 0
     """iterations between checkpoints; 0: none but final/"""
+    keep_checkpoints: int = 0
+    """so many of the newest checkpoints are kept; 0: all"""
     run_root: str = "runs"
     """where run directories are made"""
     resume: str | None = None
@@ -256,6 +260,7 @@ def main(args: Args) -> None:
     state = common.load_checkpoint(args.resume)  # {} unless a run is resumed
     run_dir, writer = common.start_run(args, state)
     stop = common.StopSignal()
+    health = evaluate.Health(run_dir, tokenizer, args.max_bad_updates)
     policy = common.load_policy(state.get("model", args.model), device, dtype, tokenizer.eos_token_id)
     if args.gradient_checkpointing:
         common.checkpoint_layers(policy)
@@ -346,15 +351,18 @@ def main(args: Args) -> None:
             metrics.add(loss_metrics, weight=len(micro))
             metrics.add({"loss/entropy": entropy.sum().item() / tokens}, weight=tokens)
         grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.masters, args.max_grad_norm).item()
-        optimizer.step()
+        finite = health.is_finite(policy_loss, grad_norm, rollout, range(len(rollout.mask)))
+        if finite:
+            optimizer.step()
         optimizer.zero_grad()
-        metrics.add({"loss/policy": policy_loss, "loss/grad_norm": grad_norm})
+        metrics.add({"loss/policy": policy_loss, "loss/grad_norm": grad_norm, "loss/skipped": not finite})
         clock.lap("update")
 
         # --------------------------------------------------------------------------------------------------- 6 log
         iteration += 1
-        metrics.add({"loss/learning_rate": learning_rate, "memory/peak_gb": common.peak_memory_gb(device)})
+        metrics.add({"loss/learning_rate": learning_rate})
         logged = evaluate.log_iteration(writer, metrics, clock, x)
+        health.watch(logged)
         bar.set_postfix_str(f"loss {logged['loss/policy']:.3f} acc {logged['rewards/accuracy']:.3f}")
         bar.update()
 
@@ -368,14 +376,14 @@ def main(args: Args) -> None:
             state["start_rewards"] = start_rewards
             writer.flush()
             target = run_dir / "checkpoints" / f"step_{iteration:06d}"
-            common.save_checkpoint(target, policy, tokenizer, optimizer, state)
+            common.save_checkpoint(target, policy, tokenizer, optimizer, state, args.keep_checkpoints)
         if stop.number:
             stop.leave(run_dir)
 
-    stop.restore()
     bar.close()
     writer.close()
     common.save_checkpoint(run_dir / "final", policy, tokenizer)
+    stop.restore()
     print(f"\n{comparison_table(before, scores)}\n\n{pair_table(before, scores)}\n\nmodel: {run_dir / 'final'}")
     print(f"curves: tensorboard --logdir {run_dir}")
 

@@ -39,9 +39,9 @@ from tqdm import tqdm
 import common
 import data
 import evaluate
-from common import Clock, derive_seed, fail, load_config
+from common import derive_seed, fail, load_config
 from data import SYSTEM_PROMPT, ProblemSampler, check_context, encode_prompts, load_eval_problems, load_train_problems
-from evaluate import Metrics, comparison_table, evaluate_policy
+from evaluate import Clock, Metrics, comparison_table, evaluate_policy
 from rewards import accuracy_reward, format_reward, length_reward
 
 
@@ -97,12 +97,16 @@ class Args:
     """keep only each layer's input for the backward pass and compute the layer again there: less memory, slower"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""
+    max_bad_updates: int = 10
+    """updates with a non-finite loss or gradient are skipped; so many of them in a row end the run"""
     eval_every: int = 25
     """iterations between evaluations; 0: only before and after"""
     eval_problems: int = 300
     """held-out problems in an evaluation"""
     save_every: int = 50
     """iterations between checkpoints; 0: none but final/"""
+    keep_checkpoints: int = 0
+    """so many of the newest checkpoints are kept; 0: all"""
     run_root: str = "runs"
     """where run directories are made"""
     resume: str | None = None
@@ -185,6 +189,7 @@ def main(args: Args) -> None:
     state = common.load_checkpoint(args.resume)  # {} unless a run is resumed
     run_dir, writer = common.start_run(args, state)
     stop = common.StopSignal()
+    health = evaluate.Health(run_dir, tokenizer, args.max_bad_updates)
     policy = common.load_policy(state.get("model", args.model), device, dtype, tokenizer.eos_token_id)
     data.check_memory(policy, prompts, args)
     if args.gradient_checkpointing:
@@ -272,17 +277,20 @@ def main(args: Args) -> None:
                     loss_metrics["entropy"] = entropy.sum().item() / tokens
                     metrics.add({f"loss/{name}": value for name, value in loss_metrics.items()}, weight=tokens)
                 grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.masters, args.max_grad_norm).item()
-                optimizer.step()
+                finite = health.is_finite(policy_loss, grad_norm, rollout, minibatch, advantages=advantages)
+                if finite:
+                    optimizer.step()
                 optimizer.zero_grad()
-                metrics.add({"loss/policy": policy_loss, "loss/grad_norm": grad_norm})
+                metrics.add({"loss/policy": policy_loss, "loss/grad_norm": grad_norm, "loss/skipped": not finite})
         clock.lap("update")
 
         # --------------------------------------------------------------------------------------------------- 6 log
         iteration += 1
-        metrics.add({"loss/learning_rate": learning_rate, "memory/peak_gb": common.peak_memory_gb(device)})
+        metrics.add({"loss/learning_rate": learning_rate})
         metrics.add(sampler.summary())
         evaluate.add_logprob_gap(metrics, rollout, anchor_logprobs)
         logged = evaluate.log_iteration(writer, metrics, clock, x)
+        health.watch(logged)
         bar.set_postfix_str(
             "reward {reward/total:.3f} acc {reward/accuracy:.3f} tok/s {rollout/tokens_per_second:.0f}".format(**logged)
         )
@@ -299,15 +307,15 @@ def main(args: Args) -> None:
             state["sampler"] = sampler.state_dict()
             writer.flush()
             target = run_dir / "checkpoints" / f"step_{iteration:06d}"
-            common.save_checkpoint(target, policy, tokenizer, optimizer, state)
+            common.save_checkpoint(target, policy, tokenizer, optimizer, state, args.keep_checkpoints)
         if stop.number:
             stop.leave(run_dir)
         metrics, clock = Metrics(), Clock(device)
 
-    stop.restore()
     bar.close()
     writer.close()
     common.save_checkpoint(run_dir / "final", policy, tokenizer)
+    stop.restore()
     print(f"\n{comparison_table(before, scores)}\n\nmodel: {run_dir / 'final'}")
     print(f"curves: tensorboard --logdir {run_dir}")
 

@@ -23,7 +23,7 @@ from learning import machine  # noqa: E402
 
 import common  # noqa: E402
 from data import encode_prompts, load_problems  # noqa: E402
-from evaluate import format_table  # noqa: E402
+from evaluate import format_table, peak_memory_gb  # noqa: E402
 
 
 @dataclass
@@ -72,7 +72,7 @@ def measure(args: Args) -> None:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     norm = sum(p.grad.double().square().sum() for p in model.parameters() if p.grad is not None).sqrt().item()
-    print(min(times[1:]), common.peak_memory_gb(device), logprobs.mean().item(), norm)
+    print(min(times[1:]), peak_memory_gb(device), logprobs.mean().item(), norm)
 
 
 def main(args: Args) -> None:

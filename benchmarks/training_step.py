@@ -26,7 +26,7 @@ from learning import machine, read_scalars  # noqa: E402
 import common  # noqa: E402
 import train_grpo  # noqa: E402
 from data import SYSTEM_PROMPT, load_problems  # noqa: E402
-from evaluate import format_table  # noqa: E402
+from evaluate import format_table, peak_memory_gb  # noqa: E402
 
 WAYS = "ours", "trl", "trl, our precision"
 
@@ -116,7 +116,7 @@ def main(args: Args) -> None:
         with tempfile.TemporaryDirectory() as directory:
             steps = (measure_ours if args.way == "ours" else measure_trl)(args, directory)
         middle = [sorted(values)[len(values) // 2] for values in zip(*steps[1:], strict=True)]
-        print("measured", common.peak_memory_gb(common.resolve_device("auto")), *middle)
+        print("measured", peak_memory_gb(common.resolve_device("auto")), *middle)
         return
     rows = []
     for way in WAYS:

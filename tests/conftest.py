@@ -4,8 +4,14 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on a network
 
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 import common
@@ -56,3 +62,65 @@ def fixed_settings():
 
 def ragged_prompts() -> list[list[int]]:
     return [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]]
+
+
+def run(main, args) -> Path:
+    """Runs main and returns the run directory it made (or went on in)."""
+    if args.resume:
+        main(args)
+        return Path(args.resume)
+    before = set(Path(args.run_root).glob("*"))
+    main(args)
+    (made,) = set(Path(args.run_root).glob("*")) - before
+    return made
+
+
+def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def assert_same_events(first: Path, second: Path) -> None:
+    """Every step of every tag, none missing or twice, to the bit; times and memory apart."""
+    ours, theirs = scalars(first), scalars(second)
+    assert set(ours) == set(theirs)
+    for tag in ours:
+        assert [x for x, _ in ours[tag]] == [x for x, _ in theirs[tag]], tag
+        if not tag.startswith(("time/", "memory/")) and tag != "rollout/tokens_per_second":
+            assert ours[tag] == theirs[tag], tag
+
+
+def texts(run_dir: Path, tag: str) -> list[str]:
+    events = EventAccumulator(str(run_dir), size_guidance={"tensors": 0})
+    events.Reload()
+    return [e.tensor_proto.string_val[0].decode() for e in events.Tensors(f"{tag}/text_summary")]
+
+
+def weights(directory: Path) -> bytes:
+    return (directory / "model.safetensors").read_bytes()
+
+
+def small(module, root: Path, **changes):
+    """Args of a run of seconds, of any train script."""
+    shared = {"model": EMBEDDED, "device": "cpu", "run_root": str(root), "iterations": 2, "eval_problems": 6}
+    shared |= {"eval_every": 0, "save_every": 0}
+    if module.__name__ in ("train_sft", "train_dpo", "train_rm"):
+        shared |= {"minibatch_size": 8}
+        shared |= {"demonstrations": 200} if module.__name__ == "train_sft" else {"pair_problems": 40}
+    else:
+        shared |= {"prompts_per_step": 4, "group_size": 4}
+    return module.Args(**(shared | changes))
+
+
+def start(*flags: str, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def wait_for(condition, process, seconds: float = 120) -> None:
+    end = time.time() + seconds
+    while not condition():
+        assert process.poll() is None and time.time() < end, process.stderr.read()[-2000:]
+        time.sleep(0.01)

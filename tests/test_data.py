@@ -105,16 +105,30 @@ BAD_ROWS = [
     ({"question": "a", "answer": "####"}, "p.jsonl:2: nothing stands behind '####'"),
     ({"question": "a", "answer": "1", "difficulty": "hard"}, "p.jsonl:2: field 'difficulty' is 'hard', a number"),
     ("[" * 100_000, "p.jsonl:2: "),
+    (
+        {"question": "a" * 10_000_000, "answer": "1"},
+        "p.jsonl:2: field 'question' has 10000000 characters, at most 1000000",
+    ),
+    ({"question": "a", "answer": "1" * 10_000_000}, "p.jsonl:2: field 'answer' has 10000000 characters"),
+    ({"b" * 10_000_000: 1}, "p.jsonl:2: no field 'answer'"),
+    ({"question": "a", "answer": "1", "id": "first"}, "p.jsonl:2: id 'first' is the one of"),
+    ({"question": "a", "answer": "1", "id": ["x"]}, "p.jsonl:2: field 'id' is of type list"),
+    ({"question": "a", "answer": "1", "topic": {"x": 1}}, "p.jsonl:2: field 'topic' is of type dict"),
+    ({"question": "\ud800", "answer": "1"}, "p.jsonl:2: field 'question' holds half a surrogate pair"),
+    ('{"question": "a", "answer": "1", "difficulty": NaN}', "p.jsonl:2: field 'difficulty' is 'nan', a number"),
+    ('{"question": "a", "answer": "1", "difficulty": 1e999}', "p.jsonl:2: field 'difficulty' is 'inf', a number"),
+    ('{"question": "a", "answer": ' + "9" * 5000 + "}", "p.jsonl:2: "),
 ]
 
 
 @pytest.mark.parametrize("row,message", BAD_ROWS, ids=[str(row)[:40] for row, _ in BAD_ROWS])
 def test_a_bad_line_is_named(row, message, tmp_path, capsys):
-    path = write(tmp_path / "p.jsonl", {"question": "fine", "answer": "1"}, row)
+    path = write(tmp_path / "p.jsonl", {"question": "fine", "answer": "1", "id": "first"}, row)
     with pytest.raises(SystemExit) as stopped:
         load_problems(path, "all")
     assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and len(error) < 1000
 
 
 def test_many_bad_lines_are_all_counted(tmp_path, capsys):

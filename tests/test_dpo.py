@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import EMBEDDED, make_model
+from conftest import EMBEDDED, assert_same_events, make_model, run, scalars, weights
 from test_bad_input import no_model, refuse  # noqa: F401  (a fixture)
-from test_runs import StopAtIterationThree, run, scalars, weights
+from test_runs import StopAtIterationThree
 from torch.nn.functional import logsigmoid
 
 import common
@@ -449,11 +449,7 @@ def test_an_interrupted_run_equals_the_uninterrupted_one(lost_work, tmp_path, mo
         shutil.rmtree(broken / "ref_logprobs")
     run(train_dpo.main, common.parse_args(train_dpo.Args, ["--resume", str(broken)]))
     assert weights(whole / "final") == weights(broken / "final")
-    ours, theirs = scalars(whole), scalars(broken)
-    assert set(ours) == set(theirs)
-    for tag in ours:
-        if not tag.startswith(("time/", "memory/")):
-            assert ours[tag] == theirs[tag], tag
+    assert_same_events(whole, broken)
 
 
 def test_prompts_are_the_chat_turns(embedded):

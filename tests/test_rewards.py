@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rewards
-from rewards import FORMAT_STYLES, accuracy_reward, answers_match, extract_answer, format_reward
+from rewards import FORMAT_STYLES, accuracy_reward, answers_match, extract_answer, format_reward, language_reward
 
 
 def seconds(function, *args):
@@ -442,6 +442,8 @@ def test_a_megabyte_takes_linear_time(unit):
         assert seconds(accuracy_reward, whole, "18") < 1
         for style in FORMAT_STYLES:
             assert seconds(format_reward, whole, style) < 1
+        for language in ("en", "ja"):
+            assert seconds(language_reward, whole, language) < 1
     assert seconds(answers_match, text, "18") < 1
     assert seconds(answers_match, "18", text) < 1
 
@@ -463,6 +465,7 @@ def test_fuzz(text, gold):
     assert not answers_match(text, "nan") and not answers_match("-inf", gold) and not answers_match(None, gold)
     for style in FORMAT_STYLES:
         assert format_reward(text, style) in (0.0, 1.0)
+    assert 0 <= language_reward(text, "en") <= 1 and 0 <= language_reward(text, "zh") <= 1
 
 
 @settings(max_examples=100, deadline=None)
@@ -517,11 +520,68 @@ def test_format_reward(text, answer_tags, think):
     assert format_reward(text, "think") == think
 
 
+HACKS = [  # what a policy may try, gold answer 18: accuracy, format answer-tags, format think
+    ("every guess in one answer", "<think>a</think><answer>16 17 18 19</answer>", 0, 1, 1),
+    ("guesses with or", "<think>a</think><answer>17 or 18</answer>", 0, 1, 1),
+    ("guesses with commas", "<think>a</think><answer>17, 18</answer>", 0, 1, 1),
+    ("an interval", "<think>a</think><answer>[0, 100]</answer>", 0, 1, 1),
+    ("many answers, the right one last", "<think>a</think><answer>17</answer><answer>18</answer>", 1, 0, 1),
+    ("many answers, the right one first", "<think>a</think><answer>18</answer><answer>17</answer>", 0, 0, 1),
+    ("the answer only inside the think block", "<think><answer>18</answer></think>", 0, 0, 0),
+    ("in the think block, none after it", "<think><answer>18</answer></think><answer></answer>", 0, 0, 1),
+    ("a think block after the answer", "<answer>18</answer><think>a</think>", 1, 0, 0),
+    ("empty thinking", "<think></think><answer>18</answer>", 1, 1, 1),
+    ("no thinking", "<answer>18</answer>", 1, 0, 0),
+    ("tags repeated", "<think>a</think><think>b</think><answer>18</answer>", 1, 0, 0),
+    ("tags nested", "<think><think>a</think></think><answer>18</answer>", 1, 0, 0),
+    ("right tags, nothing in them", "<think></think><answer></answer>", 0, 0, 1),
+    ("the box in a wrong answer", r"<think>a</think><answer>17 \boxed{18}</answer>", 1, 1, 1),  # the box counts
+    ("two boxes", r"<think>a</think>\boxed{17} \boxed{18}", 1, 0, 1),  # the last one counts
+    ("code that would compute it", "<think>a</think><answer>__import__('os').getpid()</answer>", 0, 1, 1),
+    ("the reference itself", "<think>a</think><answer>the answer</answer>", 0, 1, 1),
+    ("a name for every number", "<think>a</think><answer>x</answer>", 0, 1, 1),
+    ("nan", "<think>a</think><answer>nan</answer>", 0, 1, 1),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "accuracy", "answer_tags", "think"), HACKS, ids=[hack[0] for hack in HACKS])
+def test_reward_hacking(name, text, accuracy, answer_tags, think):
+    assert accuracy_reward(text, "18") == accuracy
+    assert format_reward(text) == answer_tags and format_reward(text, "think") == think
+
+
 def test_unknown_format_style():
     """A misspelt style gives no reward, silently."""
     for text in ("", "<think>a</think><answer>18</answer>"):
         with pytest.raises(ValueError, match="answer-tags, think"):
             format_reward(text, "xml")
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "fraction"),
+    [
+        ("<think>hello world</think>你好", "en", 1),  # only the reasoning counts
+        ("<think>hello 世界</think><answer>5</answer>", "en", 1 / 3),
+        ("<think>hello 世界</think><answer>5</answer>", "zh", 2 / 3),
+        ("<think>世界</think> <think>hello world</think>", "en", 1 / 2),  # a first block can't be hidden by a second
+        ("hello 世界</think>no", "en", 1 / 3),  # opened in the prompt
+        ("<think>so x = \\frac{a}{b} 所以", "zh", 2 / 3),  # x, a, b and \\frac are mathematics
+        ("<think>12 + 7 = 19</think>", "en", 1),
+        ("", "en", 1),
+        ("今日はいい", "ja", 1),
+        ("今日はいい", "zh", 2 / 5),
+        ("Привет мир ok", "ru", 2 / 3),
+        ("cafe\u0301 naïve", "fr", 1),
+        ("xпривет", "ru", 0),  # letters of two scripts in one word
+    ],
+)
+def test_language_reward(text, language, fraction):
+    assert language_reward(text, language) == pytest.approx(fraction)
+
+
+def test_unknown_language():
+    with pytest.raises(ValueError, match="unknown language 'xx', choose one of ar, bg"):
+        language_reward("hello", "xx")
 
 
 def test_length_reward_by_hand():

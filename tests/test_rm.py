@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import EMBEDDED
+from conftest import EMBEDDED, assert_same_events, run, scalars, weights
 from test_bad_input import refuse
-from test_runs import StopAtIterationThree, run, scalars, weights
+from test_runs import StopAtIterationThree
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification
 
@@ -171,11 +171,7 @@ def test_an_interrupted_run_equals_the_uninterrupted_one(lost_work, tmp_path, mo
     assert weights(whole / "final") == weights(broken / "final")
     configs = [json.loads((directory / "final" / "config.json").read_text()) for directory in (whole, broken)]
     assert configs[0]["score_mean"] == configs[1]["score_mean"]
-    ours, theirs = scalars(whole), scalars(broken)
-    assert set(ours) == set(theirs)
-    for tag in ours:
-        if not tag.startswith(("time/", "memory/")):
-            assert ours[tag] == theirs[tag], tag
+    assert_same_events(whole, broken)
 
 
 def test_a_new_head_begins_at_zero_and_keeps_the_backbone(embedded):

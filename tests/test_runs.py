@@ -1,19 +1,13 @@
 """Whole runs of the train scripts: they learn, log what they say, and go on after an interruption as if there had been
 none."""
 
-import os
-import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import EMBEDDED, make_model
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from conftest import EMBEDDED, assert_same_events, make_model, run, scalars, small, texts, weights
 
 import common
 import train_grpo
@@ -29,33 +23,6 @@ SMALL = {"model": EMBEDDED, "device": "cpu", "prompts_per_step": 4, "group_size"
 
 def grpo_args(root: Path, **changes) -> train_grpo.Args:
     return train_grpo.Args(**(SMALL | {"run_root": str(root), "eval_every": 2, "save_every": 2} | changes))
-
-
-def run(main, args) -> Path:
-    """Runs main and returns the run directory it made (or went on in)."""
-    if args.resume:
-        main(args)
-        return Path(args.resume)
-    before = set(Path(args.run_root).glob("*"))
-    main(args)
-    (made,) = set(Path(args.run_root).glob("*")) - before
-    return made
-
-
-def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-def texts(run_dir: Path, tag: str) -> list[str]:
-    events = EventAccumulator(str(run_dir), size_guidance={"tensors": 0})
-    events.Reload()
-    return [e.tensor_proto.string_val[0].decode() for e in events.Tensors(f"{tag}/text_summary")]
-
-
-def weights(directory: Path) -> bytes:
-    return (directory / "model.safetensors").read_bytes()
 
 
 TAGS = """
@@ -115,13 +82,6 @@ def test_every_algorithm_learns(name, tmp_path):
     assert not common_tags - set(values)
     if "pg" in (name, module.__name__.removeprefix("train_")) or name == "ppo":
         assert ("loss/value" in values) == (name != "pg-batch-mean")
-
-
-def small(module, root: Path, **changes):
-    shared = {"prompts_per_step": 4, "group_size": 4, "eval_problems": 6, "eval_every": 0, "save_every": 0}
-    return module.Args(
-        **({"model": EMBEDDED, "device": "cpu", "run_root": str(root), "iterations": 2} | shared | changes)
-    )
 
 
 def test_kimi_starts_every_iteration_with_a_fresh_optimizer(tmp_path, monkeypatch):
@@ -293,60 +253,9 @@ def test_an_interrupted_run_equals_the_uninterrupted_one(script, lost_work, tmp_
     run(module.main, common.parse_args(module.Args, ["--resume", str(broken)]))
 
     assert weights(whole / "final") == weights(broken / "final")
-    ours, theirs = scalars(whole), scalars(broken)
-    assert set(ours) == set(theirs)
-    for tag in ours:
-        assert [x for x, _ in ours[tag]] == [x for x, _ in theirs[tag]], tag
-        if not tag.startswith(("time/", "memory/")) and tag != "rollout/tokens_per_second":
-            assert ours[tag] == theirs[tag], tag
+    assert_same_events(whole, broken)
     states = [torch.load(d / "checkpoints/step_000005/trainer.pt", weights_only=True) for d in (whole, broken)]
     assert states[0]["sampler"] == states[1]["sampler"]
-
-
-def start(*flags: str, **options) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
-
-
-def wait_for(condition, process, seconds: float = 120) -> None:
-    end = time.time() + seconds
-    while not condition():
-        assert process.poll() is None and time.time() < end, process.stderr.read()[-2000:]
-        time.sleep(0.01)
-
-
-def test_a_killed_process_resumes_to_the_same_bytes(tmp_path):
-    """kill -9 at a random moment after the first checkpoint."""
-    flags = ["train_grpo.py", "--device", "cpu", "--prompts-per-step", "4", "--group-size", "4", "--iterations", "60"]
-    flags += ["--eval-problems", "12", "--eval-every", "0", "--save-every", "1", "--run-root"]
-    whole = start(*flags, str(tmp_path / "whole"))
-    assert whole.wait(300) == 0
-    killed = start(*flags, str(tmp_path / "killed"))
-    wait_for(lambda: list((tmp_path / "killed").glob("*/checkpoints/step_000002")), killed)
-    time.sleep(random.random())  # a checkpoint takes a few hundredths of a second: some kills fall into one
-    killed.kill()
-    killed.wait()
-    (run_dir,) = (tmp_path / "killed").iterdir()
-    assert not (run_dir / "final").exists()
-    resumed = start("train_grpo.py", "--resume", str(run_dir))
-    assert resumed.wait(300) == 0
-    (other,) = (tmp_path / "whole").iterdir()
-    assert weights(run_dir / "final") == weights(other / "final")
-    assert [x for x, _ in scalars(run_dir)["reward/total"]] == [16 * (i + 1) for i in range(60)]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_iteration_and_saves(number, tmp_path):
-    flags = ["train_grpo.py", "--device", "cpu", "--prompts-per-step", "4", "--group-size", "4", "--iterations", "5000"]
-    process = start(*flags, "--eval-problems", "12", "--save-every", "0", "--run-root", str(tmp_path))
-    wait_for(lambda: any(os.path.getsize(f) > 20_000 for f in tmp_path.glob("*/events*")), process)
-    process.send_signal(number)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    (run_dir,) = tmp_path.iterdir()
-    assert f"--resume {run_dir}" in error and "Traceback" not in error
-    assert common.load_checkpoint(str(run_dir))["iteration"] >= 1
 
 
 def test_a_damaged_checkpoint_is_seen_and_the_one_before_it_taken(tmp_path, capsys):
@@ -397,22 +306,6 @@ def test_resume_refuses_other_arguments_by_name(tmp_path, capsys):
         common.parse_args(train_grpo.Args, ["--resume", str(tmp_path / "nowhere")])
     assert "no run directory" in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
-
-
-def test_two_runs_with_one_seed_are_equal_and_other_seeds_differ(tmp_path):
-    first, second, other = (run(train_grpo.main, grpo_args(tmp_path, iterations=2, seed=s)) for s in (1, 1, 2))
-    assert weights(first / "final") == weights(second / "final") != weights(other / "final")
-
-
-def test_micro_batches_do_not_change_the_first_update(tmp_path):
-    """--micro-batch-tokens is about memory only."""
-    logged = []
-    for tokens in (100, 16384):
-        run_dir = run(train_grpo.main, grpo_args(tmp_path, iterations=1, micro_batch_tokens=tokens, update_epochs=2))
-        logged.append(scalars(run_dir))
-    for tag in logged[0]:
-        if tag.startswith(("loss/", "reward/")):
-            assert logged[0][tag][0][1] == pytest.approx(logged[1][tag][0][1], abs=1e-4, rel=1e-4), tag
 
 
 def count_steps(monkeypatch) -> dict[str, int]:
