@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import EOS, VOCABULARY, make_model, ragged_prompts
+from conftest import EMBEDDED, EOS, VOCABULARY, make_model, ragged_prompts
 
 import sampling
-from common import completion_logprobs, make_rollout, sample_groups
+from common import completion_logprobs, load_policy, make_rollout, sample_groups
 from data import decode, join_groups
 from sampling import BLOCK, GraphDecoder, GroupDecoder, PlainDecoder, sample_tokens, takes_groups
 
@@ -55,6 +55,19 @@ def test_an_attention_that_ignores_the_groups_is_found_out():
             *args, **kwargs
         )
     assert not takes_groups(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trained_model_takes_groups_in_both_precisions(dtype):
+    """Pins: a check on special tokens, at which bf16's rounding alone moves a trained model's hidden states by half."""
+    policy = load_policy(EMBEDDED, dtype=dtype)
+    assert takes_groups(policy)
+    del policy.takes_groups
+    for layer in policy.base_model.layers:  # one that drops the groups is seen all the same
+        layer.self_attn.forward = lambda *args, forward=layer.self_attn.forward, groups=None, **kwargs: forward(
+            *args, **kwargs
+        )
+    assert not takes_groups(policy)
 
 
 def test_ordinary_calls_are_as_before(model):
