@@ -101,14 +101,14 @@ def load_config(path: str, flag: str = "--model"):
         fail(f"{flag} {path}: {what} ({reason(error)})")
 
 
-def load_tokenizer(path: str) -> Tokenizer:
-    load_config(path)
+def load_tokenizer(path: str, flag: str = "--model") -> Tokenizer:
+    load_config(path, flag)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
-        fail(f"--model {path}: its tokenizer can't be loaded ({reason(error)})")
+        fail(f"{flag} {path}: its tokenizer can't be loaded ({reason(error)})")
     if tokenizer.eos_token_id is None:
-        fail(f"--model {path}: its tokenizer has no EOS token, so no completion could ever end")
+        fail(f"{flag} {path}: its tokenizer has no EOS token, so no completion could ever end")
     if not tokenizer.chat_template:
         print(f"note: {path} has no chat template: prompts are the bare questions", file=sys.stderr)
     return tokenizer
@@ -168,12 +168,12 @@ def value_head(model: PreTrainedModel) -> nn.Module:
     return getattr(model, "score", None) or model.classifier
 
 
-def load_reward_model(path: str, device="cpu", dtype=torch.float32, new_head: bool = False) -> PreTrainedModel:
+def load_reward_model(path: str, device="cpu", dtype=torch.float32, new_head=False, flag="--reward-model"):
     """A sequence classifier with one label, such as train_rm.py writes. new_head: any path's backbone, a head of 0."""
     if new_head:
         return load_value_model(path, device, dtype, AutoModelForSequenceClassification)
-    if (labels := load_config(path, "--reward-model").num_labels) != 1:
-        fail(f"--reward-model {path}: has {labels} labels, a reward model has one")
+    if (labels := load_config(path, flag).num_labels) != 1:
+        fail(f"{flag} {path}: has {labels} labels, a reward model has one")
     return load_weights(AutoModelForSequenceClassification, path, device, dtype)
 
 
@@ -495,9 +495,8 @@ def save_checkpoint(
     """An ordinary Hugging Face directory. With an optimizer also trainer.pt, all that the run needs to go on exactly,
     and the digests by which `load_checkpoint` knows that everything is whole.
 
-    It is written aside and renamed: `target` is never there in part, whenever the process is killed.
-    state: plain values and tensors; "x", the events' step so far, among them. keep: so many of the newest checkpoints,
-    the others are deleted once this one is whole; 0: all.
+    It is written aside and renamed: `target` is never there in part, whenever the process is killed. state: plain
+    values and tensors, "x" among them. keep: all but so many checkpoints are deleted once this one is whole; 0: none.
     """
     aside, old = target.with_name(target.name + ".tmp"), target.with_name(target.name + ".old")
     try:
@@ -509,20 +508,22 @@ def save_checkpoint(
             torch.save(state | optimizer_state(optimizer), aside / "trainer.pt")
             (aside / "digests.json").write_text(json.dumps(file_digests(aside)))
         if target.exists():
+            shutil.rmtree(old, ignore_errors=True)  # a kill may have left one
             os.rename(target, old)
         os.rename(aside, target)
-    except (OSError, RuntimeError, SafetensorError) as error:  # the last two are torch's and safetensors' disk full
-        free = shutil.disk_usage(target.parent).free / 1e9
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not re.search("StreamWriter|inline_container|iostream", str(error)):
+            raise  # not torch's way to say that it can't write
+        free = f"{shutil.disk_usage(target.parent).free / 1e9:.3f} GB are free there"
         shutil.rmtree(aside, ignore_errors=True)
-        left = f"{free:.3f} GB are free there; the checkpoints before it are whole"
-        fail(f"{target} can't be written ({reason(error)}): {left}. Make room, then go on with --resume")
+        fail(f"{target} can't be written ({reason(error)}; {free}). Make room, then go on with --resume")
     shutil.rmtree(old, ignore_errors=True)
-    for outdated in checkpoints(target.parent)[keep:] if keep else []:
+    written = [path for path in checkpoints(target.parent) if path.name <= target.name]  # a newer one is damaged
+    for outdated in written[keep:] if keep else []:
         shutil.rmtree(outdated)
 
 
-def checkpoints(directory: Path) -> list[Path]:
-    """The newest first."""
+def checkpoints(directory: Path) -> list[Path]:  # the newest first
     return sorted(directory.glob("step_*[0-9]"), reverse=True)
 
 

@@ -1,8 +1,14 @@
-"""Problems, prompts, problem samplers, demonstrations and preference pairs.
+"""Problems, prompts, problem samplers, demonstrations, preference pairs, and filters of all these.
 
 A problem is a question and its gold answer. `load_problems` reads them from the built-in generator ("arithmetic"),
 a JSONL file or a hub dataset; `encode_prompts` turns questions into token ids through the model's chat template;
 `ProblemSampler` decides which problems an iteration sees.
+
+As a command it filters problems, or makes demonstrations of a samples file (which evaluate.py --output writes):
+
+    python data.py --samples samples.jsonl --output problems.jsonl              # those with a pass rate between 0 and 1
+    python data.py --samples samples.jsonl --make correct --output demonstrations.jsonl          # rejection sampling
+    python data.py --problems gsm8k.jsonl --remove-duplicates --decontaminate math500.jsonl --output clean.jsonl
 """
 
 import hashlib
@@ -12,14 +18,16 @@ import os
 import random
 import re
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
+import tyro
 
 import common
 from common import fail, reason
-from rewards import extract_answer
+from rewards import LANGUAGES, extract_answer
 
 # ---- Problems ------------------------------------------------------------------------------------------------------
 
@@ -42,7 +50,8 @@ def is_held_out(question: str) -> bool:
 def load_problems(source: str, split: str, limit: int | None = None, seed: int = 0) -> list[Problem]:
     """Problems of one split ("train", "eval", or "all" for both) of one source.
 
-    source: "arithmetic", the path of a .jsonl file, or a hub dataset's name (`name:config` where it has configs).
+    source: "arithmetic" ("arithmetic:7-8" for other difficulties than 1 to 6), the path of a .jsonl file, or a hub
+    dataset's name (`name:config` where it has configs).
     A file, and a hub dataset without a test or validation split, is split by `is_held_out`.
     limit: at most so many: of a file a random choice, in its order; of the generator, whose list cycles through the
     difficulties, the first ones.
@@ -50,8 +59,14 @@ def load_problems(source: str, split: str, limit: int | None = None, seed: int =
     """
     if split not in ("train", "eval", "all"):
         raise ValueError(f"split is 'train', 'eval' or 'all', not {split!r}")
-    if source == "arithmetic":
-        problems = arithmetic_problems(split, limit or (6000 if split == "train" else 3000), seed)
+    generated = re.fullmatch(r"arithmetic(?::([1-9])(?:-([1-9]))?)?", source)
+    if generated:
+        easiest = int(generated[1] or 1)
+        hardest = int(generated[2] or generated[1] or HARDEST)
+        if easiest > hardest:
+            fail(f"{source}: arithmetic:LOW-HIGH is expected")
+        count = limit or (6000 if split == "train" else 3000)
+        problems = arithmetic_problems(split, count, seed, range(easiest, hardest + 1))
     elif is_file(source):
         rows = read_jsonl(source)
         problems = read_problems([(f"{source}:{line}", row) for line, row in rows], source)
@@ -61,7 +76,7 @@ def load_problems(source: str, split: str, limit: int | None = None, seed: int =
     if not problems:
         hint = "; give held-out problems with --eval-data" if split == "eval" else ""
         fail(f"{source}: no problem left in its {split} split{hint}")
-    if limit and limit < len(problems) and source != "arithmetic":
+    if limit and limit < len(problems) and not generated:
         chosen = random.Random(f"limit {seed}").sample(range(len(problems)), limit)
         problems = [problems[i] for i in sorted(chosen)]
     return problems
@@ -208,13 +223,13 @@ def chain_question(first: int, steps: list[int]) -> str:
     return f"{first}{''.join(f'{step:+d}' for step in steps)}="
 
 
-def arithmetic_problems(split: str, limit: int, seed: int = 0) -> list[Problem]:
+def arithmetic_problems(split: str, limit: int, seed: int = 0, difficulties=range(1, HARDEST + 1)) -> list[Problem]:
     """At most `limit` distinct problems of a split, difficulties 1-6 in turn (there are about 1,700 of one operation,
     so its share ends first)."""
     by_difficulty = []
-    for difficulty in range(1, HARDEST + 1):
+    for difficulty in difficulties:
         rng = random.Random(f"problems {split} {difficulty} {seed}")
-        wanted, found = -(-limit // HARDEST), {}
+        wanted, found = -(-limit // len(difficulties)), {}
         for _ in range(200 * wanted):  # enough draws to meet every single problem of one operation
             first, steps = draw_chain(rng, difficulty)
             question = chain_question(first, steps)
@@ -297,26 +312,240 @@ def encode_prompts(tokenizer, questions: list[str], system_prompt: str = "") -> 
         return encode(chats(in_user_turn=True))
 
 
-def encode_completions(tokenizer, completions: list[str]) -> list[list[int]]:
-    """Token ids of each completion and the EOS that ends it. They follow a prompt's ids, never merged with them."""
+def encode_completions(tokenizer, completions: list[str], prompts: list[list[int]]) -> list[list[int]]:
+    """Token ids of each completion and the EOS that ends it. They follow a prompt's ids, never merged with them; where
+    the template opens the think block in the prompt, `decode` had put the tag in front of the text."""
+    opened = opens_thinking(tokenizer, prompts)
+    texts = [text.removeprefix("<think>") if o else text for text, o in zip(completions, opened, strict=True)]
     ids = []
-    for start in range(0, len(completions), 1000):  # the tokenizer's own records of a batch are a hundred times its ids
-        ids += tokenizer(completions[start : start + 1000], add_special_tokens=False).input_ids
+    for start in range(0, len(texts), 1000):  # the tokenizer's own records of a batch are a hundred times its ids
+        ids += tokenizer(texts[start : start + 1000], add_special_tokens=False).input_ids
     return [tokens + [tokenizer.eos_token_id] for tokens in ids]
 
 
-def load_demonstrations(source: str, count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """(prompt, completion) texts: "arithmetic-demonstrations", `count` of them made from the seed, or a .jsonl file
-    with the fields `prompt` (or `question`) and `completion`."""
+def opens_thinking(tokenizer, prompts: list[list[int]]) -> list[bool]:
+    """Whether the chat template opened the think block at each prompt's end."""
+    heads = tokenizer.batch_decode([prompt[-8:] for prompt in prompts])
+    return [head.rstrip().endswith("<think>") for head in heads]
+
+
+def load_demonstrations(source: str, count: int, seed: int = 0, keep: str = "correct") -> list[tuple[str, str]]:
+    """(prompt, completion) texts: "arithmetic-demonstrations", `count` of them made from the seed; a .jsonl file with
+    the fields `prompt` (or `question`) and `completion`; or a samples file, of which `chosen_samples` keeps some."""
     if source == "arithmetic-demonstrations":
         return arithmetic_demonstrations(count, seed)
+    rows = read_jsonl(source)
+    if "completions" in rows[0][1]:
+        chosen = demonstrations_from(read_samples(source), keep)
+        if not chosen:
+            fail(f"{source}: none of its completions is right and finished: nothing to learn from")
+        return chosen
     demonstrations, errors = [], []
-    for line, row in read_jsonl(source):
+    for line, row in rows:
         try:
             demonstrations.append((text_field(row, ("prompt", "question")), text_field(row, ("completion",))))
         except ValueError as error:
             errors.append(f"{source}:{line}: {error}")
     fail_on(errors, source)
+    return demonstrations
+
+
+# ---- Samples files: problems with scored completions, written by evaluate.py --output --------------------------------
+
+
+def sample_completions(row: dict) -> list[dict]:
+    """The completions of one line; ValueError where it is not a samples file's."""
+    if not isinstance(row.get("completions"), list):
+        raise ValueError("no field 'completions' with a list, as a samples file has")
+    for completion in row["completions"]:
+        if not isinstance(completion, dict) or not isinstance(completion.get("text"), str):
+            raise ValueError("a completion has no field 'text'")
+        check_text("text", completion["text"])
+        score = completion.get("reward")
+        if not isinstance(score, int | float) or not abs(score) < 1e9:  # nor NaN
+            raise ValueError(f"a completion's 'reward' is {str(score)[:80]}, a number is expected")
+    return row["completions"]
+
+
+def read_samples(path: str) -> list[dict]:
+    """Its lines, with `question` as text."""
+    records, errors = [], []
+    for line, row in read_jsonl(path):
+        try:
+            question = text_field(row, ("question", "prompt"))
+            records.append(row | {"question": question, "completions": sample_completions(row)})
+        except ValueError as error:
+            errors.append(f"{path}:{line}: {error}")
+    fail_on(errors, path)
+    return records
+
+
+def is_right(completion: dict) -> bool:
+    return bool(completion.get("correct", completion["reward"] > 0)) and completion.get("finished", True)
+
+
+def chosen_samples(record: dict, keep: str) -> list[str]:
+    """Texts for SFT. "correct": the right ones, each text once (rejection sampling); "best": of these the one with the
+    highest reward, the shortest of several."""
+    right = {c["text"]: c for c in record["completions"] if is_right(c) and c["text"]}
+    if keep == "best" and right:
+        return [min(right, key=lambda text: (-right[text]["reward"], len(text)))]
+    return list(right)
+
+
+def demonstrations_from(records: list[dict], keep: str) -> list[tuple[str, str]]:
+    return [
+        (mode_question(record["question"], record.get("mode")), text)
+        for record in records
+        for text in chosen_samples(record, keep)
+    ]
+
+
+def pass_rates(path: str, problems: list[Problem]) -> dict[str, float]:
+    """The share of right completions by question; one line where the samples are not of these problems."""
+    tried, right = Counter(), Counter()
+    for record in read_samples(path):
+        tried[record["question"]] += len(record["completions"])
+        right[record["question"]] += sum(map(is_right, record["completions"]))
+    rates = {question: right[question] / count for question, count in tried.items() if count}
+    if not any(problem.question in rates for problem in problems):
+        asked = next(iter(rates), "")
+        fail(f"{path}: samples of other problems: it asks {asked[:60]!r}, not {problems[0].question[:60]!r}")
+    return rates
+
+
+# ---- Filters: each takes problems, returns those that are kept, and counts in `dropped` why the others are not -------
+
+
+def keep_pass_rates(problems: list[Problem], rates: dict, low: float, high: float, dropped: Counter) -> list[Problem]:
+    """Those right in low to high of their samples. What is always right, or always wrong, has no group with both and so
+    teaches nothing (Kimi K1.5, arXiv:2501.12599, section 2.1, keeps what is hard for the model)."""
+    kept = []
+    for problem in problems:
+        rate = rates.get(problem.question)
+        if rate is not None and low <= rate <= high:
+            kept.append(problem)
+        else:
+            dropped["not sampled" if rate is None else f"pass rate {'under' if rate < low else 'over'} the band"] += 1
+    return kept
+
+
+def label_difficulty(problems: list[Problem], rates: dict) -> list[Problem]:
+    """difficulty = 1 - pass rate, for --problem-sampling curriculum."""
+    return [replace(p, difficulty=round(1 - rates[p.question], 4)) if p.question in rates else p for p in problems]
+
+
+def drop_lucky_guesses(problems: list[Problem], rates: dict, dropped: Counter) -> list[Problem]:
+    """Kimi K1.5, section 2.1: what the model gets right without reasoning, in one of its tries, can be guessed."""
+    kept = [problem for problem in problems if not rates.get(problem.question, 0.0) > 0]
+    dropped["right without reasoning"] += len(problems) - len(kept)
+    return kept
+
+
+OPTION = re.compile(r"(?:^|[\s({])\(?([A-Ea-e])[).:]", re.MULTILINE)
+
+
+def drop_multiple_choice(problems: list[Problem], dropped: Counter) -> list[Problem]:
+    """Questions whose answer can be guessed from a short list (Kimi K1.5, section 2.1): options A, B, ... in the
+    question with a letter as the answer, and answers that are true, false, yes or no."""
+    kept = []
+    for problem in problems:
+        answer = problem.answer.lower().strip(" .(")
+        if answer in ("true", "false", "yes", "no"):
+            dropped["true or false"] += 1
+        elif re.match(r"[a-e]\b", answer) and {"a", "b"} <= set(map(str.lower, OPTION.findall(problem.question))):
+            dropped["multiple choice"] += 1
+        else:
+            kept.append(problem)
+    return kept
+
+
+def balance(items: list, flag: str, source: str, seed: int, dropped: Counter) -> list:
+    """As many items of every topic as there are of the rarest, a random choice."""
+    topics = {topic: [item for item in items if item.topic == topic] for topic in sorted({i.topic for i in items})}
+    if len(topics) < 2:
+        fail(f"{flag}: {source} does not name two topics")
+    rarest, rng = min(map(len, topics.values())), random.Random(f"topics {seed}")
+    dropped["to balance topics"] = len(items) - rarest * len(topics)
+    return [item for group in topics.values() for item in rng.sample(group, rarest)]
+
+
+def tokens_of(text: str) -> list[str]:
+    """Words, numbers, and every sign by itself."""
+    return re.findall(r"\w+|[^\w\s]", text.lower())
+
+
+def ngrams(tokens: list[str], n: int) -> set[tuple[str, ...]]:
+    return {tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)}
+
+
+def decontaminate(problems: list[Problem], held_out: list[Problem], n: int, dropped: Counter) -> list[Problem]:
+    """Drops what shares n words in a row with a held-out question. A held-out question of fewer words must be the whole
+    problem, or, where it has at least 8 words and signs, a part of it: shorter ones are parts of others by chance."""
+    long, short = set(), set()
+    for question in (p.question for p in held_out):
+        words = re.findall(r"\w+", question.lower())
+        if len(words) >= n:
+            long |= ngrams(words, n)
+        else:
+            short.add(tuple(tokens_of(question)))
+    lengths = {len(question) for question in short if len(question) >= 8}
+    kept = []
+    for problem in problems:
+        tokens = tokens_of(problem.question)
+        shared = ngrams(re.findall(r"\w+", problem.question.lower()), n) & long
+        if shared or tuple(tokens) in short or any(ngrams(tokens, length) & short for length in lengths):
+            dropped[f"{n}-gram of a held-out question"] += 1
+        else:
+            kept.append(problem)
+    return kept
+
+
+def drop_duplicates(problems: list[Problem], near: float, dropped: Counter) -> list[Problem]:
+    """Keeps the first of equal questions (case, spacing and the punctuation of sentences apart), and of questions with
+    the same numbers that share `near` of their triples of words and signs (Jaccard)."""
+    kept, seen, triples, index = [], set(), [], {}
+    for problem in problems:
+        tokens = tokens_of(re.sub(r'[.,;:?"]+(?=\s|$)', " ", problem.question))
+        if tuple(tokens) in seen:
+            dropped["duplicate"] += 1
+            continue
+        seen.add(tuple(tokens))
+        mine = ngrams(tokens, 3) or {tuple(tokens)}
+        numbers = tuple(re.findall(r"\d+(?:[.,:]\d+)*", problem.question))
+        shared = Counter(other for gram in mine for other in index.get((numbers, gram), ()))
+        if any(count >= near * (len(mine) + len(triples[other]) - count) for other, count in shared.items()):
+            dropped["near duplicate"] += 1
+            continue
+        for gram in mine:
+            index.setdefault((numbers, gram), []).append(len(triples))
+        triples.append(mine)
+        kept.append(problem)
+    return kept
+
+
+# ---- Thinking mode (Qwen3, arXiv:2505.09388, section 4.3) ------------------------------------------------------------
+
+MODES = "think", "no_think"
+EMPTY_THINKING = "<think>\n\n</think>\n\n"
+
+
+def mode_question(question: str, mode: str | None) -> str:
+    """The flag stands at the end of the user's turn."""
+    return f"{question} /{mode}" if mode else question
+
+
+def fuse_modes(records: list[dict], keep: str = "correct") -> list[tuple[str, str]]:
+    """Demonstrations of both modes from samples with thinking: the sample as it is, and without its thoughts, which
+    leave an empty block."""
+    demonstrations = []
+    for record in records:
+        for text in chosen_samples(record, keep):
+            _, closed, answer = text.partition("</think>")
+            if closed and answer.strip():
+                without = EMPTY_THINKING + answer.lstrip()
+                for mode, completion in zip(MODES, (text, without), strict=True):
+                    demonstrations.append((mode_question(record["question"], mode), completion))
     return demonstrations
 
 
@@ -331,23 +560,27 @@ def decode(tokenizer: common.Tokenizer, rollout: common.Rollout) -> list[str]:
     """
     G, rows = rollout.group_size, zip(rollout.completion_ids.tolist(), rollout.lengths.tolist(), strict=True)
     texts = tokenizer.batch_decode([ids[:n] for ids, n in rows], skip_special_tokens=True)
-    heads = tokenizer.batch_decode([prompt[-8:] for prompt in rollout.prompt_ids])
-    return ["<think>" * heads[i // G].rstrip().endswith("<think>") + text for i, text in enumerate(texts)]
+    opened = opens_thinking(tokenizer, rollout.prompt_ids)
+    return ["<think>" * opened[i // G] + text for i, text in enumerate(texts)]
 
 
 AT_LEAST_1 = (
     "prompts_per_step group_size max_new_tokens update_epochs minibatch_size micro_batch_tokens eval_problems "
     "max_sampling_rounds demonstrations num_samples batch_size value_epochs value_minibatch_size pair_problems "
-    "max_pairs_per_prompt max_bad_updates"
+    "max_pairs_per_prompt max_bad_updates ngram limit "
+    "overlong_buffer think_budget"
 ).split()
-POSITIVE = ("temperature learning_rate value_learning_rate max_grad_norm clip_low clip_high value_clip beta").split()
+POSITIVE = (
+    "temperature learning_rate value_learning_rate max_grad_norm clip_low clip_high value_clip beta near_duplicate"
+).split()
 ANY_SIGN = "seed", "missing_eos_score"
 
 
 def check_flags(args) -> None:
     """Every number must be finite and in its range, every directory writable: one line that names the flag and what is
     allowed."""
-    at_most_1 = ["gae_lambda", "gamma"] if hasattr(args, "gae_lambda") else []  # SimPO's gamma is a margin
+    at_most_1 = ["min_pass_rate", "max_pass_rate", "near_duplicate"]
+    at_most_1 += ["gae_lambda", "gamma"] if hasattr(args, "gae_lambda") else []  # SimPO's gamma is a margin
     for name, value in vars(args).items():
         if isinstance(value, int | float):
             checks = {
@@ -360,6 +593,19 @@ def check_flags(args) -> None:
             for allowed, fits in checks.items():
                 if not fits:
                     fail(f"--{name.replace('_', '-')} {value}: must be {allowed}")
+    weights = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name.endswith("_weight")}
+    weights.pop("--pair-weight", None)
+    if weights and not any(weights.values()) and not getattr(args, "reward_model", None):
+        fail(f"{', '.join(weights)} are all 0: there is nothing to learn from")
+    if getattr(args, "overlong_weight", 0) > 0 and args.overlong_buffer > args.max_new_tokens:
+        fail(f"--overlong-buffer {args.overlong_buffer}: must be at most --max-new-tokens {args.max_new_tokens}")
+    if getattr(args, "language", "en") not in LANGUAGES:
+        fail(f"--language {args.language}: must be one of {', '.join(sorted(LANGUAGES))}")
+    output = getattr(args, "output", None)
+    if output and Path(output).is_dir():
+        fail(f"--output {output}: is a directory, a file's name is expected")
+    if output and not os.access(Path(output).resolve().parent, os.W_OK):
+        fail(f"--output {output}: its directory is not there or not writable")
     for name in ("run_root", "ref_cache"):
         if folder := getattr(args, name, None):
             path = Path(folder).resolve()
@@ -369,14 +615,22 @@ def check_flags(args) -> None:
                 fail(f"{flag}: can't be written ({nearest} is not a directory that can be written)")
 
 
-def check_context(prompts: list[list[int]], names: list[str], config, max_new_tokens: int) -> None:
+def check_reward_model(path: str | None, model: str) -> None:
+    """It reads the policy's token ids."""
+    if path and common.load_config(path, "--reward-model").vocab_size != common.load_config(model).vocab_size:
+        fail(f"--reward-model {path}: has another vocabulary than --model {model}")
+
+
+def check_context(
+    prompts: list[list[int]], names: list[str], config, max_new_tokens: int, flag: str = "--max-new-tokens"
+) -> None:
     """Every prompt, with room for its completion, must fit the model's context."""
     context = context_length(config)
     too_long = [i for i, prompt in enumerate(prompts) if len(prompt) + max_new_tokens > context]
     if too_long:
         name, tokens = names[too_long[0]], len(prompts[too_long[0]])
         more = f" (so do {len(too_long) - 1} more)" if len(too_long) > 1 else ""
-        need = f"{tokens} prompt tokens + --max-new-tokens {max_new_tokens}"
+        need = f"{tokens} prompt tokens + {flag} {max_new_tokens}"
         fail(f"problem {name!r}: {need} exceed the model's context of {context}{more}")
 
 
@@ -467,17 +721,15 @@ def load_preference_pairs(
         dropped["over --max-pairs-per-prompt"] += max(0, len(group) - max_pairs_per_prompt)
         kept += random.Random(f"pairs {question} {seed}").sample(group, min(len(group), max_pairs_per_prompt))
     if balance_topics:
-        topics = {topic: [pair for pair in kept if pair.topic == topic] for topic in sorted({p.topic for p in kept})}
-        if len(topics) < 2:
-            fail(f"--balance-topics: {source} does not name two topics")
-        rarest, rng = min(map(len, topics.values())), random.Random(f"topics {seed}")
-        dropped["to balance topics"] = len(kept) - rarest * len(topics)
-        kept = [pair for group in topics.values() for pair in rng.sample(group, rarest)]
+        kept = balance(kept, "--balance-topics", source, seed, dropped)
     mean = sum(pair.weight for pair in kept) / len(kept)
     kept = [replace(pair, weight=pair.weight / mean if pair_weight == "gap" else 1.0) for pair in kept]
-    counts = ", ".join(f"{count} {why}" for why, count in dropped.items() if count) or "none"
-    print(f"pairs: {len(kept)} of {len({pair.question for pair in kept})} prompts from {source}; dropped: {counts}")
+    print(f"pairs: {len(kept)} of {len({p.question for p in kept})} prompts from {source}; dropped: {listed(dropped)}")
     return kept
+
+
+def listed(dropped: Counter) -> str:
+    return ", ".join(f"{count} {why}" for why, count in dropped.items() if count) or "none"
 
 
 def sampled_pairs(rows: list[tuple[str, dict]], source: str, min_gap: float, dropped: Counter) -> list[Pair]:
@@ -485,17 +737,9 @@ def sampled_pairs(rows: list[tuple[str, dict]], source: str, min_gap: float, dro
     pairs, errors, questions = [], [], set()
     for place, row in rows:
         try:
-            question = text_field(row, ("question", "prompt"))
+            question = mode_question(text_field(row, ("question", "prompt")), row.get("mode"))
             scored: dict[str, dict] = {}  # by text: a completion that was sampled twice says nothing new
-            if not isinstance(row.get("completions"), list):
-                raise ValueError("no field 'completions' with a list, as the first line has")
-            for completion in row["completions"]:
-                if not isinstance(completion, dict) or not isinstance(completion.get("text"), str):
-                    raise ValueError("a completion has no field 'text'")
-                check_text("text", completion["text"])
-                score = completion.get("reward")
-                if not isinstance(score, int | float) or not math.isfinite(score):
-                    raise ValueError(f"a completion's 'reward' is {score!r}, a number is expected")
+            for completion in sample_completions(row):
                 dropped["duplicate texts"] += completion["text"] in scored
                 scored.setdefault(completion["text"], completion)
         except ValueError as error:
@@ -548,13 +792,9 @@ def encode_pairs(
     for pair, prompt in zip(pairs, prompts, strict=True):
         if len(prompt) >= context:
             fail(f"{pair.id}: its prompt of {len(prompt)} tokens leaves no room in the model's context of {context}")
-    heads = tokenizer.batch_decode([prompt[-8:] for prompt in prompts])
 
     def encode(texts: list[str], finished: list[bool]) -> list[list[int]]:
-        # Where the template opens the think block in the prompt, `decode` had put the tag in front of the text.
-        opened = [head.rstrip().endswith("<think>") for head in heads]
-        texts = [t.removeprefix("<think>") if o else t for t, o in zip(texts, opened, strict=True)]
-        ids = encode_completions(tokenizer, texts)
+        ids = encode_completions(tokenizer, texts, prompts)
         return [i if whole else i[:-1] for i, whole in zip(ids, finished, strict=True)]  # what was cut has no EOS
 
     chosen = encode([pair.chosen for pair in pairs], [pair.chosen_finished for pair in pairs])
@@ -658,3 +898,114 @@ class ProblemSampler:
             fail(f"--resume: the run had {len(state['attempts'])} problems to draw from, now there are {self.size}")
         self.drawn = state["drawn"]
         self.attempts, self.successes = list(state["attempts"]), list(state["successes"])
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Args:
+    output: str
+    """write the problems, or the demonstrations, here (.jsonl)"""
+    problems: str | None = None
+    """"arithmetic", a .jsonl file, or a hub dataset; without it the problems of --samples"""
+    split: Literal["train", "eval", "all"] = "train"
+    """which part of --problems"""
+    samples: str | None = None
+    """samples file (evaluate.py --output): gives pass rates, and completions for --make"""
+    min_pass_rate: float | None = None
+    """with --samples: of the kept problems, at least; 0 and --max-pass-rate 0: only those that failed every time.
+    Without it 0.01, and 0 for demonstrations"""
+    max_pass_rate: float | None = None
+    """with --samples: of the kept problems, at most. Without it 0.99, and 1 for demonstrations"""
+    label_difficulty: bool = False
+    """with --samples: difficulty = 1 - pass rate, for --problem-sampling curriculum"""
+    guesses: str | None = None
+    """samples file made without reasoning (evaluate.py --modes no_think): what is right there is dropped"""
+    exclude_multiple_choice: bool = False
+    """drop multiple-choice and true/false questions"""
+    remove_duplicates: bool = False
+    """keep one of equal and of nearly equal questions"""
+    near_duplicate: float = 0.8
+    """with --remove-duplicates: share of common word triples from which on two questions count as one"""
+    decontaminate: str | None = None
+    """problems (a source like --problems; its eval split, or a whole file) that must not be trained on"""
+    ngram: int = 13
+    """with --decontaminate: so many words in a row must not be shared"""
+    balance_topics: bool = False
+    """as many problems of every topic as there are of the rarest"""
+    make: Literal["problems", "correct", "best", "fusion"] = "problems"
+    """problems | demonstrations from --samples, of the problems that are left: all right completions | of each problem
+    the best | the right ones in both thinking modes, /think and /no_think"""
+    limit: int | None = None
+    """at most so many problems, a random choice"""
+    seed: int = 0
+
+
+def main(args: Args) -> None:
+    check_flags(args)
+    if not args.problems and not args.samples:
+        fail("--problems or --samples: one of them is needed")
+    if args.make != "problems" and not args.samples:
+        fail(f"--make {args.make}: needs --samples")
+    low, high = (0.01, 0.99) if args.make == "problems" else (0.0, 1.0)
+    low = low if args.min_pass_rate is None else args.min_pass_rate
+    high = high if args.max_pass_rate is None else args.max_pass_rate
+    if low > high:
+        fail(f"--min-pass-rate {low:g}: must be at most --max-pass-rate {high:g}")
+    source = args.problems or args.samples
+    if args.problems:
+        problems = load_problems(args.problems, args.split, seed=args.seed)
+    else:
+        rows = [(f"{args.samples}:{line}", row) for line, row in read_jsonl(args.samples)]
+        problems = read_problems(rows, args.samples)
+    before, dropped = len(problems), Counter()
+    if args.samples:
+        rates = pass_rates(args.samples, problems)
+        problems = keep_pass_rates(problems, rates, low, high, dropped)
+        if args.label_difficulty:
+            problems = label_difficulty(problems, rates)
+    if args.guesses and problems:
+        problems = drop_lucky_guesses(problems, pass_rates(args.guesses, problems), dropped)
+    if args.exclude_multiple_choice:
+        problems = drop_multiple_choice(problems, dropped)
+    if args.remove_duplicates:
+        problems = drop_duplicates(problems, args.near_duplicate, dropped)
+    if args.decontaminate:
+        held_out = load_problems(args.decontaminate, "all" if is_file(args.decontaminate) else "eval")
+        problems = decontaminate(problems, held_out, args.ngram, dropped)
+    if args.balance_topics and problems:
+        problems = balance(problems, "--balance-topics", source, args.seed, dropped)
+    if args.limit and args.limit < len(problems):
+        dropped["over --limit"] = len(problems) - args.limit
+        problems = random.Random(f"limit {args.seed}").sample(problems, args.limit)
+    print(f"{source}: {len(problems)} of {before} problems kept; dropped: {listed(dropped)}")
+    if not problems:
+        fail(f"{args.output} is not written: the filters leave nothing")
+    rows = [asdict(problem) for problem in problems]
+    if args.make != "problems":
+        kept = {problem.question for problem in problems}
+        records = [record for record in read_samples(args.samples) if record["question"] in kept]
+        if args.make == "fusion":
+            pairs = fuse_modes(records)
+        else:
+            pairs = demonstrations_from(records, args.make)
+        if not pairs:
+            fail(f"{args.output} is not written: no completion is right and finished")
+        rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+        print(f"{len(rows)} demonstrations ({args.make})")
+    write_jsonl(args.output, rows)
+
+
+def write_jsonl(path: str, rows: list[dict]) -> None:
+    """Written aside and renamed, so that what was there stays whole until the new one is."""
+    aside = Path(path + ".tmp")
+    try:
+        aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        fail(f"{path}: can't be written ({error.strerror})")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -2,18 +2,17 @@
 
     python evaluate.py --model runs/.../final
     python evaluate.py --num-samples 8 --output samples.jsonl      # pass@k, majority vote; N-best for later stages
+    python evaluate.py --stages base=models/tiny-arithmetic grpo=runs/.../final --temperatures 0.5 1.5   # side by side
 
 Accuracy is reported *sampled at temperature 1* (the policy that RL trains) and greedy, each with a 95% interval.
 """
 
-import json
 import math
-import os
 import resource
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,8 +24,29 @@ from tqdm import tqdm
 
 import common
 from common import Rollout, derive_seed, fail
-from data import SYSTEM_PROMPT, Problem, check_context, check_flags, decode, encode_prompts, load_problems
-from rewards import accuracy_reward, answers_match, extract_answer, format_reward
+from data import (
+    MODES,
+    SYSTEM_PROMPT,
+    Problem,
+    check_context,
+    check_flags,
+    context_length,
+    decode,
+    encode_completions,
+    encode_prompts,
+    load_problems,
+    mode_question,
+    opens_thinking,
+    write_jsonl,
+)
+from rewards import (
+    MAX_ANSWER_CHARS,
+    answers_match,
+    count_reflection_words,
+    extract_answer,
+    format_reward,
+    matched_by,
+)
 
 SAMPLES = 4  # completions a problem in a train script's evaluations
 
@@ -43,41 +63,165 @@ def evaluate(
     batch_size: int = 256,
     seed: int = 0,
     progress: bool = False,
+    think_budget: int | None = None,
+    stop_sentence: str = "</think>",
+    verify=None,
 ) -> list[dict]:
     """A record for each problem: its fields and `completions`, a list of {text, answer, correct, format, reward,
-    length, finished}. reward = correct. batch_size: completions sampled at once."""
+    length, finished}. reward = correct. batch_size: completions sampled at once. think_budget: see
+    `sample_within_budget`. verify: a Verifier, None for the rules alone."""
     records = []
+    verify = verify or Verifier()
+    sample, options = common.sample_groups, ()
+    if think_budget:
+        sample, options = sample_within_budget, (tokenizer, think_budget, stop_sentence)
     per_batch = max(1, batch_size // num_samples)
     # Similar lengths together; an index, not a shuffle, so that the result is in the order of `problems` again.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in tqdm(range(0, len(order), per_batch), desc="evaluate", disable=not progress):
         batch = order[start : start + per_batch]
-        rollout = common.sample_groups(
+        rollout = sample(
             policy,
             [prompts[i] for i in batch],
             num_samples,
             max_new_tokens,
             temperature,
             derive_seed("evaluate", seed, start),
+            *options,
         )
         texts = decode(tokenizer, rollout)
+        correct = verify(texts, [problems[i] for i in batch for _ in range(num_samples)])
         for p, i in enumerate(batch):
             completions = []
             for row in range(p * num_samples, (p + 1) * num_samples):
-                correct = accuracy_reward(texts[row], problems[i].answer)
                 completions.append(
                     {
                         "text": texts[row],
                         "answer": extract_answer(texts[row]),
-                        "correct": bool(correct),
+                        "correct": bool(correct[row]),
                         "format": format_reward(texts[row], format_style),
-                        "reward": correct,
+                        "reward": correct[row],
                         "length": int(rollout.lengths[row]),
                         "finished": bool(rollout.finished[row]),
                     }
                 )
             records.append((i, asdict(problems[i]) | {"completions": completions}))
     return [record for _, record in sorted(records, key=lambda pair: pair[0])]
+
+
+def sample_within_budget(
+    policy, prompts, group_size, max_new_tokens, temperature, seed, tokenizer, budget, stop_sentence
+) -> Rollout:
+    """Qwen3's thinking budget (arXiv:2505.09388, section 4.3): a completion that is still thinking after `budget`
+    tokens gets the stop sentence, which closes the think block, and goes on to its answer; one that is past its
+    thoughts just goes on. max_new_tokens: after the budget. All of it counts as the completion's length, the stop
+    sentence too."""
+    rollout = common.sample_groups(policy, prompts, group_size, budget, temperature, seed)
+    stop, texts = tokenizer(stop_sentence, add_special_tokens=False).input_ids, decode(tokenizer, rollout)
+    completions = [ids[mask].tolist() for ids, mask in zip(rollout.completion_ids, rollout.mask, strict=True)]
+    finished = rollout.finished.clone()
+    going_on = (~finished).nonzero()[:, 0].tolist()
+    for row in going_on:
+        if "<think>" in texts[row] and "</think>" not in texts[row]:
+            completions[row] += stop
+    if going_on:
+        heads = [prompts[row // group_size] + completions[row] for row in going_on]
+        rest = common.sample_groups(policy, heads, 1, max_new_tokens, temperature, derive_seed("answers", seed))
+        for row, ids, mask in zip(going_on, rest.completion_ids, rest.mask, strict=True):
+            completions[row] += ids[mask].tolist()
+        finished[going_on] = rest.finished
+    whole = common.make_rollout(prompts, completions, group_size, finished.device)
+    return replace(whole, finished=finished)
+
+
+class Verifier:
+    """Whether completions are right: by rule (numbers and strings), else symbolically (math-verify), else, where there
+    is one, by a model: `--judge-model`, a causal LM that is asked for yes or no, or `--verifier-model`, a reward model
+    (train_rm.py) that scores the answer above 0. `counts`: completions found right by each, and wrong."""
+
+    def __init__(self, args=None, device="cpu", dtype=torch.float32):
+        self.counts: Counter = Counter()
+        judge, verifier = getattr(args, "judge_model", None), getattr(args, "verifier_model", None)
+        if judge and verifier:
+            fail("--judge-model and --verifier-model: only one of them")
+        self.model = None
+        if path := judge or verifier:
+            flag = "--judge-model" if judge else "--verifier-model"
+            self.tokenizer = common.load_tokenizer(path, flag)
+            self.yes, self.no = self.replies(path) if judge else ([], [])
+            if judge and opens_thinking(self.tokenizer, encode_prompts(self.tokenizer, ["?"]))[0]:
+                fail(f"{flag} {path}: its chat template opens a think block, so its next token is no yes or no")
+            self.context = context_length(common.load_config(path, flag))
+            if judge:
+                self.model = common.load_policy(path, device, dtype)
+            else:
+                self.model = common.load_reward_model(path, device, dtype, flag=flag)
+
+    def replies(self, path: str) -> tuple[list[int], list[int]]:
+        """The single tokens with which the judge may begin its yes, and its no."""
+        tokens = []
+        for word in ("yes", "no"):
+            spellings = (word, word.capitalize(), " " + word, " " + word.capitalize())
+            ids = [self.tokenizer(text, add_special_tokens=False).input_ids for text in spellings]
+            tokens.append([i[0] for i in ids if len(i) == 1 and i[0] != self.tokenizer.unk_token_id])
+        if not all(tokens):
+            fail(f"--judge-model {path}: its tokenizer has no single tokens for yes and no, so it can't be asked")
+        return tuple(sorted(set(ids)) for ids in tokens)
+
+    def __call__(self, texts: list[str], problems: list[Problem]) -> list[float]:
+        answers = [extract_answer(text) for text in texts]
+        stages = [matched_by(answer, p.answer) for answer, p in zip(answers, problems, strict=True)]
+        if self.model is not None:  # what the rules don't match and what is an answer at all, each once
+            rows = {(p, a): None for a, p, s in zip(answers, problems, stages, strict=True) if a and not s}
+            open_questions = [(p, a) for p, a in rows if len(a) <= MAX_ANSWER_CHARS]
+            right = dict(zip(open_questions, self.ask(open_questions), strict=True))
+            for row, pair in enumerate(zip(problems, answers, strict=True)):
+                if stages[row] is None and right.get(pair):
+                    stages[row] = "model"
+        self.counts.update(stage or "wrong" for stage in stages)
+        return [float(stage is not None) for stage in stages]
+
+    @torch.no_grad()
+    def ask(self, pairs: list[tuple[Problem, str]]) -> list[bool]:
+        if not pairs:
+            return []
+        for token in self.tokenizer.all_special_tokens:  # an answer may not end its turn and begin another
+            pairs = [(problem, answer.replace(token, " ")) for problem, answer in pairs]
+        texts = [f"Question: {problem.question}\nReference answer: {problem.answer}" for problem, _ in pairs]
+        if self.yes:
+            texts = [f"{text}\nGiven answer: {answer}\n" for text, (_, answer) in zip(texts, pairs, strict=True)]
+            ask = "Is the given answer the same as the reference answer? Reply with yes or no."
+            completions = [[token] for token in self.yes + self.no]
+            prompts = encode_prompts(self.tokenizer, [text + ask for text in texts])
+            fits = [len(prompt) < self.context for prompt in prompts]
+            prompts = [prompt if ok else prompt[:1] for prompt, ok in zip(prompts, fits, strict=True)]
+            rollout = common.make_rollout(prompts, completions * len(pairs), len(completions), self.model.device)
+            values = self.values(rollout, lambda rows: common.completion_logprobs(self.model, rollout, rows)[0][:, 0])
+            values = values.view(len(pairs), -1).exp()
+            right = values[:, : len(self.yes)].sum(1) > values[:, len(self.yes) :].sum(1)
+        else:
+            prompts = encode_prompts(self.tokenizer, texts)
+            completions = encode_completions(self.tokenizer, [answer for _, answer in pairs], prompts)
+            fits = [len(p) + len(c) <= self.context for p, c in zip(prompts, completions, strict=True)]
+            prompts = [prompt if ok else prompt[:1] for prompt, ok in zip(prompts, fits, strict=True)]
+            completions = [ids if ok else ids[:1] for ids, ok in zip(completions, fits, strict=True)]
+            rollout = common.make_rollout(prompts, completions, device=self.model.device)
+            right = self.values(rollout, lambda rows: common.completion_scores(self.model, rollout, rows)) > 0
+        return [r and ok for r, ok in zip(right.tolist(), fits, strict=True)]  # what is too long to be asked is wrong
+
+    @staticmethod
+    def values(rollout: Rollout, compute) -> Tensor:
+        values = torch.zeros(len(rollout.mask))
+        for micro in common.micro_batches(rollout, list(range(len(rollout.mask))), 8192):
+            values[micro] = compute(micro).float().cpu()
+        return values
+
+    def summary(self) -> dict[str, float]:
+        """Shares of the completions since the last call, where a model has a say."""
+        counts, self.counts = self.counts, Counter()
+        if self.model is None or not counts:
+            return {}
+        return {f"verifier/{name}": counts[name] / counts.total() for name in ("rule", "symbolic", "model")}
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -99,6 +243,11 @@ def majority_answer(answers: list[str | None]) -> str | None:
         else:
             votes.append((answer, 1))
     return max(votes, key=lambda vote: vote[1])[0] if votes else None
+
+
+def majority_is_right(completions: list[dict]) -> bool:
+    voted = majority_answer([completion["answer"] for completion in completions])
+    return any(completion["correct"] for completion in completions if voted and completion["answer"] == voted)
 
 
 def interval(rate: float, problems: int) -> tuple[float, float]:
@@ -127,10 +276,8 @@ def summarize(records: list[dict]) -> dict[str, float]:
         "length_wrong": mean(c["length"] for c in completions if not c["correct"]),
         "truncated": mean(not c["finished"] for c in completions),
         "no_answer": mean(c["answer"] is None for c in completions),
-        "majority": mean(
-            answers_match(majority_answer([c["answer"] for c in record["completions"]]), record["answer"])
-            for record in records
-        ),
+        "reflection_words": mean(count_reflection_words(c["text"]) for c in completions),
+        "majority": mean(majority_is_right(record["completions"]) for record in records),
     }
     for k in sorted({2**i for i in range(n.bit_length())} | {n}):
         right = (sum(c["correct"] for c in record["completions"]) for record in records)
@@ -144,16 +291,19 @@ def by(records: list[dict], field: str) -> dict[str, list[dict]]:
     return {value: [r for r in records if r[field] == value] for value in sorted(values)}
 
 
-def evaluate_policy(policy, tokenizer, problems, prompts, args, batch_size) -> dict[str, float]:
+def evaluate_policy(policy, tokenizer, problems, prompts, args, batch_size, verify=None) -> dict[str, float]:
     """What a train script logs: the eval/* scalars, sampled at temperature 1 unless the name says greedy."""
 
     def run(num_samples: int, temperature: float) -> list[dict]:
         budget = (num_samples, args.max_new_tokens, temperature, args.format_style)
-        return evaluate(policy, tokenizer, problems, prompts, *budget, batch_size=batch_size, seed=args.seed)
+        options = {"batch_size": batch_size, "seed": args.seed, "verify": verify}
+        return evaluate(policy, tokenizer, problems, prompts, *budget, **options)
 
     sampled, greedy = run(SAMPLES, 1.0), run(1, 0.0)
+    if verify is not None:
+        verify.summary()  # its counts are of training batches
     summary = summarize(sampled)
-    names = ("accuracy", "format", "length", "length_right", "length_wrong", "truncated", "no_answer")
+    names = "accuracy format length length_right length_wrong truncated no_answer reflection_words".split()
     scores = {f"eval/{name}": summary[name] for name in names if not math.isnan(summary[name])}
     scores["eval/pass_at_k"] = summary[f"pass_at_{SAMPLES}"]
     scores["eval/accuracy_greedy"] = summarize(greedy)["accuracy"]
@@ -301,7 +451,7 @@ class Health:
     SIGNS = {  # tag: (is it so?, what it means and what to try)
         "loss/entropy": (
             lambda entropy: entropy < 0.005,
-            "the policy is nearly deterministic and explores no more: a lower --learning-rate, or a KL (--kl-coef)",
+            "the policy is nearly deterministic and explores no more: a lower --learning-rate, or more regularisation",
         ),
         "reward/std_within_group": (
             lambda std: std == 0,
@@ -314,8 +464,8 @@ class Health:
             "that ends what it writes (train_sft.py)",
         ),
         "loss/kl": (
-            lambda kl: kl > 1,
-            "the policy is far from where it started: a larger --kl-coef (or --tau), a lower --learning-rate",
+            lambda kl: kl > 5,
+            "the policy is far from the one that it is held to: a larger --kl-coef or --tau, a lower --learning-rate",
         ),
     }
 
@@ -342,7 +492,7 @@ class Health:
                 not_finite = [name for name, value in values.items() if not value[row].isfinite().all()]
                 ids = rollout.completion_ids[row][rollout.mask[row]].tolist()
                 records.append({"not_finite": not_finite, "prompt": prompt, "completion": texts[row], "ids": ids})
-            write_samples(file, [r for r in records if r["not_finite"]] or records)
+            write_jsonl(str(file), [r for r in records if r["not_finite"]] or records)
             limit = f"--max-bad-updates {self.max_bad_updates} updates in a row were not finite"
             fail(f"{limit} (the last: {what}), the weights are as before them; its rows are in {file}")
         return False
@@ -376,8 +526,11 @@ def arithmetic_samples(count: int) -> list[dict]:
 class Args:
     model: str = "models/tiny-arithmetic"
     """local model directory or hub name"""
+    stages: tuple[str, ...] = ()
+    """NAME=DIRECTORY ...: several models instead, a table row each"""
     problems: str = "arithmetic"
-    """"arithmetic", a .jsonl file, or a hub dataset: its held-out part is evaluated (see --split)"""
+    """"arithmetic" ("arithmetic:7-8" for difficulties 7 and 8), a .jsonl file, or a hub dataset: its held-out part is
+    evaluated (see --split)"""
     split: Literal["eval", "train", "all"] = "eval"
     """which part of --problems"""
     eval_problems: int = 500
@@ -386,12 +539,24 @@ class Args:
     """completions a problem, sampled at --temperature; more than one gives pass@k and the majority vote"""
     temperature: float = 1.0
     """of the sampled completions; the greedy ones are reported beside them"""
+    temperatures: tuple[float, ...] = ()
+    """others, whose accuracy is a column each"""
     max_new_tokens: int = 40
-    """length limit of a completion, tokens"""
+    """length limit of a completion, tokens; with --think-budget of what comes after it"""
+    modes: str = ""
+    """think,no_think: each of these, asked for at the end of the user's turn, a table row each"""
+    think_budget: int | None = None
+    """tokens after which a completion that is still thinking gets --stop-sentence and goes on to its answer"""
+    stop_sentence: str = "</think>"
+    """closes the think block; Qwen3's begins "Considering the limited time by the user, I have to ..." """
     system_prompt: str = SYSTEM_PROMPT
     """system turn of the chat template; '' for none"""
     format_style: Literal["answer-tags", "think"] = "answer-tags"
     """answer-tags | think: what the format rate counts"""
+    judge_model: str | None = None
+    """a causal LM that is asked whether an answer that the rules don't match is the reference answer"""
+    verifier_model: str | None = None
+    """a reward model that scores such an answer instead: above 0 is right"""
     output: str | None = None
     """write the samples file here: a line per problem with its completions"""
     batch_size: int = 256
@@ -404,50 +569,75 @@ class Args:
 
 
 def main(args: Args) -> None:
-    if args.output and Path(args.output).is_dir():
-        fail(f"--output {args.output}: is a directory, a file's name is expected")
-    if args.output and not os.access(Path(args.output).resolve().parent, os.W_OK):
-        fail(f"--output {args.output}: its directory is not there or not writable")
     check_flags(args)
+    modes = [mode.strip() for mode in args.modes.split(",")] if args.modes else [""]
+    if unknown := [mode for mode in modes if args.modes and mode not in MODES]:
+        fail(f"--modes {args.modes}: {unknown[0]!r} is none of {', '.join(MODES)}")
+    if bad := [t for t in args.temperatures if not (math.isfinite(t) and t > 0)]:
+        fail(f"--temperatures {bad[0]}: must be more than 0")
+    stages = [stage.partition("=")[::2] for stage in args.stages] or [("", args.model)]
+    if bad := [name for name, path in stages if not path]:
+        fail(f"--stages {bad[0]}: NAME=DIRECTORY is expected")
+    several = len(stages) * len(modes) > 1
+    if several and args.output:
+        fail("--output: holds the samples of one model in one mode, not of several")
     device = common.resolve_device(args.device)
-    tokenizer = common.load_tokenizer(args.model)
+    dtype = common.resolve_dtype(args.dtype, device)
     problems = load_problems(args.problems, args.split, args.eval_problems)
-    prompts = encode_prompts(tokenizer, [p.question for p in problems], args.system_prompt)
-    check_context(prompts, [p.id for p in problems], common.load_config(args.model), args.max_new_tokens)
-    policy = common.load_policy(args.model, device, common.resolve_dtype(args.dtype, device), tokenizer.eos_token_id)
+    for _, path in stages:
+        common.load_config(path, "--stages" if args.stages else "--model")
+    verify, rows = Verifier(args, device, dtype), []
+    for name, path in stages:
+        flag = "--stages" if args.stages else "--model"
+        tokenizer, policy = common.load_tokenizer(path, flag), None
+        for mode in modes:
+            questions = [mode_question(p.question, mode) for p in problems]
+            prompts = encode_prompts(tokenizer, questions, args.system_prompt)
+            stop = tokenizer(args.stop_sentence, add_special_tokens=False).input_ids if args.think_budget else []
+            total = args.max_new_tokens + len(stop) + (args.think_budget or 0)
+            limits = "--think-budget + --stop-sentence + --max-new-tokens" if args.think_budget else "--max-new-tokens"
+            check_context(prompts, [p.id for p in problems], common.load_config(path), total, limits)
+            policy = policy or common.load_policy(path, device, dtype, tokenizer.eos_token_id)
 
-    sample = (args.max_new_tokens, args.temperature, args.format_style, args.batch_size, args.seed)
-    records = evaluate(policy, tokenizer, problems, prompts, args.num_samples, *sample, progress=True)
-    greedy = evaluate(policy, tokenizer, problems, prompts, 1, args.max_new_tokens, 0.0, *sample[2:], progress=True)
+            def sample(count: int, temperature: float, prompts=prompts, policy=policy, tokenizer=tokenizer):
+                budget = (count, args.max_new_tokens, temperature, args.format_style, args.batch_size, args.seed)
+                thinking = (args.think_budget, args.stop_sentence, verify)
+                return evaluate(policy, tokenizer, problems, prompts, *budget, not several, *thinking)
+
+            records, greedy = sample(args.num_samples, args.temperature), sample(1, 0.0)
+            others = [summarize(sample(args.num_samples, t))["accuracy"] for t in args.temperatures]
+            label = ", ".join(part for part in (name, mode) if part) or "all"
+            rows.append(accuracy_row(label, records, greedy) + others)
+            del sample  # it holds the policy, and the next one needs its room
     if args.output:
-        write_samples(Path(args.output), records)
-
-    def row(name: str, sampled: list[dict], greedy: list[dict]) -> list:
-        summary, best = summarize(sampled), summarize(greedy)
-        ranges = ["{:.3f}-{:.3f}".format(*interval(s["accuracy"], len(sampled))) for s in (summary, best)]
-        columns = [name, len(sampled), summary["accuracy"], ranges[0], best["accuracy"], ranges[1]]
-        return [*columns, summary["format"], best["format"], summary["length"]]
-
-    rows = [row("all", records, greedy)]
-    for field in ("difficulty", "topic"):
-        others = by(greedy, field)
-        rows += [row(f"{field} {value}", group, others[value]) for value, group in by(records, field).items()]
+        write_jsonl(args.output, [record | ({"mode": modes[0]} if modes[0] else {}) for record in records])
+    if not several:
+        for field in ("difficulty", "topic"):
+            best = by(greedy, field)
+            for value, group in by(records, field).items():
+                rows.append(accuracy_row(f"{field} {value}", group, best[value]) + [""] * len(args.temperatures))
     header = ["", "problems", f"accuracy (T={args.temperature:g})", "95% interval", "greedy", "95% interval"]
-    print(format_table([*header, "format", "greedy format", "length"], rows))
-    summary = summarize(records)
-    shown = ["length_right", "length_wrong", "truncated", "no_answer"]
-    if args.num_samples > 1:
-        shown += ["majority", *(name for name in summary if name.startswith("pass_at_"))]
-    print("  ".join(f"{name} {summary[name]:.3f}" for name in shown))
+    header += ["format", "greedy format", "length", *(f"T={t:g}" for t in args.temperatures)]
+    print(format_table(header, rows))
+    if not several:
+        summary = summarize(records)
+        shown = ["length_right", "length_wrong", "truncated", "no_answer"]
+        if args.num_samples > 1:
+            shown += ["majority", *(name for name in summary if name.startswith("pass_at_"))]
+        print("  ".join(f"{name} {summary[name]:.3f}" for name in shown))
+    if (shares := verify.summary()) and not several:
+        print(
+            "right by: " + "  ".join(f"{name.removeprefix('verifier/')} {share:.3f}" for name, share in shares.items())
+        )
     if args.output:
         print(f"samples file: {args.output}")
 
 
-def write_samples(path: Path, records: list[dict]) -> None:
-    """A line per problem. Written aside and renamed, so that what was there stays whole until the new one is."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    os.replace(aside, path)
+def accuracy_row(name: str, sampled: list[dict], greedy: list[dict]) -> list:
+    summary, best = summarize(sampled), summarize(greedy)
+    ranges = ["{:.3f}-{:.3f}".format(*interval(s["accuracy"], len(sampled))) for s in (summary, best)]
+    columns = [name, len(sampled), summary["accuracy"], ranges[0], best["accuracy"], ranges[1]]
+    return [*columns, summary["format"], best["format"], summary["length"]]
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ evaluates the text as code, and everything takes linear or bounded time.
 """
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -158,6 +159,13 @@ def parse_number(text: str) -> Fraction | None:
     return -value if match["sign"] == "-" else value
 
 
+@functools.lru_cache(maxsize=10_000)  # a group of completions gives the same answer many times
+def read_answer(text: str) -> tuple[str, Fraction | None]:
+    """Takes an answer, returns it cleaned and its value if it is one plain number."""
+    text = clean(text)
+    return text, parse_number(text)
+
+
 def normalise(text: str) -> str:
     r"""Takes a cleaned answer, returns it for comparison as a string: without case, \text{} and needless spaces."""
     text = TEXT.sub(r" \1 ", text).lower()
@@ -175,18 +183,22 @@ def answers_match(predicted: str | None, gold: str) -> bool:
     mathematics in them, if math-verify (where it is installed) finds them equal, to 12 decimals where one of them
     is a decimal number. A number in another base (52_8) only matches as a string. None, "", nan and inf match nothing.
     """
+    return matched_by(predicted, gold) is not None
+
+
+def matched_by(predicted: str | None, gold: str) -> str | None:
+    """As answers_match: "rule" or "symbolic" (math-verify), whichever found them equal, else None."""
     if not predicted or not gold or max(len(predicted), len(gold)) > MAX_ANSWER_CHARS:
-        return False
-    predicted, gold = clean(predicted), clean(gold)
-    numbers = parse_number(predicted), parse_number(gold)
-    if None not in numbers:
-        return numbers[0] == numbers[1]
+        return None
+    (predicted, number), (gold, gold_number) = read_answer(predicted), read_answer(gold)
+    if number is not None and gold_number is not None:
+        return "rule" if number == gold_number else None
     strings = normalise(predicted), normalise(gold)
     if any(string.lstrip("+-") in ("", "nan", "inf", "infinity") for string in strings):
-        return False
+        return None
     if strings[0] == strings[1]:
-        return True
-    return is_mathematics(predicted, gold) and math_verify_match(predicted, gold)
+        return "rule"
+    return "symbolic" if is_mathematics(predicted, gold) and math_verify_match(predicted, gold) else None
 
 
 # ---------------------------------------------------------------- math-verify
@@ -215,7 +227,7 @@ math_verify_process: subprocess.Popen | None = None
 math_verify_lock = threading.Lock()
 
 
-@functools.lru_cache(maxsize=10_000)  # a group of completions gives the same answer many times
+@functools.lru_cache(maxsize=10_000)
 def math_verify_match(predicted: str, gold: str) -> bool:
     """Takes two cleaned answers, returns whether math-verify finds them equal; False on any failure or without it.
 
@@ -319,7 +331,7 @@ def format_reward(text: str, style: str = "answer-tags") -> float:
 
 
 # Of each language the scripts that it is written in, as they begin the names of Unicode's letters.
-SCRIPTS = {
+LANGUAGES = {
     **dict.fromkeys(("de", "en", "es", "fr", "it", "nl", "pl", "pt", "tr", "vi"), ("LATIN",)),
     **dict.fromkeys(("bg", "ru", "uk"), ("CYRILLIC",)),
     **dict.fromkeys(("ar", "fa", "ur"), ("ARABIC",)),
@@ -336,34 +348,55 @@ SCRIPTS = {
 
 
 @functools.lru_cache(maxsize=65_536)
-def script_of(letter: str) -> str:
-    """LATIN, CJK, ... of one letter, MARK of an accent that joins any of them, "" of what is none."""
-    name = unicodedata.name(letter, "")
-    return "MARK" if name.startswith(("COMBINING", "MODIFIER")) else name.partition(" ")[0]
+def script_of(character: str) -> str:
+    """LATIN, CJK, ... of a letter, MARK of what joins the letters of any script, "" of all else, mathematics too."""
+    if unicodedata.category(character).startswith("M"):
+        return "MARK"
+    script = unicodedata.name(character, "").partition(" ")[0] if character.isalpha() else ""
+    return {"IDEOGRAPHIC": "CJK", "MATHEMATICAL": "", "DOUBLE-STRUCK": "", "MODIFIER": "MARK"}.get(script, script)
 
 
 def language_reward(text: str, language: str) -> float:
-    """Takes a completion and one of SCRIPTS' codes, returns the fraction of the reasoning's words that are written in
+    """Takes a completion and one of LANGUAGES' codes, returns the fraction of the reasoning's words that are written in
     the language's script, 1.0 where there are no words (DeepSeek-R1, arXiv:2501.12948, section 2.3.2).
 
     The reasoning reaches from the first <think> (or the start) to the last </think> (or the end). A Chinese or
-    Japanese character counts as a word, elsewhere a run of letters does; a single Latin letter and a LaTeX command
-    are mathematics, in any language. It tells scripts apart, not languages of one script such as English and French.
+    Japanese character counts as a word, elsewhere a run of letters does; a single Latin or Greek letter and a LaTeX
+    command are mathematics, in any language. It tells scripts apart, not languages of one script (English, French).
     """
-    if language not in SCRIPTS:
-        raise ValueError(f"unknown language {language!r}, choose one of {', '.join(sorted(SCRIPTS))}")
+    if language not in LANGUAGES:
+        raise ValueError(f"unknown language {language!r}, choose one of {', '.join(sorted(LANGUAGES))}")
     end = text.rfind("</think>") if "</think>" in text else len(text)
     text = text[max(text.find("<think>", 0, end), 0) : end].removeprefix("<think>")
-    words = inside = 0
-    for run in re.findall(r"[^\W\d_]+", re.sub(r"\\[A-Za-z]+|</?think>", " ", text)):
-        scripts = [script for script in map(script_of, run) if script != "MARK"]
-        spaceless = [script for script in scripts if script in SCRIPTS["ja"]]
+    text, words, inside = re.sub(r"\\[A-Za-z]+|</?think>", " ", text), 0, 0
+    for is_word, run in itertools.groupby(map(script_of, text), key=bool):
+        scripts = [script for script in run if script != "MARK"] if is_word else []
+        spaceless = [script for script in scripts if script in LANGUAGES["ja"]]
         words += len(spaceless)
-        inside += sum(script in SCRIPTS[language] for script in spaceless)
-        if len(scripts) > len(spaceless) and not (len(scripts) == 1 and scripts[0] == "LATIN"):
+        inside += sum(script in LANGUAGES[language] for script in spaceless)
+        if len(scripts) > len(spaceless) and scripts not in (["LATIN"], ["GREEK"]):
             words += 1
-            inside += all(script in SCRIPTS[language] for script in scripts if script not in SCRIPTS["ja"])
+            inside += all(script in LANGUAGES[language] for script in scripts if script not in LANGUAGES["ja"])
     return inside / words if words else 1.0
+
+
+# Words of a model that goes back over what it wrote: R1's "aha moments" (arXiv:2501.12948, table 3), which others found
+# in its base model too (arXiv:2503.20783, section 2.3). Counted from before the first step on.
+REFLECTION = re.compile(
+    r"\b(?:wait|hmm+|however|alternatively|actually|re-?check|re-?examine|re-?evaluate|double[- ]check|verify|"
+    r"mistake|let me (?:check|verify|re\w+)|let's check|check again)\b",
+    re.IGNORECASE,
+)
+
+
+def count_reflection_words(text: str) -> int:
+    return sum(1 for _ in REFLECTION.finditer(text))
+
+
+def overlong_penalty(lengths, max_new_tokens: int, buffer: int):
+    """Takes lengths, a tensor, returns 0 for those up to max_new_tokens - buffer, falling linearly to -1 at
+    max_new_tokens (DAPO, arXiv:2503.14476, eq. 13)."""
+    return -((lengths - (max_new_tokens - buffer)) / buffer).clamp(0, 1)
 
 
 def length_reward(lengths, correct):

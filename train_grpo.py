@@ -35,7 +35,7 @@ import evaluate
 from common import derive_seed, fail, load_config
 from data import SYSTEM_PROMPT, ProblemSampler, check_context, encode_prompts, load_eval_problems, load_train_problems
 from evaluate import Clock, Metrics, comparison_table, evaluate_policy
-from rewards import accuracy_reward, format_reward, length_reward
+from rewards import format_reward, language_reward, length_reward, overlong_penalty
 
 
 @dataclass
@@ -73,6 +73,20 @@ class Args:
     """weight of the length reward (Kimi K1.5): shorter right answers of a group get more, up to +-0.5"""
     length_reward_start: int = 0
     """iteration from which the length reward counts"""
+    language_weight: float = 0.0
+    """weight of the language reward (DeepSeek-R1): the share of the reasoning's words in --language's script"""
+    language: str = "en"
+    """code of the language that the reasoning should be written in"""
+    overlong_weight: float = 0.0
+    """weight of the soft overlong penalty (DAPO): down to -1 at --max-new-tokens"""
+    overlong_buffer: int = 8
+    """tokens before --max-new-tokens over which that penalty sets in"""
+    truncated: Literal["score", "wrong", "mask"] = "score"
+    """a completion cut by the length limit: scored like any other | never right | not learned from (advantage 0)"""
+    judge_model: str | None = None
+    """a causal LM that is asked whether an answer that the rules don't match is the reference answer"""
+    verifier_model: str | None = None
+    """a reward model (train_rm.py) that scores such an answer instead: above 0 is right"""
     format_style: Literal["answer-tags", "think"] = "answer-tags"
     """answer-tags: <think>..</think><answer>..</answer>; think: <think>..</think> and then text with the answer in
     \\boxed{} or after #### (ask for that with --system-prompt)"""
@@ -191,8 +205,6 @@ def main(args: Args) -> None:
     if minibatch_size % args.group_size or not args.group_size <= minibatch_size <= batch_size:
         allowed = f"a multiple of --group-size {args.group_size}, at most {batch_size} (prompts x group size)"
         fail(f"--minibatch-size {minibatch_size}: must be {allowed}")
-    if args.accuracy_weight == args.format_weight == args.length_weight == 0:
-        fail("--accuracy-weight, --format-weight and --length-weight are all 0: there is nothing to learn from")
 
     device = common.resolve_device(args.device)
     dtype = common.resolve_dtype(args.dtype, device)
@@ -203,6 +215,7 @@ def main(args: Args) -> None:
     eval_prompts = encode_prompts(tokenizer, [p.question for p in eval_problems], args.system_prompt)
     names = [p.id for p in problems + eval_problems]
     check_context(prompts + eval_prompts, names, load_config(args.model), args.max_new_tokens)
+    verify = evaluate.Verifier(args, device, dtype)
 
     state = common.load_checkpoint(args.resume)  # {} unless a run is resumed
     run_dir, writer = common.start_run(args, state)
@@ -221,7 +234,7 @@ def main(args: Args) -> None:
         sampler.load_state_dict(state["sampler"])
         iteration, x, before, scores = state["iteration"], state["x"], state["before"], state["scores"]
     else:
-        before = scores = evaluate_policy(policy, tokenizer, eval_problems, eval_prompts, args, batch_size)
+        before = scores = evaluate_policy(policy, tokenizer, eval_problems, eval_prompts, args, batch_size, verify)
         evaluate.log_scalars(writer, scores, x)
     one_update = args.update_epochs == 1 and minibatch_size == batch_size
     if one_update and args.loss_norm == "sequence":
@@ -247,17 +260,23 @@ def main(args: Args) -> None:
 
         # ------------------------------------------------------------------------------------------------ 2 reward
         texts = data.decode(tokenizer, rollout)
-        answers = [problems[i].answer for i in indices for _ in range(args.group_size)]
         components = {
-            "accuracy": torch.tensor([accuracy_reward(t, a) for t, a in zip(texts, answers, strict=True)]),
+            "accuracy": torch.tensor(verify(texts, [problems[i] for i in indices for _ in range(args.group_size)])),
             "format": torch.tensor([format_reward(t, args.format_style) for t in texts]),
         }
+        if args.truncated == "wrong":
+            components["accuracy"] *= rollout.finished.cpu()
+        if args.language_weight > 0:
+            components["language"] = torch.tensor([language_reward(t, args.language) for t in texts])
+        if args.overlong_weight > 0:
+            components["overlong"] = overlong_penalty(rollout.lengths.cpu(), args.max_new_tokens, args.overlong_buffer)
         components = {name: values.view(-1, args.group_size) for name, values in components.items()}  # (P, G)
         if args.length_weight > 0:
             lengths = rollout.lengths.view(-1, args.group_size).cpu()
             components["length"] = length_reward(lengths, components["accuracy"])
-        reward_weights = {"accuracy": args.accuracy_weight, "format": args.format_weight}
-        reward_weights["length"] = args.length_weight if iteration >= args.length_reward_start else 0.0
+        reward_weights = {name: getattr(args, f"{name}_weight") for name in components}
+        if iteration < args.length_reward_start:
+            reward_weights["length"] = 0.0
         rewards = sum(reward_weights[name] * values for name, values in components.items())  # (P, G)
         success = components["accuracy"].mean(1)  # (P,)
         for index, rate in zip(indices, success.tolist(), strict=True):
@@ -292,6 +311,8 @@ def main(args: Args) -> None:
 
         # -------------------------------------------------------------------------------------------- 4 advantages
         advantages = group_advantages(rewards, args.normalize_std).flatten().to(device)  # (B,)
+        if args.truncated == "mask":
+            advantages = advantages.where(rollout.finished, 0.0)
 
         # ------------------------------------------------------------------------------------------------ 5 update
         learning_rate = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
@@ -333,7 +354,7 @@ def main(args: Args) -> None:
         # --------------------------------------------------------------------------------------------------- 6 log
         iteration += 1
         metrics.add({"loss/learning_rate": learning_rate})
-        metrics.add(sampler.summary())
+        metrics.add(sampler.summary() | verify.summary())
         evaluate.add_logprob_gap(metrics, rollout, old_logprobs)
         logged = evaluate.log_iteration(writer, metrics, clock, x)
         health.watch(logged)
@@ -345,7 +366,7 @@ def main(args: Args) -> None:
         # ------------------------------------------------------------------------------------- 7 evaluate and save
         last = iteration == args.iterations
         if last or (args.eval_every and iteration % args.eval_every == 0):
-            scores = evaluate_policy(policy, tokenizer, eval_problems, eval_prompts, args, batch_size)
+            scores = evaluate_policy(policy, tokenizer, eval_problems, eval_prompts, args, batch_size, verify)
             evaluate.log_scalars(writer, scores, x)
             evaluate.log_samples(writer, tokenizer, *samples, x)
         if stop.number or (args.save_every and (last or iteration % args.save_every == 0)):

@@ -32,10 +32,10 @@ from tqdm import tqdm
 import common
 import data
 import evaluate
-from common import derive_seed, fail, load_config
+from common import derive_seed, load_config
 from data import SYSTEM_PROMPT, ProblemSampler, check_context, encode_prompts, load_eval_problems, load_train_problems
 from evaluate import Clock, Metrics, comparison_table, evaluate_policy
-from rewards import accuracy_reward, format_reward, length_reward
+from rewards import format_reward, language_reward, length_reward, overlong_penalty
 
 
 @dataclass
@@ -73,6 +73,20 @@ class Args:
     """weight of the length reward (Kimi K1.5): shorter right answers of a group get more, up to +-0.5"""
     length_reward_start: int = 0
     """iteration from which the length reward counts"""
+    language_weight: float = 0.0
+    """weight of the language reward (DeepSeek-R1): the share of the reasoning's words in --language's script"""
+    language: str = "en"
+    """code of the language that the reasoning should be written in"""
+    overlong_weight: float = 0.0
+    """weight of the soft overlong penalty (DAPO): down to -1 at --max-new-tokens"""
+    overlong_buffer: int = 8
+    """tokens before --max-new-tokens over which that penalty sets in"""
+    truncated: Literal["score", "wrong", "mask"] = "score"
+    """a completion cut by the length limit: scored like any other | never right | not learned from (advantage 0)"""
+    judge_model: str | None = None
+    """a causal LM that is asked whether an answer that the rules don't match is the reference answer"""
+    verifier_model: str | None = None
+    """a reward model (train_rm.py) that scores such an answer instead: above 0 is right"""
     format_style: Literal["answer-tags", "think"] = "answer-tags"
     """answer-tags: <think>..</think><answer>..</answer>; think: <think>..</think> and then text with the answer in
     \\boxed{} or after #### (ask for that with --system-prompt)"""
@@ -152,8 +166,6 @@ def main(args: Args) -> None:
     # ------------------------------------------------------------------------------------------------------- Setup
     data.check_flags(args)
     batch_size = args.prompts_per_step * args.group_size
-    if args.accuracy_weight == args.format_weight == args.length_weight == 0:
-        fail("--accuracy-weight, --format-weight and --length-weight are all 0: there is nothing to learn from")
 
     device = common.resolve_device(args.device)
     dtype = common.resolve_dtype(args.dtype, device)
@@ -164,6 +176,7 @@ def main(args: Args) -> None:
     eval_prompts = encode_prompts(tokenizer, [p.question for p in eval_problems], args.system_prompt)
     names = [p.id for p in problems + eval_problems]
     check_context(prompts + eval_prompts, names, load_config(args.model), args.max_new_tokens)
+    verify = evaluate.Verifier(args, device, dtype)
 
     state = common.load_checkpoint(args.resume)  # {} unless a run is resumed
     run_dir, writer = common.start_run(args, state)
@@ -189,7 +202,7 @@ def main(args: Args) -> None:
             common.restore_optimizer(value_optimizer, state.pop("critic"))
         iteration, x, before, scores = state["iteration"], state["x"], state["before"], state["scores"]
     else:
-        before = scores = evaluate_policy(policy, tokenizer, eval_problems, eval_prompts, args, batch_size)
+        before = scores = evaluate_policy(policy, tokenizer, eval_problems, eval_prompts, args, batch_size, verify)
         evaluate.log_scalars(writer, scores, x)
 
     bar = tqdm(total=args.iterations, initial=iteration, unit="it")
@@ -210,17 +223,23 @@ def main(args: Args) -> None:
 
         # ------------------------------------------------------------------------------------------------ 2 reward
         texts = data.decode(tokenizer, rollout)
-        answers = [problems[i].answer for i in indices for _ in range(args.group_size)]
         components = {
-            "accuracy": torch.tensor([accuracy_reward(t, a) for t, a in zip(texts, answers, strict=True)]),
+            "accuracy": torch.tensor(verify(texts, [problems[i] for i in indices for _ in range(args.group_size)])),
             "format": torch.tensor([format_reward(t, args.format_style) for t in texts]),
         }
+        if args.truncated == "wrong":
+            components["accuracy"] *= rollout.finished.cpu()
+        if args.language_weight > 0:
+            components["language"] = torch.tensor([language_reward(t, args.language) for t in texts])
+        if args.overlong_weight > 0:
+            components["overlong"] = overlong_penalty(rollout.lengths.cpu(), args.max_new_tokens, args.overlong_buffer)
         components = {name: values.view(-1, args.group_size) for name, values in components.items()}  # (P, G)
         if args.length_weight > 0:
             lengths = rollout.lengths.view(-1, args.group_size).cpu()
             components["length"] = length_reward(lengths, components["accuracy"])
-        reward_weights = {"accuracy": args.accuracy_weight, "format": args.format_weight}
-        reward_weights["length"] = args.length_weight if iteration >= args.length_reward_start else 0.0
+        reward_weights = {name: getattr(args, f"{name}_weight") for name in components}
+        if iteration < args.length_reward_start:
+            reward_weights["length"] = 0.0
         rewards = sum(reward_weights[name] * values for name, values in components.items())  # (P, G)
         success = components["accuracy"].mean(1)  # (P,)
         for index, rate in zip(indices, success.tolist(), strict=True):
@@ -240,15 +259,17 @@ def main(args: Args) -> None:
         clock.lap("logprobs")
 
         # -------------------------------------------------------------------------------------------- 4 advantages
-        scores = rewards.flatten().to(device)  # (B,)
+        eos_scores = rewards.flatten().to(device)  # (B,)
         token_rewards = torch.zeros_like(values)  # (B, T): the score on the last token, EOS or not
-        token_rewards[rows, rollout.lengths - 1] = scores
+        token_rewards[rows, rollout.lengths - 1] = eos_scores
         advantages, returns = compute_gae(token_rewards, values, rollout.mask, args.gamma, args.gae_lambda)
         if args.baseline == "value":
             explained = 1 - (returns - values)[rollout.mask].var() / returns[rollout.mask].var()
             metrics.add({"loss/explained_variance": explained.nan_to_num(0.0, neginf=0.0).item()})
         else:
-            advantages = returns - (scores.mean() if args.baseline == "batch-mean" else 0.0)
+            advantages = returns - (eos_scores.mean() if args.baseline == "batch-mean" else 0.0)
+        if args.truncated == "mask":
+            advantages = advantages.where(rollout.finished[:, None], 0.0)
 
         # ------------------------------------------------------------------------------------------------ 5 update
         learning_rate = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
@@ -282,15 +303,17 @@ def main(args: Args) -> None:
                     loss.backward()
                     tokens = rollout.mask[micro].sum().item()
                     metrics.add({f"loss/{name}": value for name, value in loss_metrics.items()}, weight=tokens)
-                if torch.nn.utils.clip_grad_norm_(value_optimizer.masters, args.max_grad_norm).isfinite():
+                finite = torch.nn.utils.clip_grad_norm_(value_optimizer.masters, args.max_grad_norm).isfinite().item()
+                if finite:
                     value_optimizer.step()
+                metrics.add({"loss/skipped": not finite})
                 value_optimizer.zero_grad()
         clock.lap("update")
 
         # --------------------------------------------------------------------------------------------------- 6 log
         iteration += 1
         metrics.add({"loss/learning_rate": learning_rate})
-        metrics.add(sampler.summary())
+        metrics.add(sampler.summary() | verify.summary())
         evaluate.add_logprob_gap(metrics, rollout, old_logprobs)
         logged = evaluate.log_iteration(writer, metrics, clock, x)
         health.watch(logged)
@@ -302,7 +325,7 @@ def main(args: Args) -> None:
         # ------------------------------------------------------------------------------------- 7 evaluate and save
         last = iteration == args.iterations
         if last or (args.eval_every and iteration % args.eval_every == 0):
-            scores = evaluate_policy(policy, tokenizer, eval_problems, eval_prompts, args, batch_size)
+            scores = evaluate_policy(policy, tokenizer, eval_problems, eval_prompts, args, batch_size, verify)
             evaluate.log_scalars(writer, scores, x)
             evaluate.log_samples(writer, tokenizer, *samples, x)
         if stop.number or (args.save_every and (last or iteration % args.save_every == 0)):

@@ -48,9 +48,12 @@ class Args:
     from_scratch: bool = False
     """random weights: only the model's config and tokenizer are read"""
     data: str = "arithmetic-demonstrations"
-    """"arithmetic-demonstrations", or a .jsonl file (prompt, completion); a tenth, chosen by hash, is held out"""
+    """"arithmetic-demonstrations", a .jsonl file (prompt, completion), or a samples file of evaluate.py; a tenth,
+    chosen by hash, is held out"""
     demonstrations: int = 20000
     """how many arithmetic-demonstrations to make"""
+    keep: Literal["correct", "best"] = "correct"
+    """of a samples file: every right completion | the best of each problem"""
     problems: str = "arithmetic"
     """its held-out problems are evaluated: "arithmetic", a .jsonl file (question, answer), or a hub dataset"""
     eval_data: str | None = None
@@ -121,9 +124,9 @@ def main(args: Args) -> None:
     device = common.resolve_device(args.device)
     dtype = common.resolve_dtype(args.dtype, device)
     tokenizer = common.load_tokenizer(args.model)
-    texts = load_demonstrations(args.data, args.demonstrations)
+    texts = load_demonstrations(args.data, args.demonstrations, keep=args.keep)
     prompts = encode_prompts(tokenizer, [prompt for prompt, _ in texts], args.system_prompt)
-    completions = encode_completions(tokenizer, [completion for _, completion in texts])
+    completions = encode_completions(tokenizer, [completion for _, completion in texts], prompts)
     eval_problems = load_eval_problems(args.problems, args.eval_data, args.eval_problems)
     eval_prompts = encode_prompts(tokenizer, [p.question for p in eval_problems], args.system_prompt)
     config = common.load_config(args.model)

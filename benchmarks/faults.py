@@ -80,6 +80,7 @@ def kill_runs(args: Args) -> None:
         seconds, whole = time.time() - begun, next((root / "whole").iterdir())
         equal, killed, writing, early, run = True, 0, 0, 0, None
         while killed < kills or run is not None:
+            started = time.time()
             process = start(script, *(["--resume", str(run)] if run else [*arguments, str(root / "killed")]))
             while killed < kills and run is None and process.poll() is None:
                 run = next((path.parent for path in (root / "killed").glob("*/checkpoints")), None)
@@ -89,7 +90,8 @@ def kill_runs(args: Args) -> None:
                 process.kill()
             if process.wait() == -signal.SIGKILL:
                 killed += 1
-                writing += bool([*run.glob("checkpoints/*.tmp"), *run.glob("final.tmp")])
+                parts = [*run.glob("checkpoints/*.tmp"), *run.glob("final.tmp")]
+                writing += any(part.stat().st_mtime > started for part in parts)  # not left by an earlier kill
                 early += not list(run.glob("checkpoints/step_*[0-9]"))
                 continue
             run = next((root / "killed").iterdir())

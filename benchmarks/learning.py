@@ -125,7 +125,8 @@ def new_figure(titles):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, plots = plt.subplots(1, len(titles), figsize=(11, 4), constrained_layout=True)
+    size = (5.5 * len(titles), 4)
+    figure, (plots,) = plt.subplots(1, len(titles), figsize=size, constrained_layout=True, squeeze=False)
     for axes, title in zip(plots, titles, strict=True):
         axes.set(title=title, xlabel="completions sampled", ylim=(0, 1.02))
         axes.grid(alpha=0.3)

@@ -28,6 +28,7 @@ import common  # noqa: E402
 import train_grpo  # noqa: E402
 from data import SYSTEM_PROMPT, load_problems  # noqa: E402
 from evaluate import format_table, peak_memory_gb  # noqa: E402
+from rewards import accuracy_reward  # noqa: E402
 
 CHECKPOINTING = "gradient checkpointing"
 WAYS = "ours", "trl", "trl, our precision", f"trl, no {CHECKPOINTING}", f"ours, {CHECKPOINTING}"
@@ -100,7 +101,7 @@ def measure_trl(args: Args, directory: str) -> list[list[float]]:
 
     def reward(completions, gold, **_):
         texts = [completion[0]["content"] for completion in completions]
-        return [train_grpo.accuracy_reward(t, a) for t, a in zip(texts, gold, strict=True)]
+        return [accuracy_reward(t, a) for t, a in zip(texts, gold, strict=True)]
 
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     tokenizer = common.load_tokenizer(args.model)

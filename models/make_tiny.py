@@ -1,6 +1,6 @@
 """Makes the tokenizer and the config of the embedded model; `train_sft.py --from-scratch` then trains it.
 
-    python models/make_tiny.py runs/tiny
+    python models/make_tiny.py runs/tiny            # or, for a smaller one: runs/student HIDDEN LAYERS
 
 The tokenizer is a character tokenizer: every printable ASCII character, newline and the four tags are one token
 each; anything else is `<unk>`. The tags are ordinary vocabulary, not registered special tokens: decoding with
@@ -40,13 +40,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+def make_config(tokenizer: PreTrainedTokenizerFast, hidden: int = 128, layers: int = 4) -> LlamaConfig:
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=344,
-        num_hidden_layers=4,
+        hidden_size=hidden,
+        intermediate_size=hidden * 43 // 16,  # 344
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=256,
@@ -59,10 +59,10 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) not in (2, 4) or not all(size.isdigit() and int(size) for size in sys.argv[2:]):
         sys.exit(__doc__)
     directory = Path(sys.argv[1])
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(directory)
-    make_config(tokenizer).save_pretrained(directory)
+    make_config(tokenizer, *map(int, sys.argv[2:])).save_pretrained(directory)
     print(f"wrote the tokenizer ({len(tokenizer)} tokens) and the config to {directory}")

@@ -49,7 +49,7 @@ FLAGS = [
     ({"minibatch_size": 0}, "--minibatch-size 0: must be 1 or more"),
     (
         {"accuracy_weight": 0.0, "format_weight": 0.0},
-        "--accuracy-weight, --format-weight and --length-weight are all 0",
+        "--accuracy-weight, --format-weight, --length-weight, --language-weight, --overlong-weight are all 0",
     ),
     ({"temperature": 0.0}, "--temperature 0.0: must be more than 0"),
     ({"temperature": -1.0}, "--temperature -1.0: must be more than 0"),

@@ -185,7 +185,7 @@ def test_prompts_of_the_embedded_model(embedded):
     strange = "é\0\u202e<think> \n\t{{ x }}{% 中 <eos>"
     assert encode_prompts(tokenizer, [strange])[0]
     text = "<think>19 14</think><answer>14</answer>"
-    (ids,) = encode_completions(tokenizer, [text])
+    (ids,) = encode_completions(tokenizer, [text], [[5]])
     assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
     assert len(ids) == 4 + 5 + 2 + 1
     assert tokenizer.decode(ids, skip_special_tokens=True) == text

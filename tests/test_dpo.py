@@ -23,6 +23,7 @@ from data import (
     pair_micro_batches,
     pair_rollout,
 )
+from rewards import accuracy_reward
 from train_dpo import dpo_loss, reference_logprobs, sequence_logps
 
 
@@ -214,8 +215,7 @@ def test_pairs_of_the_embedded_model():
     for pair in pairs:
         answer = str(eval(pair.question.rstrip("=")))
         chosen, rejected = (
-            evaluate.accuracy_reward(text, answer) + 0.2 * evaluate.format_reward(text)
-            for text in (pair.chosen, pair.rejected)
+            accuracy_reward(text, answer) + 0.2 * evaluate.format_reward(text) for text in (pair.chosen, pair.rejected)
         )
         assert chosen > rejected
 
@@ -229,7 +229,7 @@ def test_the_samples_file_of_evaluate_is_read(tmp_path):
     assert len(pairs) > 24 and all(pair.id.startswith(f"{file}:") and pair.topic for pair in pairs)
     for pair in pairs:
         answer = str(eval(pair.question.rstrip("=")))
-        rewards = [evaluate.accuracy_reward(text, answer) for text in (pair.chosen, pair.rejected)]
+        rewards = [accuracy_reward(text, answer) for text in (pair.chosen, pair.rejected)]
         assert rewards == [1.0, 0.0]
 
 

@@ -19,9 +19,21 @@ import train_ppo
 import train_rm
 import train_sft
 
-SCRIPTS = [train_pg, train_ppo, train_grpo, train_kimi, train_dpo, train_rm, train_sft, evaluate]
+SCRIPTS = [train_pg, train_ppo, train_grpo, train_kimi, train_dpo, train_rm, train_sft, evaluate, data]
 PATHS = {  # flags whose value is a path or a name: bad ones, and what is said
     "model": [("no/such-model", "neither a local directory nor a hub name"), ("tests", "no config.json")],
+    "judge_model": [
+        ("no/such-model", "neither a local directory nor a hub name"),
+        (EMBEDDED, "no single tokens for yes"),
+    ],
+    "verifier_model": [("no/such-model", "neither a local directory nor a hub name"), (EMBEDDED, "has 2 labels")],
+    "language": [("xx", "must be one of ar, bg"), ("", "must be one of")],
+    "modes": [("thinking", "is none of think, no_think"), ("think,", "is none of")],
+    "stages": [("base", "NAME=DIRECTORY is expected"), ("a=no/such-model", "neither a local directory nor")],
+    "temperatures": [("0", "must be more than 0"), ("hot", ""), ("nan", "must be more than 0")],
+    "samples": [("no-such.jsonl", "can't be read"), ("README.md", "README.md:1: ")],
+    "guesses": [("no-such.jsonl", "can't be read"), ("README.md", "README.md:1: ")],
+    "decontaminate": [("no-such.jsonl", "can't be read"), ("README.md", "README.md:1: ")],
     "reward_model": [("no/such-model", "neither a local directory nor a hub name")],
     "problems": [("no-such.jsonl", "can't be read"), ("README.md", "README.md:1: ")],
     "eval_data": [("no-such.jsonl", "can't be read"), ("README.md", "README.md:1: ")],
@@ -32,7 +44,7 @@ PATHS = {  # flags whose value is a path or a name: bad ones, and what is said
     "run_root": [("README.md/runs", "can't be written")],
     "ref_cache": [("README.md/cache", "can't be written")],
 }
-ANY_TEXT = {"system_prompt"}
+ANY_TEXT = {"system_prompt", "stop_sentence"}
 
 
 def bad_values(script) -> list[tuple[str, str, str]]:
@@ -75,12 +87,17 @@ def test_a_bad_value(script, flag, value, said, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(common, "load_weights", load_weights)
     root = ["--run-root", str(tmp_path / "runs")] if hasattr(script.Args, "run_root") and flag != "--run-root" else []
-    model = ["--model", EMBEDDED] if flag != "--model" else []
+    model = ["--model", EMBEDDED] if flag != "--model" and script is not data else []
+    if script is data:
+        model = ["--output", str(tmp_path / "out.jsonl"), "--problems", "arithmetic", "--limit", "9"]
+        if flag == "--guesses":
+            model = model[:4]
     with pytest.raises(SystemExit) as stopped:
         script.main(common.parse_args(script.Args, [*model, *root, flag, value]))
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and "Traceback" not in error
-    if flag not in ("--problems", "--eval-data", "--data") and value != "maybe":  # there file and line are named
+    files = ("--problems", "--eval-data", "--data", "--samples", "--guesses", "--decontaminate")
+    if flag not in files and value != "maybe":  # there file and line are named
         assert flag in error
     assert said in error
     assert not list(tmp_path.iterdir())

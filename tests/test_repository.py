@@ -102,7 +102,7 @@ def test_the_banners_stand_in_order(path):
 
 def test_the_readme_names_real_flags_and_files():
     benchmarks = sorted(Path("benchmarks").glob("*.py"))
-    known = {flag for path in [*SCRIPTS, Path("evaluate.py"), *benchmarks] for flag in flags_of(path)}
+    known = {f for path in [*SCRIPTS, Path("evaluate.py"), Path("data.py"), *benchmarks] for f in flags_of(path)}
     for flag in set(re.findall(r"--([a-z][a-z-]+)", README)) - {"logdir", "help"}:
         assert flag.replace("-", "_").removeprefix("no_") in known, flag
     for name in re.findall(r"\]\(([\w/.-]+)\)", README):

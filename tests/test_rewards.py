@@ -573,6 +573,9 @@ def test_unknown_format_style():
         ("Привет мир ok", "ru", 2 / 3),
         ("cafe\u0301 naïve", "fr", 1),
         ("xпривет", "ru", 0),  # letters of two scripts in one word
+        ("the area is x² and ½ of it, so π", "en", 1),  # numbers and single letters are mathematics
+        ("人々は", "ja", 1),
+        ("नमस्ते hello", "hi", 1 / 2),  # marks don't split a word
     ],
 )
 def test_language_reward(text, language, fraction):
@@ -590,3 +593,15 @@ def test_length_reward_by_hand():
     lengths = torch.tensor([[10, 20, 30, 15], [7, 7, 7, 7]])
     correct = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0]])
     assert rewards.length_reward(lengths, correct).tolist() == [[0.5, 0.0, -0.5, 0.0], [0.0, 0.0, 0.0, 0.0]]
+
+
+def test_overlong_penalty_by_hand():
+    """DAPO, eq. 13: 0 up to the buffer, then linear, -1 at the limit."""
+    torch = pytest.importorskip("torch")
+    lengths = torch.tensor([10, 32, 34, 36, 40])
+    assert rewards.overlong_penalty(lengths, 40, 8).tolist() == [0.0, 0.0, -0.25, -0.5, -1.0]
+
+
+def test_reflection_words():
+    assert rewards.count_reflection_words("Wait, let me check. Hmm, actually 3. However... double-check: recheck") == 7
+    assert rewards.count_reflection_words("the waiter was factually hmless") == 0

@@ -118,6 +118,33 @@ def test_the_length_reward_starts_late_and_is_logged_apart(tmp_path):
     assert any(length != 0 for _, length in values["reward/length"])
 
 
+@pytest.mark.parametrize("script", [train_pg, train_ppo, train_grpo, train_kimi], ids=lambda module: module.__name__)
+def test_the_other_rewards_are_logged_apart_and_weighted(script, tmp_path):
+    """The language reward (1: arithmetic has no words), the overlong penalty, and what was cut is never right."""
+    changes = {"language_weight": 0.25, "overlong_weight": 0.5, "overlong_buffer": 6, "truncated": "wrong"}
+    args = small(script, tmp_path, iterations=2, max_new_tokens=16, problems="arithmetic:3-4", **changes)
+    values = {tag: [value for _, value in points] for tag, points in scalars(run(script.main, args)).items()}
+    assert values["reward/language"] == [1.0, 1.0] and min(values["reward/overlong"]) < 0
+    assert min(values["rollout/finished"]) < 1
+    for i in range(2):
+        parts = {name: values[f"reward/{name}"][i] for name in ("accuracy", "format", "language", "overlong")}
+        expected = parts["accuracy"] + 0.2 * parts["format"] + 0.25 * parts["language"] + 0.5 * parts["overlong"]
+        assert values["reward/total"][i] == pytest.approx(expected, abs=1e-6)
+        assert parts["accuracy"] <= values["rollout/finished"][i]
+    assert values["eval/reflection_words"] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("script", [train_pg, train_ppo, train_grpo, train_kimi], ids=lambda module: module.__name__)
+def test_masked_completions_teach_nothing(script, tmp_path):
+    """Where all are cut, no update moves the weights (Kimi's and PPO's regularisers are 0 at their anchors)."""
+    options = {"truncated": "mask", "max_new_tokens": 4, "iterations": 1, "seed": 3}
+    options |= {"kl_coef": 0.0} if script is train_ppo else {}
+    run_dir = run(script.main, small(script, tmp_path, **options))
+    values = scalars(run_dir)
+    assert values["rollout/finished"][0][1] == 0.0
+    assert weights(run_dir / "final") == Path(EMBEDDED, "model.safetensors").read_bytes()
+
+
 def test_ppo_without_a_kl_loads_no_reference(tmp_path, monkeypatch):
     calls = count_steps(monkeypatch)
     run(train_ppo.main, small(train_ppo, tmp_path, iterations=1, kl_coef=0.0, update_epochs=1, minibatch_size=16))

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Kimi K1.5 (arXiv:2501.12599): problems filtered by the model's own pass rate, SFT on long chains, then RL by mirror
+# descent: a curriculum from easy to hard, then problems sampled by how often they fail, with the length reward switched
+# on late in that phase; beside the same two phases with the length reward from the start.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+MODEL=${MODEL:-models/tiny-arithmetic} PROBLEMS=${PROBLEMS:-arithmetic} LONG=${LONG:-arithmetic:5-6}
+HARDER=${HARDER:-arithmetic:7-8} OUT=${OUT:-runs/kimi}
+SAMPLED=${SAMPLED:-3000} SFT=${SFT:---iterations 100} EVALUATE=${EVALUATE:---eval-problems 500 --num-samples 2}
+PHASE=${PHASE:-60} SWITCH=${SWITCH:-30} RL=${RL:-} # iterations of each phase, and of the second until the reward is on
+[ ! -e "$OUT" ] || { echo "error: $OUT exists; remove it, or set OUT to another directory" >&2; exit 2; }
+train() { echo "== $1 =="; python "train_$2.py" --run-root "$OUT/$1" --eval-data "$PROBLEMS" "${@:3}"; }
+final() { echo "$OUT/$1"/*/final; }
+sample() { # MODEL PROBLEMS FILE: eight tries at each
+    python evaluate.py --model "$1" --problems "$2" --split train --eval-problems "$SAMPLED" --num-samples 8 \
+        --output "$3"
+}
+QUICK="--eval-every 0 --save-every 0"
+mkdir -p "$OUT"
+
+sample "$MODEL" "$LONG" "$OUT/long.jsonl"
+train sft sft --model "$MODEL" --data "$OUT/long.jsonl" --keep best $SFT
+sample "$(final sft)" "$PROBLEMS" "$OUT/samples.jsonl"
+python data.py --samples "$OUT/samples.jsonl" --label-difficulty --exclude-multiple-choice --remove-duplicates \
+    --decontaminate "$PROBLEMS" --output "$OUT/problems.jsonl"
+
+CURRICULUM="--problems $OUT/problems.jsonl --problem-sampling curriculum --iterations $PHASE $RL $QUICK"
+PRIORITIZED="--problems $OUT/problems.jsonl --problem-sampling prioritized --iterations $PHASE $RL $QUICK"
+train curriculum kimi --model "$(final sft)" $CURRICULUM
+train late kimi --model "$(final curriculum)" $PRIORITIZED --length-weight 0.5 --length-reward-start "$SWITCH"
+train early-1 kimi --model "$(final sft)" $CURRICULUM --length-weight 0.5
+train early-2 kimi --model "$(final early-1)" $PRIORITIZED --length-weight 0.5
+
+STAGES="base=$MODEL"
+for stage in sft curriculum late early-1 early-2; do STAGES+=" $stage=$(final $stage)"; done
+python evaluate.py --stages $STAGES --problems "$PROBLEMS" --temperatures 0.6 1.4 $EVALUATE
+echo "== outside the training distribution: $HARDER =="
+python evaluate.py --stages $STAGES --problems "$HARDER" $EVALUATE

@@ -1,0 +1,263 @@
+"""Filters of problems, demonstrations from samples, thinking modes: the functions, and the command."""
+
+import json
+from collections import Counter
+
+import pytest
+from conftest import EMBEDDED
+from test_bad_input import refuse
+
+import data
+import evaluate
+from data import Problem, chosen_samples, fuse_modes, load_demonstrations, load_problems
+
+
+def problem(question: str, answer: str = "1", **fields) -> Problem:
+    return Problem(question, answer, fields.pop("id", question), **fields)
+
+
+def completion(text: str, correct: bool, reward: float | None = None, finished: bool = True) -> dict:
+    return {
+        "text": text,
+        "correct": correct,
+        "reward": float(correct) if reward is None else reward,
+        "finished": finished,
+    }
+
+
+def write(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def record(question: str, *completions: dict, **fields) -> dict:
+    return {"question": question, "answer": "1", "id": question, "completions": list(completions)} | fields
+
+
+def sampled(path, rates: dict[str, float], n: int = 4, **fields) -> str:
+    def completions(rate):
+        return [completion(f"<think>{i}</think><answer>1</answer>", i < rate * n) for i in range(n)]
+
+    return write(path, [record(q, *completions(rate), **fields) for q, rate in rates.items()])
+
+
+def test_the_pass_rate_band(tmp_path):
+    """By default what is neither always right nor always wrong; the ends are inclusive, so 0 to 0 is "failed every
+    time"; what was not sampled is dropped too, and everything is counted."""
+    rates = {"a": 0.0, "b": 0.25, "c": 0.75, "d": 1.0}
+    problems = [problem(q) for q in "abcde"]
+    found = data.pass_rates(sampled(tmp_path / "s.jsonl", rates), problems)
+    assert found == rates
+    for band, kept, why in (
+        ((0.01, 0.99), "bc", {"not sampled": 1, "pass rate under the band": 1, "pass rate over the band": 1}),
+        ((0.0, 0.0), "a", {"not sampled": 1, "pass rate over the band": 3}),
+        ((0.5, 1.0), "cd", {"not sampled": 1, "pass rate under the band": 2}),
+    ):
+        dropped = Counter()
+        assert "".join(p.id for p in data.keep_pass_rates(problems, found, *band, dropped)) == kept
+        assert dropped == why
+    assert [p.difficulty for p in data.label_difficulty(problems, found)] == [1.0, 0.75, 0.25, 0.0, None]
+
+
+def test_a_cut_completion_is_not_right(tmp_path):
+    path = write(tmp_path / "s.jsonl", [record("a", completion("x", True), completion("y", True, finished=False))])
+    assert data.pass_rates(path, [problem("a")]) == {"a": 0.5}
+
+
+def test_lucky_guesses():
+    dropped = Counter()
+    kept = data.drop_lucky_guesses([problem(q) for q in "abc"], {"a": 0.125, "b": 0.0}, dropped)
+    assert [p.id for p in kept] == ["b", "c"] and dropped == {"right without reasoning": 1}
+
+
+def test_multiple_choice_and_true_or_false():
+    problems = [
+        problem("Which one? (A) 3 (B) 4 (C) 5", "B"),
+        problem("Which one?\nA. 3\nB. 4", "(B)"),
+        problem(r"Which? $\\textbf{(A)}\\ 3 \\qquad \\textbf{(B)}\\ 4$", "A"),
+        problem("Which? (A)3 (B)4", "(B) 4"),
+        problem("a) 3\nb) 4", "b"),
+        problem("Is it prime?", "True."),
+        problem("Is it so?", "no"),
+        problem("Name the side opposite to point A) of the triangle", "b"),  # no options: a variable
+        problem("Compute (A) + (B) where A = 3, B = 4", "7"),  # options, but no letter
+        problem("What is 3 + 4?", "7"),
+    ]
+    dropped = Counter()
+    assert [p.answer for p in data.drop_multiple_choice(problems, dropped)] == ["b", "7", "7"]
+    assert dropped == {"multiple choice": 5, "true or false": 2}
+
+
+def test_decontamination():
+    """13 words in a row, wherever they stand; shorter questions as a whole, from 8 words on also inside others."""
+    long = "a train leaves the station at nine and reaches the next town after two hours and ten minutes"
+    short, tiny = "how many eggs are in the big basket now", "2 + 3 ="
+    held_out = [problem(long), problem(short), problem(tiny)]
+    problems = [
+        problem("Yesterday " + long.upper() + "!"),
+        problem("a train leaves the station at nine and reaches the next village"),  # 11 words of it
+        problem("Ann asks: how many eggs are in the big basket now, and tomorrow?"),
+        problem("2+3="),
+        problem("12 + 3 = what"),
+        problem("1+2+3="),  # holds the short one by chance
+    ]
+    dropped = Counter()
+    kept = data.decontaminate(problems, held_out, 13, dropped)
+    assert [p.question[:9] for p in kept] == ["a train l", "12 + 3 = ", "1+2+3="]
+    assert dropped == {"13-gram of a held-out question": 3}
+    assert len(data.decontaminate(problems, held_out, 8, Counter())) == 2
+
+
+def test_duplicates():
+    text = "Tom has 3 apples and buys 4 more at the market on a sunny day how many apples has he now"
+    problems = [
+        problem(text, id="1"),
+        problem(
+            "  tom has 3 apples, and buys 4 more at the market on a sunny day: how many apples has he now?", id="2"
+        ),
+        problem(text.replace("sunny", "rainy") + " then", id="3"),  # nearly the same, same numbers
+        problem(text.replace("3", "5"), id="4"),  # another problem
+        problem("12+7-5=", id="5"),
+        problem("12-7+5=", id="6"),
+    ]
+    dropped = Counter()
+    assert [p.id for p in data.drop_duplicates(problems, 0.6, dropped)] == ["1", "4", "5", "6"]
+    assert dropped == {"duplicate": 1, "near duplicate": 1}
+    assert [p.id for p in data.drop_duplicates(problems, 1.0, Counter())] == ["1", "3", "4", "5", "6"]
+    others = ["Compute 5! + 3.", "Compute 5 + 3!", "f'(2)", "f(2)", "3.5 + 1", "3 5 + 1", "1.25", "1:25"]
+    assert len(data.drop_duplicates([problem(q) for q in others], 0.6, Counter())) == 8
+
+
+def test_topic_balancing():
+    problems = [problem(f"{t}{i}", topic=t) for t, n in (("x", 5), ("y", 2)) for i in range(n)]
+    dropped = Counter()
+    kept = data.balance(problems, "--balance-topics", "p", 0, dropped)
+    assert Counter(p.topic for p in kept) == {"x": 2, "y": 2} and dropped == {"to balance topics": 3}
+
+
+def test_chosen_samples():
+    """Right and finished, each text once; the best is the highest reward, the shortest of several."""
+    completions = [
+        completion("long and right", True, 1.0),
+        completion("right", True, 1.0),
+        completion("right", True, 1.0),
+        completion("nicer", True, 1.2),
+        completion("wrong", False),
+        completion("cut", True, finished=False),
+    ]
+    assert chosen_samples({"completions": completions}, "correct") == ["long and right", "right", "nicer"]
+    assert chosen_samples({"completions": completions}, "best") == ["nicer"]
+    assert chosen_samples({"completions": completions[:3]}, "best") == ["right"]
+    assert chosen_samples({"completions": completions[4:]}, "best") == []
+
+
+def test_sft_reads_a_samples_file(tmp_path):
+    rows = [record("a", completion("x", True), completion("longer", True)), record("b", completion("z", False))]
+    path = write(tmp_path / "s.jsonl", rows)
+    assert load_demonstrations(path, 0) == [("a", "x"), ("a", "longer")]
+    assert load_demonstrations(path, 0, keep="best") == [("a", "x")]
+
+
+def test_both_modes_from_one_sample():
+    """/no_think keeps an empty think block and the same answer; a sample without a closed block makes neither."""
+    good = record("1+1=", completion("<think>2</think><answer>2</answer>", True))
+    open_ended = record("1+2=", completion("<answer>3</answer>", True))
+    assert fuse_modes([good, open_ended]) == [
+        ("1+1= /think", "<think>2</think><answer>2</answer>"),
+        ("1+1= /no_think", "<think>\n\n</think>\n\n<answer>2</answer>"),
+    ]
+    from rewards import accuracy_reward, format_reward
+
+    assert format_reward(fuse_modes([good])[1][1]) == accuracy_reward(fuse_modes([good])[1][1], "2") == 1
+
+
+def test_a_template_that_opens_the_think_block_gets_it_once():
+    """Pins: <think> twice, in the prompt and in the demonstration made of a sample."""
+
+    class Tokenizer:
+        eos_token_id = 0
+
+        def __call__(self, texts, add_special_tokens):
+            return type("", (), {"input_ids": [[ord(c) for c in text] for text in texts]})
+
+        def batch_decode(self, batch):
+            return ["".join(map(chr, ids)) for ids in batch]
+
+    opened, plain = [ord(c) for c in "q<think>\n"], [ord("q")]
+    ids = data.encode_completions(Tokenizer(), ["<think>a", "<think>a"], [opened, plain])
+    assert ids[0] == [ord("a"), 0] and len(ids[1]) == 9
+
+
+def test_other_difficulties():
+    problems = load_problems("arithmetic:7-8", "eval", 40)
+    assert {p.difficulty for p in problems} == {7, 8} and len(problems) == 40
+    for p in problems:
+        assert eval(p.question.rstrip("=")) == int(p.answer) and data.is_held_out(p.question)
+    assert {p.difficulty for p in load_problems("arithmetic:3", "train", 10)} == {3}
+    assert load_problems("arithmetic", "eval", 30) == load_problems("arithmetic:1-6", "eval", 30)
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+
+def args(tmp_path, **changes) -> data.Args:
+    return data.Args(output=str(tmp_path / "out.jsonl"), **changes)
+
+
+def rows(tmp_path) -> list[dict]:
+    return [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+
+
+def test_the_command_filters_and_labels(tmp_path, capsys):
+    samples = sampled(tmp_path / "s.jsonl", {"a": 0.0, "b": 0.25, "c": 0.75, "d": 1.0})
+    data.main(args(tmp_path, samples=samples, label_difficulty=True))
+    assert [(row["question"], row["difficulty"]) for row in rows(tmp_path)] == [("b", 0.75), ("c", 0.25)]
+    printed = capsys.readouterr().out
+    assert "2 of 4 problems kept" in printed and "1 pass rate under the band, 1 pass rate over the band" in printed
+    assert len(load_problems(str(tmp_path / "out.jsonl"), "all")) == 2
+    data.main(args(tmp_path, samples=samples, min_pass_rate=0.0, max_pass_rate=0.0))
+    assert [row["question"] for row in rows(tmp_path)] == ["a"]
+
+
+@pytest.mark.parametrize("make", ["correct", "best", "fusion"])
+def test_the_command_makes_demonstrations(make, tmp_path):
+    samples = sampled(tmp_path / "s.jsonl", {"a": 0.5, "b": 1.0, "c": 0.0})
+    data.main(args(tmp_path, samples=samples, make=make))
+    made = load_demonstrations(str(tmp_path / "out.jsonl"), 0)
+    assert len(made) == {"correct": 2 + 4, "best": 2, "fusion": 2 * (2 + 4)}[make]
+
+
+def test_from_sampling_to_filtered_problems(tmp_path, capsys):
+    """evaluate.py's file as it is."""
+    samples = str(tmp_path / "s.jsonl")
+    evaluate.main(evaluate.Args(model=EMBEDDED, split="train", eval_problems=30, num_samples=4, output=samples))
+    data.main(args(tmp_path, samples=samples, problems="arithmetic"))
+    kept = {row["id"] for row in rows(tmp_path)}
+    assert 3 < len(kept) < 30
+    for line in (tmp_path / "s.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert (row["id"] in kept) == (0 < sum(c["correct"] for c in row["completions"]) < 4)
+
+
+BAD = [
+    ({}, "--problems or --samples: one of them is needed"),
+    ({"problems": "arithmetic", "make": "best"}, "--make best: needs --samples"),
+    ({"samples": "S", "min_pass_rate": 0.6, "max_pass_rate": 0.5}, "--min-pass-rate 0.6: must be at most"),
+    ({"samples": "S", "problems": "arithmetic"}, "samples of other problems: it asks 'a'"),
+    ({"samples": "S", "problems": "P", "split": "all"}, "samples of other problems: it asks 'a', not 'other'"),
+    ({"samples": "S", "min_pass_rate": 0.4, "max_pass_rate": 0.45}, "is not written: the filters leave nothing"),
+    ({"samples": "WRONG", "make": "correct"}, "is not written: no completion is right and finished"),
+    ({"samples": "P"}, "no field 'completions' with a list, as a samples file has"),
+]
+
+
+@pytest.mark.parametrize("changes,message", BAD, ids=[message[:40] for _, message in BAD])
+def test_bad_input(changes, message, tmp_path, capsys):
+    files = {
+        "S": sampled(tmp_path / "s.jsonl", {"a": 0.0, "b": 0.25, "c": 0.75}),
+        "WRONG": sampled(tmp_path / "w.jsonl", {"a": 0.0}),
+        "P": write(tmp_path / "p.jsonl", [{"question": "other", "answer": "1", "id": "a"}]),
+    }
+    changes = {name: files.get(value, value) for name, value in changes.items()}
+    assert message in refuse(data.main, args(tmp_path, **changes), capsys)
+    assert not (tmp_path / "out.jsonl").exists()
