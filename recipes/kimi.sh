@@ -5,24 +5,25 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 MODEL=${MODEL:-models/tiny-arithmetic} PROBLEMS=${PROBLEMS:-arithmetic} LONG=${LONG:-arithmetic:5-6}
-HARDER=${HARDER:-arithmetic:7-8} OUT=${OUT:-runs/kimi}
+HARDER=${HARDER:-arithmetic:7-8} OUT=${OUT:-runs/kimi} SAMPLE=${SAMPLE:-} # more flags for evaluate.py as it samples
 SAMPLED=${SAMPLED:-3000} SFT=${SFT:---iterations 100} EVALUATE=${EVALUATE:---eval-problems 500 --num-samples 2}
 PHASE=${PHASE:-60} SWITCH=${SWITCH:-30} RL=${RL:-} # iterations of each phase, and of the second until the reward is on
 [ ! -e "$OUT" ] || { echo "error: $OUT exists; remove it, or set OUT to another directory" >&2; exit 2; }
-train() { echo "== $1 =="; python "train_$2.py" --run-root "$OUT/$1" --eval-data "$PROBLEMS" "${@:3}"; }
+train() { echo "== $1 =="; python "train_$2.py" --run-root "$OUT/$1" --eval-data "$OUT/held_out.jsonl" "${@:3}"; }
 final() { echo "$OUT/$1"/*/final; }
 sample() { # MODEL PROBLEMS FILE: eight tries at each
     python evaluate.py --model "$1" --problems "$2" --split train --eval-problems "$SAMPLED" --num-samples 8 \
-        --output "$3"
+        --output "$3" $SAMPLE
 }
 QUICK="--eval-every 0 --save-every 0"
 mkdir -p "$OUT"
+python data.py --problems "$PROBLEMS" --split eval --output "$OUT/held_out.jsonl"
 
 sample "$MODEL" "$LONG" "$OUT/long.jsonl"
 train sft sft --model "$MODEL" --data "$OUT/long.jsonl" --keep best $SFT
 sample "$(final sft)" "$PROBLEMS" "$OUT/samples.jsonl"
 python data.py --samples "$OUT/samples.jsonl" --label-difficulty --exclude-multiple-choice --remove-duplicates \
-    --decontaminate "$PROBLEMS" --output "$OUT/problems.jsonl"
+    --decontaminate "$OUT/held_out.jsonl" --output "$OUT/problems.jsonl"
 
 CURRICULUM="--problems $OUT/problems.jsonl --problem-sampling curriculum --iterations $PHASE $RL $QUICK"
 PRIORITIZED="--problems $OUT/problems.jsonl --problem-sampling prioritized --iterations $PHASE $RL $QUICK"
@@ -33,6 +34,6 @@ train early-2 kimi --model "$(final early-1)" $PRIORITIZED --length-weight 0.5
 
 STAGES="base=$MODEL"
 for stage in sft curriculum late early-1 early-2; do STAGES+=" $stage=$(final $stage)"; done
-python evaluate.py --stages $STAGES --problems "$PROBLEMS" --temperatures 0.6 1.4 $EVALUATE
+python evaluate.py --stages $STAGES --problems "$OUT/held_out.jsonl" --split all --temperatures 0.6 1.4 $EVALUATE
 echo "== outside the training distribution: $HARDER =="
 python evaluate.py --stages $STAGES --problems "$HARDER" $EVALUATE

@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 MODEL=${MODEL:-models/tiny-arithmetic} PROBLEMS=${PROBLEMS:-arithmetic} HARDER=${HARDER:-arithmetic:7-8}
-OUT=${OUT:-runs/r1} STUDENT=${STUDENT:-}
+OUT=${OUT:-runs/r1} STUDENT=${STUDENT:-} SAMPLE=${SAMPLE:-} # more flags for evaluate.py where it samples
 RL=${RL:---iterations 100} COLD=${COLD:---iterations 50 --warmup-iterations 5} SFT=${SFT:---iterations 200}
 PPO=${PPO:---iterations 40 --kl-coef 0.05} RM=${RM:-}
 STUDENT_SFT=${STUDENT_SFT:---demonstrations 100000 --iterations 1500 --learning-rate 2e-3}
@@ -15,7 +15,7 @@ train() { echo "== $1 =="; python "train_$2.py" --run-root "$OUT/$1" --problems 
 final() { echo "$OUT/$1"/*/final; }
 sample() { # MODEL COUNT: right and wrong completions of training problems
     python evaluate.py --model "$1" --problems "$PROBLEMS" --split train --eval-problems "$2" --num-samples 4 \
-        --output "$3"
+        --output "$3" $SAMPLE
 }
 QUICK="--eval-every 0 --save-every 0"
 mkdir -p "$OUT"
@@ -26,10 +26,10 @@ train cold sft --model "$MODEL" --data "$OUT/zero.jsonl" --keep best $COLD
 train rl grpo --model "$(final cold)" --language-weight 0.1 $RL $QUICK
 sample "$(final rl)" "$SAMPLED" "$OUT/rl.jsonl"
 train rejection sft --model "$MODEL" --data "$OUT/rl.jsonl" --keep correct $SFT
-python train_rm.py --run-root "$OUT/rm" --model "$(final rejection)" $RM
+python train_rm.py --run-root "$OUT/rm" --model "$(final rejection)" --data "$OUT/rl.jsonl" $RM
 train preference ppo --model "$(final rejection)" --reward-model "$(final rm)" $PPO $QUICK
 
-if [ -z "$STUDENT" ]; then # a quarter of the width and half the depth, taught by the same sloppy teacher as the base
+if [ -z "$STUDENT" ]; then # half the width and half the depth, taught by the same sloppy teacher as the base
     python models/make_tiny.py "$OUT/tiny" 64 2
     train student sft --model "$OUT/tiny" --from-scratch $STUDENT_SFT
     STUDENT=$(final student)

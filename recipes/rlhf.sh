@@ -5,8 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 MODEL=${MODEL:-models/tiny-arithmetic} PROBLEMS=${PROBLEMS:-arithmetic} HARDER=${HARDER:-arithmetic:7-8}
 OUT=${OUT:-runs/rlhf} DEMONSTRATIONS=${DEMONSTRATIONS:-arithmetic-demonstrations}
-SAMPLED=${SAMPLED:-3000} SFT=${SFT:---iterations 100} RM=${RM:-} PPO=${PPO:---iterations 60} KL=${KL:-0.05} DPO=${DPO:-}
-EVALUATE=${EVALUATE:---eval-problems 500 --num-samples 2}
+SAMPLED=${SAMPLED:-3000} SAMPLE=${SAMPLE:-} SFT=${SFT:---iterations 100} RM=${RM:-} PPO=${PPO:---iterations 60}
+KL=${KL:-0.05} DPO=${DPO:-} EVALUATE=${EVALUATE:---eval-problems 500 --num-samples 2}
 [ ! -e "$OUT" ] || { echo "error: $OUT exists; remove it, or set OUT to another directory" >&2; exit 2; }
 train() { echo "== $1 =="; python "train_$2.py" --run-root "$OUT/$1" "${@:3}"; }
 final() { echo "$OUT/$1"/*/final; }
@@ -14,9 +14,9 @@ QUICK="--eval-every 0 --save-every 0"
 mkdir -p "$OUT"
 
 train sft sft --model "$MODEL" --data "$DEMONSTRATIONS" --problems "$PROBLEMS" $SFT
-# the samples file holds right and wrong completions of each problem: its pairs are the preferences of the verifier
-python evaluate.py --model "$(final sft)" --problems "$PROBLEMS" --split train --eval-problems "$SAMPLED" \
-    --num-samples 8 --output "$OUT/pairs.jsonl"
+# right and wrong completions of each problem: the verifier's preferences; a tenth of the problems is held out of them
+python evaluate.py --model "$(final sft)" --problems "$PROBLEMS" --split all --eval-problems "$SAMPLED" \
+    --num-samples 8 --output "$OUT/pairs.jsonl" $SAMPLE
 train rm rm --model "$(final sft)" --data "$OUT/pairs.jsonl" $RM
 train ppo ppo --model "$(final sft)" --problems "$PROBLEMS" --reward-model "$(final rm)" --kl-coef "$KL" $PPO $QUICK
 train ppo-no-kl ppo --model "$(final sft)" --problems "$PROBLEMS" --reward-model "$(final rm)" --kl-coef 0 $PPO $QUICK
