@@ -438,8 +438,6 @@ class GroupDecoder:
         self.store(keys, k)
         self.store(values, v)
         q = q.reshape(R, KVH, H // KVH, D)
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")  # for a query or a few the exact kernel is the faster one
         scores = (q.flatten(0, 1) @ keys.flatten(0, 1).transpose(1, 2)).view(R, KVH, H // KVH, -1)
         if not self.own:
             old = self.to_slots(q) @ self.prompt_keys[layer].flatten(0, 1).transpose(1, 2)
@@ -449,7 +447,6 @@ class GroupDecoder:
         out = (new.reshape(R * KVH, H // KVH, -1) @ values.flatten(0, 1)).view(R, KVH, H // KVH, D)
         if not self.own:
             out = out + self.to_rows(self.to_slots(old) @ self.prompt_values[layer].flatten(0, 1), R, KVH)
-        torch.set_float32_matmul_precision(precision)
         return out.view(R, H, D)
 
     def to_slots(self, t: Tensor) -> Tensor:
