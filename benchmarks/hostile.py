@@ -135,8 +135,10 @@ def main(args: Args) -> None:
             "extract_answer": lambda text=text: extract_answer(text),
             "answers_match": lambda text=text, gold=gold: answers_match(text, gold),
             "accuracy_reward": lambda text=text, gold=gold: accuracy_reward(text, gold),
-            "format_reward": lambda text=text: format_reward(text) + format_reward(text, "think"),
-            "language_reward": lambda text=text: language_reward(text, "en") + language_reward(text, "ja"),
+            "format_reward, answer-tags": lambda text=text: format_reward(text),
+            "format_reward, think": lambda text=text: format_reward(text, "think"),
+            "language_reward, en": lambda text=text: language_reward(text, "en"),
+            "language_reward, ja": lambda text=text: language_reward(text, "ja"),
         }
         for name, call in calls.items():
             start = time.perf_counter()

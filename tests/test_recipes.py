@@ -13,7 +13,15 @@ RL = "--iterations 1 --prompts-per-step 2 --group-size 2 --eval-problems 6"
 SFT = "--iterations 1 --minibatch-size 2 --eval-problems 6"
 PAIRS = "--iterations 1 --minibatch-size 4 --eval-problems 6"
 TINY = {"RL": RL, "PPO": RL, "SFT": SFT, "COLD": SFT, "FUSION": SFT, "STUDENT_SFT": f"{SFT} --demonstrations 50"}
-TINY |= {"RM": PAIRS, "DPO": PAIRS, "PHASE": "2", "SWITCH": "1", "FEW": "8", "BUDGETS": "--budgets 3 --eval-problems 6", "SAMPLED": "60"}
+TINY |= {
+    "RM": PAIRS,
+    "DPO": PAIRS,
+    "PHASE": "2",
+    "SWITCH": "1",
+    "FEW": "8",
+    "BUDGETS": "--budgets 3 --eval-problems 6",
+    "SAMPLED": "60",
+}
 TINY |= {"COLD_PROBLEMS": "60", "EVALUATE": "--eval-problems 6"}
 ROWS = {
     "r1": "base zero cold rl rejection preference student distilled student-rl".split(),
