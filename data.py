@@ -68,8 +68,7 @@ def load_problems(source: str, split: str, limit: int | None = None, seed: int =
         count = limit or (6000 if split == "train" else 3000)
         problems = arithmetic_problems(split, count, seed, range(easiest, hardest + 1))
     elif is_file(source):
-        rows = read_jsonl(source)
-        problems = read_problems([(f"{source}:{line}", row) for line, row in rows], source)
+        problems = read_problems(placed_rows(source), source)
         problems = [p for p in problems if split == "all" or is_held_out(p.question) == (split == "eval")]
     else:
         problems = hub_problems(source, split)
@@ -119,6 +118,11 @@ def read_jsonl(path: str) -> list[tuple[int, dict]]:
     if not rows:
         fail(f"{path}: is empty")
     return rows
+
+
+def placed_rows(path: str) -> list[tuple[str, dict]]:
+    """(file:line, object), as errors name it."""
+    return [(f"{path}:{line}", row) for line, row in read_jsonl(path)]
 
 
 def fail_on(errors: list[str], source: str) -> None:
@@ -334,18 +338,18 @@ def load_demonstrations(source: str, count: int, seed: int = 0, keep: str = "cor
     the fields `prompt` (or `question`) and `completion`; or a samples file, of which `chosen_samples` keeps some."""
     if source == "arithmetic-demonstrations":
         return arithmetic_demonstrations(count, seed)
-    rows = read_jsonl(source)
+    rows = placed_rows(source)
     if "completions" in rows[0][1]:
-        chosen = demonstrations_from(read_samples(source), keep)
+        chosen = demonstrations_from(sample_records(rows, source), keep)
         if not chosen:
             fail(f"{source}: none of its completions is right and finished: nothing to learn from")
         return chosen
     demonstrations, errors = [], []
-    for line, row in rows:
+    for place, row in rows:
         try:
             demonstrations.append((text_field(row, ("prompt", "question")), text_field(row, ("completion",))))
         except ValueError as error:
-            errors.append(f"{source}:{line}: {error}")
+            errors.append(f"{place}: {error}")
     fail_on(errors, source)
     return demonstrations
 
@@ -367,16 +371,16 @@ def sample_completions(row: dict) -> list[dict]:
     return row["completions"]
 
 
-def read_samples(path: str) -> list[dict]:
-    """Its lines, with `question` as text."""
+def sample_records(rows: list[tuple[str, dict]], source: str) -> list[dict]:
+    """A samples file's rows (place, row), each checked, with `question` as text."""
     records, errors = [], []
-    for line, row in read_jsonl(path):
+    for place, row in rows:
         try:
             question = text_field(row, ("question", "prompt"))
             records.append(row | {"question": question, "completions": sample_completions(row)})
         except ValueError as error:
-            errors.append(f"{path}:{line}: {error}")
-    fail_on(errors, path)
+            errors.append(f"{place}: {error}")
+    fail_on(errors, source)
     return records
 
 
@@ -401,16 +405,16 @@ def demonstrations_from(records: list[dict], keep: str) -> list[tuple[str, str]]
     ]
 
 
-def pass_rates(path: str, problems: list[Problem]) -> dict[str, float]:
+def pass_rates(records: list[dict], source: str, problems: list[Problem]) -> dict[str, float]:
     """The share of right completions by question; one line where the samples are not of these problems."""
     tried, right = Counter(), Counter()
-    for record in read_samples(path):
+    for record in records:
         tried[record["question"]] += len(record["completions"])
         right[record["question"]] += sum(map(is_right, record["completions"]))
     rates = {question: right[question] / count for question, count in tried.items() if count}
     if not any(problem.question in rates for problem in problems):
         asked = next(iter(rates), "")
-        fail(f"{path}: samples of other problems: it asks {asked[:60]!r}, not {problems[0].question[:60]!r}")
+        fail(f"{source}: samples of other problems: it asks {asked[:60]!r}, not {problems[0].question[:60]!r}")
     return rates
 
 
@@ -593,10 +597,10 @@ def check_flags(args) -> None:
             for allowed, fits in checks.items():
                 if not fits:
                     fail(f"--{name.replace('_', '-')} {value}: must be {allowed}")
-    weights = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name.endswith("_weight")}
-    weights.pop("--pair-weight", None)
+    weights = {n: v for n, v in vars(args).items() if n.endswith("_weight") and isinstance(v, int | float)}
     if weights and not any(weights.values()) and not getattr(args, "reward_model", None):
-        fail(f"{', '.join(weights)} are all 0: there is nothing to learn from")
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in weights)
+        fail(f"{flags} are all 0: there is nothing to learn from")
     if getattr(args, "overlong_weight", 0) > 0 and args.overlong_buffer > args.max_new_tokens:
         fail(f"--overlong-buffer {args.overlong_buffer}: must be at most --max-new-tokens {args.max_new_tokens}")
     if getattr(args, "language", "en") not in LANGUAGES:
@@ -707,7 +711,7 @@ def load_preference_pairs(
 
         samples, rows = True, [(record["id"], record) for record in arithmetic_samples(pair_problems)]
     else:
-        rows = [(f"{source}:{line}", row) for line, row in read_jsonl(source)]
+        rows = placed_rows(source)
         samples = "completions" in rows[0][1]
     if pair_weight == "gap" and not samples:
         fail(f"--pair-weight gap: {source} holds pairs without scores; a samples file is needed")
@@ -734,17 +738,13 @@ def listed(dropped: Counter) -> str:
 
 def sampled_pairs(rows: list[tuple[str, dict]], source: str, min_gap: float, dropped: Counter) -> list[Pair]:
     """All pairs that each problem's scored completions induce, the better one chosen; weight = the scores' gap."""
-    pairs, errors, questions = [], [], set()
-    for place, row in rows:
-        try:
-            question = mode_question(text_field(row, ("question", "prompt")), row.get("mode"))
-            scored: dict[str, dict] = {}  # by text: a completion that was sampled twice says nothing new
-            for completion in sample_completions(row):
-                dropped["duplicate texts"] += completion["text"] in scored
-                scored.setdefault(completion["text"], completion)
-        except ValueError as error:
-            errors.append(f"{place}: {error}")
-            continue
+    pairs, questions = [], set()
+    for (place, _), record in zip(rows, sample_records(rows, source), strict=True):
+        question = mode_question(record["question"], record.get("mode"))
+        scored: dict[str, dict] = {}  # by text: a completion that was sampled twice says nothing new
+        for completion in record["completions"]:
+            dropped["duplicate texts"] += completion["text"] in scored
+            scored.setdefault(completion["text"], completion)
         if question in questions:
             dropped["duplicate prompts"] += 1
             continue
@@ -756,9 +756,8 @@ def sampled_pairs(rows: list[tuple[str, dict]], source: str, min_gap: float, dro
                 dropped["near ties (--min-gap)"] += 0 < gap < min_gap
                 if gap > 0 and gap >= min_gap:
                     ends = better.get("finished", True), worse.get("finished", True)
-                    topic = str(row.get("topic") or "")
+                    topic = str(record.get("topic") or "")
                     pairs.append(Pair(question, better["text"], worse["text"], place, topic, gap, *ends))
-    fail_on(errors, source)
     if not pairs:
         fail(f"{source}: no prompt has two completions whose scores differ by --min-gap {min_gap:g} or more")
     return pairs
@@ -954,19 +953,20 @@ def main(args: Args) -> None:
     if low > high:
         fail(f"--min-pass-rate {low:g}: must be at most --max-pass-rate {high:g}")
     source = args.problems or args.samples
+    rows = placed_rows(args.samples) if args.samples else []
     if args.problems:
         problems = load_problems(args.problems, args.split, seed=args.seed)
     else:
-        rows = [(f"{args.samples}:{line}", row) for line, row in read_jsonl(args.samples)]
         problems = read_problems(rows, args.samples)
-    before, dropped = len(problems), Counter()
+    before, dropped, records = len(problems), Counter(), sample_records(rows, args.samples)
     if args.samples:
-        rates = pass_rates(args.samples, problems)
+        rates = pass_rates(records, args.samples, problems)
         problems = keep_pass_rates(problems, rates, low, high, dropped)
         if args.label_difficulty:
             problems = label_difficulty(problems, rates)
     if args.guesses and problems:
-        problems = drop_lucky_guesses(problems, pass_rates(args.guesses, problems), dropped)
+        guesses = sample_records(placed_rows(args.guesses), args.guesses)
+        problems = drop_lucky_guesses(problems, pass_rates(guesses, args.guesses, problems), dropped)
     if args.exclude_multiple_choice:
         problems = drop_multiple_choice(problems, dropped)
     if args.remove_duplicates:
@@ -985,7 +985,7 @@ def main(args: Args) -> None:
     rows = [asdict(problem) for problem in problems]
     if args.make != "problems":
         kept = {problem.question for problem in problems}
-        records = [record for record in read_samples(args.samples) if record["question"] in kept]
+        records = [record for record in records if record["question"] in kept]
         if args.make == "fusion":
             pairs = fuse_modes(records)
         else:

@@ -189,31 +189,34 @@ class Verifier:
             pairs = [(problem, answer.replace(token, " ")) for problem, answer in pairs]
         texts = [f"Question: {problem.question}\nReference answer: {problem.answer}" for problem, _ in pairs]
         if self.yes:
-            texts = [f"{text}\nGiven answer: {answer}\n" for text, (_, answer) in zip(texts, pairs, strict=True)]
             ask = "Is the given answer the same as the reference answer? Reply with yes or no."
-            completions = [[token] for token in self.yes + self.no]
-            prompts = encode_prompts(self.tokenizer, [text + ask for text in texts])
-            fits = [len(prompt) < self.context for prompt in prompts]
-            prompts = [prompt if ok else prompt[:1] for prompt, ok in zip(prompts, fits, strict=True)]
-            rollout = common.make_rollout(prompts, completions * len(pairs), len(completions), self.model.device)
-            values = self.values(rollout, lambda rows: common.completion_logprobs(self.model, rollout, rows)[0][:, 0])
-            values = values.view(len(pairs), -1).exp()
-            right = values[:, : len(self.yes)].sum(1) > values[:, len(self.yes) :].sum(1)
+            texts = [f"{text}\nGiven answer: {answer}\n{ask}" for text, (_, answer) in zip(texts, pairs, strict=True)]
+        prompts = encode_prompts(self.tokenizer, texts)
+        if self.yes:
+            completions = [[[token] for token in self.yes + self.no]] * len(pairs)
         else:
-            prompts = encode_prompts(self.tokenizer, texts)
-            completions = encode_completions(self.tokenizer, [answer for _, answer in pairs], prompts)
-            fits = [len(p) + len(c) <= self.context for p, c in zip(prompts, completions, strict=True)]
-            prompts = [prompt if ok else prompt[:1] for prompt, ok in zip(prompts, fits, strict=True)]
-            completions = [ids if ok else ids[:1] for ids, ok in zip(completions, fits, strict=True)]
-            rollout = common.make_rollout(prompts, completions, device=self.model.device)
-            right = self.values(rollout, lambda rows: common.completion_scores(self.model, rollout, rows)) > 0
-        return [r and ok for r, ok in zip(right.tolist(), fits, strict=True)]  # what is too long to be asked is wrong
+            completions = [[ids] for ids in encode_completions(self.tokenizer, [a for _, a in pairs], prompts)]
+        right = [False] * len(pairs)  # what is too long to be asked is wrong
+        fits = [i for i in range(len(pairs)) if len(prompts[i]) + len(completions[i][-1]) <= self.context]
+        if fits:
+            replies = [ids for i in fits for ids in completions[i]]
+            values = self.values([prompts[i] for i in fits], replies, len(completions[0])).view(len(fits), -1)
+            if self.yes:
+                yes, no = values.exp().split([len(self.yes), len(self.no)], 1)
+                values = yes.sum(1) - no.sum(1)
+            for i, value in zip(fits, values.flatten().tolist(), strict=True):
+                right[i] = value > 0
+        return right
 
-    @staticmethod
-    def values(rollout: Rollout, compute) -> Tensor:
-        values = torch.zeros(len(rollout.mask))
-        for micro in common.micro_batches(rollout, list(range(len(rollout.mask))), 8192):
-            values[micro] = compute(micro).float().cpu()
+    def values(self, prompts: list[list[int]], replies: list[list[int]], group_size: int) -> Tensor:
+        """(B,) logprobs of the judge's replies, or the verifier's scores of the answers."""
+        rollout = common.make_rollout(prompts, replies, group_size, self.model.device)
+        values = torch.zeros(len(replies))
+        for micro in common.micro_batches(rollout, list(range(len(replies))), 8192):
+            if self.yes:
+                values[micro] = common.completion_logprobs(self.model, rollout, micro)[0][:, 0].cpu()
+            else:
+                values[micro] = common.completion_scores(self.model, rollout, micro).cpu()
         return values
 
     def summary(self) -> dict[str, float]:
@@ -584,11 +587,11 @@ def main(args: Args) -> None:
     device = common.resolve_device(args.device)
     dtype = common.resolve_dtype(args.dtype, device)
     problems = load_problems(args.problems, args.split, args.eval_problems)
+    flag = "--stages" if args.stages else "--model"
     for _, path in stages:
-        common.load_config(path, "--stages" if args.stages else "--model")
+        common.load_config(path, flag)
     verify, rows = Verifier(args, device, dtype), []
     for name, path in stages:
-        flag = "--stages" if args.stages else "--model"
         tokenizer, policy = common.load_tokenizer(path, flag), None
         for mode in modes:
             questions = [mode_question(p.question, mode) for p in problems]

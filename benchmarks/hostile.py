@@ -29,55 +29,10 @@ from rewards import accuracy_reward, answers_match, extract_answer, format_rewar
 TAGS = ["<think>", "</think>", "<answer>", "</answer>", "####", "#### ", r"\boxed{", r"\fbox {", "}", "{", "<", "</"]
 NUMBERS = ["0", "9", "18", "1,000", "1e999", "1e-999", "9" * 50, "0." + "3" * 40, "1/0", "-", "+", ".", ",", "%", "$"]
 LATEX = [r"\frac{", r"\frac12", r"\sqrt{", "^{", "^", "_", r"\left(", r"\right)", r"\text{", r"\pm", r"\int", r"\sum"]
-LATEX += [
-    r"\binom{",
-    r"\infty",
-    r"\begin{pmatrix}",
-    r"\end{pmatrix}",
-    "&",
-    r"\\",
-    "!",
-    "(",
-    ")",
-    "[",
-    "]",
-    "|",
-    "=",
-    "x",
-]
-UNICODE = [
-    "٣",
-    "๑",
-    "²",
-    "½",
-    "Ⅷ",
-    "∞",
-    "\u202e",
-    "\u200f",
-    "\u200b",
-    "\ufeff",
-    "\u2212",
-    "\ud800",
-    "😀",
-    "e\u0301",
-    "世",
-]
-OTHER = [
-    "\0",
-    "\n",
-    "\r",
-    "\t",
-    " ",
-    "\x1b[2J",
-    "\u2028",
-    "a",
-    "eggs",
-    "nan",
-    "inf",
-    " or ",
-    "__import__('os')",
-    "lambda:",
-]
+LATEX += r"\binom{ \infty \begin{pmatrix} \end{pmatrix} & \\ ! ( ) [ ] | = x".split()
+UNICODE = "٣ ๑ ² ½ Ⅷ ∞ \u202e \u200f \u200b \ufeff \u2212 \ud800 😀 e\u0301 世".split()
+OTHER = ["\0", "\n", "\r", "\t", " ", "\x1b[2J", "\u2028", "a", "eggs", "nan", "inf", " or "]
+OTHER += ["__import__('os')", "lambda:"]
 FRAGMENTS = TAGS * 2 + NUMBERS + LATEX + UNICODE + OTHER
 GOLDS = [
     "18",

@@ -43,15 +43,8 @@ def main(args: Args) -> None:
         words = scalars["eval/reflection_words"]
         rows[-1] += [words[0][1], words[-1][1]]
     print(f"train_grpo.py --seed {args.seed} {args.flags}\n{machine()}\n")
-    header = [
-        "--loss-norm",
-        "length right, first tenth",
-        "last",
-        "length wrong, first",
-        "last",
-        "accuracy, first",
-        "last",
-    ]
+    header = ["--loss-norm", "length right, first tenth", "last", "length wrong, first", "last"]
+    header += ["accuracy, first", "last"]
     print(format_table([*header, "reflection words before", "after"], rows))
     if args.plot:
         figure, (lengths, accuracy) = new_figure(["Length of sampled completions, tokens", "Accuracy of them"])

@@ -41,12 +41,16 @@ def sampled(path, rates: dict[str, float], n: int = 4, **fields) -> str:
     return write(path, [record(q, *completions(rate), **fields) for q, rate in rates.items()])
 
 
+def rates_of(path: str, problems: list[Problem]) -> dict[str, float]:
+    return data.pass_rates(data.sample_records(data.placed_rows(path), path), path, problems)
+
+
 def test_the_pass_rate_band(tmp_path):
     """By default what is neither always right nor always wrong; the ends are inclusive, so 0 to 0 is "failed every
     time"; what was not sampled is dropped too, and everything is counted."""
     rates = {"a": 0.0, "b": 0.25, "c": 0.75, "d": 1.0}
     problems = [problem(q) for q in "abcde"]
-    found = data.pass_rates(sampled(tmp_path / "s.jsonl", rates), problems)
+    found = rates_of(sampled(tmp_path / "s.jsonl", rates), problems)
     assert found == rates
     for band, kept, why in (
         ((0.01, 0.99), "bc", {"not sampled": 1, "pass rate under the band": 1, "pass rate over the band": 1}),
@@ -61,7 +65,7 @@ def test_the_pass_rate_band(tmp_path):
 
 def test_a_cut_completion_is_not_right(tmp_path):
     path = write(tmp_path / "s.jsonl", [record("a", completion("x", True), completion("y", True, finished=False))])
-    assert data.pass_rates(path, [problem("a")]) == {"a": 0.5}
+    assert rates_of(path, [problem("a")]) == {"a": 0.5}
 
 
 def test_lucky_guesses():
