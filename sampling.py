@@ -228,14 +228,14 @@ ALL_ATTENTION_FUNCTIONS.register("groups", group_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register("groups", sdpa_mask)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention of q (R, T, H, D) over k, v (R, S, KVH, D), H a multiple of KVH; mask (R, T, S) is True where
-    a query sees a key, None: causal. Returns (R, T, H, D)."""
+def attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
+    """Softmax attention of q (R, T, H, D) over k, v (R, S, KVH, D), H a multiple of KVH; bias (R, T, S) is 0 where a
+    query sees a key and -inf elsewhere, None: causal. Returns (R, T, H, D)."""
     R, T, H, D = q.shape
     S, KVH = k.shape[1:3]
     if q.is_cuda:
-        shared = {"is_causal": True} if mask is None else {"attn_mask": mask[:, None]}
-        grouped = mask is None and q.dtype != torch.float32  # with these, grouped heads would take the slow kernel
+        shared = {"is_causal": True} if bias is None else {"attn_mask": bias[:, None].to(q.dtype)}
+        grouped = bias is None and q.dtype != torch.float32  # with these, grouped heads would take the slow kernel
         if not grouped:
             k, v = k.repeat_interleave(H // KVH, 2), v.repeat_interleave(H // KVH, 2)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -243,17 +243,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, mask: Tensor | No
         return out.transpose(1, 2)
     # On a CPU plain products are faster than torch's fused attention, see common.load_weights. The heads that share
     # a key are more queries of it.
-    if mask is None:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()[None]
-    q = q.reshape(R, T, KVH, H // KVH, D).permute(0, 2, 3, 1, 4).reshape(R * KVH, -1, D)
+    if bias is None:
+        bias = causal_bias(T, q.device)[None]
+    q = (q * scaling).reshape(R, T, KVH, H // KVH, D).permute(0, 2, 3, 1, 4).reshape(R * KVH, -1, D)
     k, v = (t.transpose(1, 2).reshape(R * KVH, S, D) for t in (k, v))
-    scores = (q @ k.transpose(1, 2)).view(R, KVH, -1, T, S).float() * scaling
-    scores = scores.masked_fill(~mask[:, None, None], -torch.inf).softmax(-1).to(v.dtype)
+    scores = (q @ k.transpose(1, 2)).view(R, KVH, -1, T, S).float()
+    scores = scores.add_(bias[:, None, None]).softmax(-1).to(v.dtype)  # in place: autograd needs them no more
     out = scores.view(R * KVH, -1, S) @ v  # (R * KVH, H / KVH * T, D)
     return out.view(R, KVH, -1, T, D).permute(0, 3, 1, 2, 4).reshape(R, T, H, D)
 
 
-SCORES_KEPT = 2**20  # of a layer's attention for the backward pass; where there are more, it computes them again
+def causal_bias(T: int, device: torch.device) -> Tensor:
+    return torch.full((T, T), -torch.inf, device=device).triu(1)
+
+
+SCORES_KEPT = 3 * 2**20  # of a layer's attention for the backward pass; where there are more, it computes them again
 
 
 def call_with_groups(model: nn.Module, ids: Tensor, positions: Tensor, groups, **options) -> Tensor:
@@ -290,8 +294,10 @@ class PackedGroups:
         self.ends = len(flat) + mask.sum(1).cumsum(0) - 1  # (R,)
 
         (R, T), L = mask.shape, self.prompt_mask.shape[1]
-        causal = torch.ones(T, T, dtype=torch.bool, device=device).tril().expand(R, T, T)
-        self.seen = torch.cat([self.prompt_mask[group][:, None].expand(R, T, L), causal], 2)  # (R, T, L + T)
+        prompt_bias = torch.zeros(R, 1, L, device=device).masked_fill(~self.prompt_mask[group][:, None], -torch.inf)
+        causal = causal_bias(T, device).expand(R, T, T)
+        self.bias = torch.cat([prompt_bias.expand(R, T, L), causal], 2)  # (R, T, L + T)
+        self.seen_at = torch.cat([self.prompt_at[group], self.completion_at], 1)  # (R, L + T)
 
     def logits(self, model: nn.Module) -> Tensor:
         return self.run(model, logits_to_keep=self.predictor)
@@ -312,9 +318,8 @@ class PackedGroups:
             self.cache.append((prompt_k, prompt_v))
         outputs = [attention(take(q, self.prompt_at), prompt_k, prompt_v, scaling).flatten(0, 1)]
         if len(self.mask):
-            keys = torch.cat([take(prompt_k, self.group), take(k, self.completion_at)], 1)  # (R, L + T, KVH, D)
-            values = torch.cat([take(prompt_v, self.group), take(v, self.completion_at)], 1)
-            outputs.append(attention(take(q, self.completion_at), keys, values, scaling, self.seen).flatten(0, 1))
+            keys, values = take(k, self.seen_at), take(v, self.seen_at)  # (R, L + T, KVH, D)
+            outputs.append(attention(take(q, self.completion_at), keys, values, scaling, self.bias).flatten(0, 1))
         return take(torch.cat(outputs), self.source)
 
 
