@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-BLOCK = 32  # tokens by which the buffers of completions grow; vocabulary entries in a block of the cumulative sum
+BLOCK = 16  # tokens by which the buffers of completions grow; vocabulary entries in a block of the cumulative sum
 
 
 @dataclass
@@ -257,7 +257,7 @@ def causal_bias(T: int, device: torch.device) -> Tensor:
     return torch.full((T, T), -torch.inf, device=device).triu(1)
 
 
-SCORES_KEPT = 3 * 2**20  # of a layer's attention for the backward pass; where there are more, it computes them again
+SCORES_KEPT = 2**21  # of a layer's attention for the backward pass; where there are more, it computes them again
 
 
 def call_with_groups(model: nn.Module, ids: Tensor, positions: Tensor, groups, **options) -> Tensor:
@@ -283,21 +283,28 @@ class PackedGroups:
         self.ids = torch.cat([flat, completions[mask]])[None]  # (1, N)
         row, column = mask.nonzero(as_tuple=True)  # of each completion token
         self.positions = torch.cat([self.prompt_mask.nonzero()[:, 1], lengths[group][row] + column])[None]
-        # where in the one row each token of the padded shapes stands, and back
+        # where in the one row each token of the padded prompts stands
         self.prompt_at = (self.prompt_mask.flatten().cumsum(0) - 1).view_as(self.prompt_mask).clamp(min=0)
-        self.completion_at = (len(flat) + mask.flatten().cumsum(0) - 1).view_as(mask).clamp(max=self.ids.numel() - 1)
-        self.source = torch.cat([self.prompt_mask.flatten(), mask.flatten()]).nonzero()[:, 0]
         # which token predicts each completion token, and where the rows end
         self.prompt_ends = lengths.cumsum(0) - 1  # (P,)
         before = torch.arange(len(flat) - 1, self.ids.numel() - 1, device=device)
         self.predictor = torch.where(column == 0, self.prompt_ends[group][row], before)
         self.ends = len(flat) + mask.sum(1).cumsum(0) - 1  # (R,)
 
-        (R, T), L = mask.shape, self.prompt_mask.shape[1]
-        prompt_bias = torch.zeros(R, 1, L, device=device).masked_fill(~self.prompt_mask[group][:, None], -torch.inf)
-        causal = causal_bias(T, device).expand(R, T, T)
-        self.bias = torch.cat([prompt_bias.expand(R, T, L), causal], 2)  # (R, T, L + T)
-        self.seen_at = torch.cat([self.prompt_at[group], self.completion_at], 1)  # (R, L + T)
+        # The shorter and the longer half go through the attention apart, each padded to its own longest row. Of each:
+        # the tokens that ask, those that they may look at, and the bias that keeps them from looking ahead.
+        prompt_bias = torch.zeros(self.prompt_mask.shape, device=device).masked_fill(~self.prompt_mask, -torch.inf)
+        completion_at = (len(flat) + mask.flatten().cumsum(0) - 1).view_as(mask).clamp(max=self.ids.numel() - 1)
+        self.halves, place, done = [], torch.zeros_like(completion_at), self.prompt_mask.numel()
+        for rows in mask.sum(1).argsort(stable=True).tensor_split(2):
+            if len(rows):
+                T = int(mask[rows].sum(1).max())
+                at, bias = completion_at[rows, :T], (prompt_bias[group[rows], None], causal_bias(T, device)[None])
+                bias = torch.cat([part.expand(len(rows), T, -1) for part in bias], 2)  # (R / 2, T, L + T)
+                self.halves.append((at, torch.cat([self.prompt_at[group[rows]], at], 1), bias))
+                place[rows, :T] = torch.arange(done, done := done + at.numel(), device=device).view_as(at)
+        # where in the outputs, prompts and then the halves, each of the N tokens stands
+        self.source = torch.cat([self.prompt_mask.flatten().nonzero()[:, 0], place[mask]])
 
     def logits(self, model: nn.Module) -> Tensor:
         return self.run(model, logits_to_keep=self.predictor)
@@ -307,7 +314,7 @@ class PackedGroups:
         return call_with_groups(model, self.ids, self.positions, self, **options)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        scores = q.shape[1] * self.mask.numel() * (self.prompt_mask.shape[1] + self.mask.shape[1])
+        scores = q.shape[1] * sum(bias.numel() for _, _, bias in self.halves)
         if torch.is_grad_enabled() and scores > SCORES_KEPT and not q.is_cuda:  # there the kernel keeps none
             return checkpoint(self.attend_rows, q, k, v, scaling, use_reentrant=False)
         return self.attend_rows(q, k, v, scaling)
@@ -317,9 +324,9 @@ class PackedGroups:
         if self.cache is not None:
             self.cache.append((prompt_k, prompt_v))
         outputs = [attention(take(q, self.prompt_at), prompt_k, prompt_v, scaling).flatten(0, 1)]
-        if len(self.mask):
-            keys, values = take(k, self.seen_at), take(v, self.seen_at)  # (R, L + T, KVH, D)
-            outputs.append(attention(take(q, self.completion_at), keys, values, scaling, self.bias).flatten(0, 1))
+        for at, seen_at, bias in self.halves:
+            keys, values = take(k, seen_at), take(v, seen_at)  # (R, L + T, KVH, D)
+            outputs.append(attention(take(q, at), keys, values, scaling, bias).flatten(0, 1))
         return take(torch.cat(outputs), self.source)
 
 
@@ -359,8 +366,7 @@ def takes_groups(model: PreTrainedModel) -> bool:
 
 class GroupDecoder:
     """Decoding where a prompt's keys and values are kept, and read, once for all rows of its group, and those of the
-    completions in buffers that grow by BLOCK tokens and shrink with the rows that are left. Where no prompt has more
-    than BLOCK tokens, they are copied into each row's buffer: sharing them would cost more than it saves."""
+    completions in buffers that grow by BLOCK tokens and shrink with the rows that are left."""
 
     check_every = 1  # steps between looks at which rows have ended
 
@@ -370,7 +376,7 @@ class GroupDecoder:
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)[self.group]  # (R,)
         self.width, self.capacity = max(map(len, prompts)), BLOCK  # L, and columns for completion tokens
         self.done = 0  # completion tokens computed
-        self.keys = self.values = None  # of each layer (R, KVH, own + capacity, D)
+        self.keys = self.values = None  # of each layer (R, KVH, capacity, D)
 
     def prefill(self) -> Tensor:
         """Logits (B, V) of the first tokens; fills the prompts' keys and values, of each layer (P, KVH, L, D)."""
@@ -382,14 +388,10 @@ class GroupDecoder:
         pad = (0, 0, 0, self.width - packed.prompt_mask.shape[1])
         layers = [[nn.functional.pad(t.transpose(1, 2), pad).contiguous() for t in pair] for pair in packed.cache]
         self.prompt_keys, self.prompt_values = zip(*layers, strict=True)
-        self.own = self.width if self.width <= BLOCK else 0  # columns of the prompt in each row's own buffer
         if self.keys is None:
             _, KVH, _, D = self.prompt_keys[0].shape
-            shape = len(self.group), KVH, self.own + self.capacity, D
+            shape = len(self.group), KVH, self.capacity, D
             self.keys, self.values = ([layer.new_zeros(shape) for layer in self.prompt_keys] for _ in range(2))
-        if self.own:
-            for buffer, prompt in zip(self.keys + self.values, self.prompt_keys + self.prompt_values, strict=True):
-                buffer[:, :, : self.own] = prompt[self.group]
         seen = torch.arange(self.width + self.capacity, device=device) < self.lengths[:, None]
         self.bias = torch.zeros(seen.shape, device=device).masked_fill(~seen, -torch.inf)  # (R, L + capacity)
         self.column = torch.zeros(1, dtype=torch.long, device=device)  # where a step's keys and values go
@@ -411,12 +413,11 @@ class GroupDecoder:
     def keep(self, rows: Tensor) -> None:
         self.keys, self.values = [t[rows] for t in self.keys], [t[rows] for t in self.values]
         self.group, self.lengths, self.bias = self.group[rows], self.lengths[rows], self.bias[rows]
-        if not self.own:
-            left, self.group = self.group.unique(return_inverse=True)
-            if len(left) < len(self.prompt_keys[0]):
-                self.prompt_keys = [t[left] for t in self.prompt_keys]
-                self.prompt_values = [t[left] for t in self.prompt_values]
-            self.slot, self.rows = self.place_rows(self.group.bincount().max())
+        left, self.group = self.group.unique(return_inverse=True)
+        if len(left) < len(self.prompt_keys[0]):
+            self.prompt_keys = [t[left] for t in self.prompt_keys]
+            self.prompt_values = [t[left] for t in self.prompt_values]
+        self.slot, self.rows = self.place_rows(self.group.bincount().max())
 
     def step(self, tokens: Tensor) -> Tensor:
         """Logits (R, V) after one more token in each row of the batch."""
@@ -425,7 +426,7 @@ class GroupDecoder:
             self.keys = [nn.functional.pad(t, (0, 0, 0, BLOCK)) for t in self.keys]
             self.values = [nn.functional.pad(t, (0, 0, 0, BLOCK)) for t in self.values]
             self.bias = nn.functional.pad(self.bias, (0, BLOCK), value=-torch.inf)
-        self.column.fill_(self.own + self.done)
+        self.column.fill_(self.done)
         self.bias[:, self.width + self.done] = 0.0
         self.done += 1
         return self.compute(tokens, self.lengths + self.done - 1)
@@ -434,7 +435,7 @@ class GroupDecoder:
         return call_with_groups(self.model, tokens[None], positions[None], self)
 
     def store(self, buffer: Tensor, new: Tensor) -> None:
-        buffer[:, :, self.own + self.done - 1] = new
+        buffer[:, :, self.done - 1] = new
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """One query a row: softmax over the prompt's keys and the row's own."""
@@ -444,14 +445,12 @@ class GroupDecoder:
         self.store(values, v)
         q = q.reshape(R, KVH, H // KVH, D)
         scores = (q.flatten(0, 1) @ keys.flatten(0, 1).transpose(1, 2)).view(R, KVH, H // KVH, -1)
-        if not self.own:
-            old = self.to_slots(q) @ self.prompt_keys[layer].flatten(0, 1).transpose(1, 2)
-            scores = torch.cat([self.to_rows(old, R, KVH), scores], -1)
+        old = self.to_slots(q) @ self.prompt_keys[layer].flatten(0, 1).transpose(1, 2)
+        scores = torch.cat([self.to_rows(old, R, KVH), scores], -1)
         scores = scores.float().mul_(scaling).add_(self.bias[:R, None, None]).softmax(-1).to(v.dtype)
-        old, new = scores.split([self.width - self.own, keys.shape[2]], -1)
+        old, new = scores.split([self.width, keys.shape[2]], -1)
         out = (new.reshape(R * KVH, H // KVH, -1) @ values.flatten(0, 1)).view(R, KVH, H // KVH, D)
-        if not self.own:
-            out = out + self.to_rows(self.to_slots(old) @ self.prompt_values[layer].flatten(0, 1), R, KVH)
+        out = out + self.to_rows(self.to_slots(old) @ self.prompt_values[layer].flatten(0, 1), R, KVH)
         return out.view(R, H, D)
 
     def to_slots(self, t: Tensor) -> Tensor:
@@ -480,7 +479,7 @@ class GraphDecoder(GroupDecoder):
         last = getattr(model, "graph_decoder", None)
         if last is not None and last.shape[:2] == (len(prompts), group_size):
             self.width = max(self.width, last.width)  # only ever wider, so that the graphs soon last
-        self.width, self.capacity = (-(-n // BLOCK) * BLOCK for n in (self.width, max_new_tokens))
+        self.width, self.capacity = (-(-n // 64) * 64 for n in (self.width, max_new_tokens))  # rarely anew
         self.shape = len(prompts), group_size, self.width, self.capacity
         self.graphs: dict[int, tuple] = {}  # of each number of rows: the graph and its logits
 
