@@ -4,6 +4,7 @@ sampling.py), logprobs of completions, batches, the optimizer over fp32 master w
 
 import dataclasses
 import errno
+import gc
 import hashlib
 import json
 import os
@@ -147,10 +148,8 @@ def load_policy(
     model = load_weights(AutoModelForCausalLM, path, device, dtype, from_scratch)
     # A new generation config, with nothing in it but where to stop: what is trained is the plain softmax.
     named = model.generation_config.eos_token_id
-    stops = {*(named if isinstance(named, list) else [named]), eos_token_id} - {None}
-    model.generation_config = GenerationConfig(
-        eos_token_id=sorted(stops) or None, pad_token_id=model.config.pad_token_id
-    )
+    stops = sorted({*(named if isinstance(named, list) else [named]), eos_token_id} - {None}) or None
+    model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=model.config.pad_token_id)
     return model
 
 
@@ -436,6 +435,7 @@ def start_run(args, state: dict) -> tuple[Path, SummaryWriter]:
         rows = "\n".join(f"| {name} | {value} |" for name, value in vars(args).items())
         writer.add_text("hyperparameters", f"| flag | value |\n|---|---|\n{rows}\n\ngit commit: {git_commit()}", 0)
     print(f"run directory: {run_dir}")
+    gc.freeze()  # the libraries' million objects stay: no garbage collection needs to walk through them again
     return run_dir, writer
 
 
