@@ -159,8 +159,75 @@ def check_text(name: str, text: str) -> str:
     return text
 
 
+# ---- Conversations: a row may have lists of messages {"role": ..., "content": ...} where others have a text ----------
+
+
+def read_messages(name: str, value) -> list[dict]:
+    """A list of messages, each with a role and a text; ValueError with what is wrong."""
+    for message in value:
+        if not isinstance(message, dict) or {"role", "content"} - message.keys():
+            raise ValueError(f"field {name!r}: each message needs a role and a content")
+        if not isinstance(message["content"], str) or not isinstance(message["role"], str):
+            raise ValueError(f"field {name!r}: roles and contents are texts, nothing else is understood")
+        check_text(name, message["role"] + message["content"])
+    if not value:
+        raise ValueError(f"field {name!r} is empty")
+    return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def as_question(name: str, messages: list[dict]) -> str:
+    """What comes before a completion: the user's text if that is all, else the messages as JSON, so that a question
+    is a text everywhere. `conversation` reads it back."""
+    if not messages or messages[-1]["role"] != "user":
+        raise ValueError(f"field {name!r}: a prompt ends with the user's turn")
+    if not messages[-1]["content"].strip():
+        raise ValueError(f"field {name!r}: the user's turn is empty")
+    return messages[0]["content"] if len(messages) == 1 else json.dumps(messages, ensure_ascii=False)
+
+
+def conversation(question: str) -> list[dict]:
+    """The messages of a question."""
+    if question.startswith('[{"role": '):
+        try:
+            return read_messages("question", json.loads(question))
+        except (ValueError, RecursionError):
+            pass  # a plain text after all
+    return [{"role": "user", "content": question}]
+
+
+def plain_text(question: str) -> str:
+    """A question without its roles."""
+    return "\n\n".join(message["content"] for message in conversation(question))
+
+
+def question_field(row: dict, names: tuple[str, ...]) -> str:
+    """The first of the named fields: a text, or messages that end with the user's turn."""
+    name = next((name for name in names if isinstance(row.get(name), list)), None)
+    if name is None or any(row.get(earlier) is not None for earlier in names[: names.index(name)]):
+        return text_field(row, names)
+    return as_question(name, read_messages(name, row[name]))
+
+
+def completion_field(row: dict, name: str) -> str:
+    """A text, or messages of which there is one, the assistant's."""
+    if not isinstance(row.get(name), list):
+        return text_field(row, (name,))
+    messages = read_messages(name, row[name])
+    if [message["role"] for message in messages] != ["assistant"]:
+        raise ValueError(f"field {name!r}: one turn, the assistant's, is expected")
+    return as_text(name, messages[0]["content"])
+
+
+def split_conversation(name: str, value) -> tuple[str, str]:
+    """A whole conversation as question and completion: its last turn."""
+    messages = read_messages(name, value) if isinstance(value, list) else []
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise ValueError(f"field {name!r}: a list of messages that ends with the assistant's turn is expected")
+    return as_question(name, messages[:-1]), as_text(name, messages[-1]["content"])
+
+
 def read_problems(rows: list[tuple[str, dict]], source: str) -> list[Problem]:
-    """rows: (place, row) with `question` or `prompt`, `answer`, optionally `id`, `topic`, `difficulty`."""
+    """rows: (place, row) with `question`, `prompt` or `messages`, `answer`, optionally `id`, `topic`, `difficulty`."""
     problems, errors, places = [], [], {}
     for place, row in rows:
         try:
@@ -173,7 +240,7 @@ def read_problems(rows: list[tuple[str, dict]], source: str) -> list[Problem]:
             number = isinstance(difficulty, int | float) and not isinstance(difficulty, bool)
             if difficulty is not None and not (number and abs(difficulty) < 1e9):  # nor NaN
                 raise ValueError(f"field 'difficulty' is {str(difficulty)[:80]!r}, a number is expected")
-            question = text_field(row, ("question", "prompt"))
+            question = question_field(row, ("question", "prompt", "messages"))
             id = place if row.get("id") is None else as_text("id", row["id"])
             if (first := places.setdefault(id, place)) != place:
                 raise ValueError(f"id {id[:80]!r} is the one of {first} already")
@@ -285,19 +352,26 @@ SYSTEM_PROMPT = (
 
 
 def encode_prompts(tokenizer, questions: list[str], system_prompt: str = "") -> list[list[int]]:
-    """Token ids of each question as a chat turn, up to where the assistant's text begins.
+    """Token ids of each question as chat turns, up to where the assistant's text begins. A conversation with a system
+    turn of its own keeps that.
 
     Without a chat template the prompt is the bare question. A template that refuses a system turn (Gemma's) gets
     the system prompt at the head of the user's turn.
     """
     if not tokenizer.chat_template:
-        return [tokenizer(question).input_ids for question in questions]
+        return [tokenizer(plain_text(question)).input_ids for question in questions]
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
 
     def chats(in_user_turn: bool) -> list:
-        if in_user_turn:
-            return [[{"role": "user", "content": f"{system_prompt}\n\n{question}"}] for question in questions]
-        return [[*system, {"role": "user", "content": question}] for question in questions]
+        turns = [conversation(question) for question in questions]
+        turns = [messages if messages[0]["role"] == "system" else [*system, *messages] for messages in turns]
+        return [without_system(messages) for messages in turns] if in_user_turn else turns
+
+    def without_system(messages: list[dict]) -> list[dict]:
+        first, *rest = messages
+        if first["role"] != "system":
+            return messages
+        return [{**rest[0], "content": f"{first['content']}\n\n{rest[0]['content']}"}, *rest[1:]]
 
     def encode(conversations: list) -> list[list[int]]:
         ids = []
@@ -335,7 +409,8 @@ def opens_thinking(tokenizer, prompts: list[list[int]]) -> list[bool]:
 
 def load_demonstrations(source: str, count: int, seed: int = 0, keep: str = "correct") -> list[tuple[str, str]]:
     """(prompt, completion) texts: "arithmetic-demonstrations", `count` of them made from the seed; a .jsonl file with
-    the fields `prompt` (or `question`) and `completion`; or a samples file, of which `chosen_samples` keeps some."""
+    the fields `prompt` (or `question`) and `completion`, or `messages`; or a samples file, of which `chosen_samples`
+    keeps some."""
     if source == "arithmetic-demonstrations":
         return arithmetic_demonstrations(count, seed)
     rows = placed_rows(source)
@@ -347,7 +422,11 @@ def load_demonstrations(source: str, count: int, seed: int = 0, keep: str = "cor
     demonstrations, errors = [], []
     for place, row in rows:
         try:
-            demonstrations.append((text_field(row, ("prompt", "question")), text_field(row, ("completion",))))
+            if row.get("messages") is not None:
+                demonstrations.append(split_conversation("messages", row["messages"]))
+            else:
+                question = question_field(row, ("prompt", "question"))
+                demonstrations.append((question, completion_field(row, "completion")))
         except ValueError as error:
             errors.append(f"{place}: {error}")
     fail_on(errors, source)
@@ -376,7 +455,7 @@ def sample_records(rows: list[tuple[str, dict]], source: str) -> list[dict]:
     records, errors = [], []
     for place, row in rows:
         try:
-            question = text_field(row, ("question", "prompt"))
+            question = question_field(row, ("question", "prompt"))
             records.append(row | {"question": question, "completions": sample_completions(row)})
         except ValueError as error:
             errors.append(f"{place}: {error}")
@@ -536,7 +615,10 @@ EMPTY_THINKING = "<think>\n\n</think>\n\n"
 
 def mode_question(question: str, mode: str | None) -> str:
     """The flag stands at the end of the user's turn."""
-    return f"{question} /{mode}" if mode else question
+    if not mode:
+        return question
+    *before, last = conversation(question)
+    return as_question("question", [*before, {**last, "content": f"{last['content']} /{mode}"}])
 
 
 def fuse_modes(records: list[dict], keep: str = "correct") -> list[tuple[str, str]]:
@@ -767,8 +849,14 @@ def read_pairs(rows: list[tuple[str, dict]], source: str, dropped: Counter) -> l
     pairs, errors = {}, []
     for place, row in rows:
         try:
-            question = text_field(row, ("prompt", "question"))
-            chosen, rejected = text_field(row, ("chosen",)), text_field(row, ("rejected",))
+            if row.get("prompt") is None and row.get("question") is None and isinstance(row.get("chosen"), list):
+                question, chosen = split_conversation("chosen", row["chosen"])  # each with the prompt before it
+                other, rejected = split_conversation("rejected", row.get("rejected"))
+                if other != question:
+                    raise ValueError("chosen and rejected differ before their last turns")
+            else:
+                question = question_field(row, ("prompt", "question"))
+                chosen, rejected = completion_field(row, "chosen"), completion_field(row, "rejected")
             if chosen == rejected:
                 raise ValueError("chosen and rejected are equal")
             dropped["duplicate pairs"] += (question, chosen, rejected) in pairs

@@ -37,6 +37,7 @@ from data import (
     load_problems,
     mode_question,
     opens_thinking,
+    plain_text,
     write_jsonl,
 )
 from rewards import (
@@ -187,7 +188,9 @@ class Verifier:
             return []
         for token in self.tokenizer.all_special_tokens:  # an answer may not end its turn and begin another
             pairs = [(problem, answer.replace(token, " ")) for problem, answer in pairs]
-        texts = [f"Question: {problem.question}\nReference answer: {problem.answer}" for problem, _ in pairs]
+        texts = [
+            f"Question: {plain_text(problem.question)}\nReference answer: {problem.answer}" for problem, _ in pairs
+        ]
         if self.yes:
             ask = "Is the given answer the same as the reference answer? Reply with yes or no."
             texts = [f"{text}\nGiven answer: {answer}\n{ask}" for text, (_, answer) in zip(texts, pairs, strict=True)]

@@ -12,13 +12,17 @@ import common
 from data import (
     ProblemSampler,
     arithmetic_demonstrations,
+    conversation,
     encode_completions,
     encode_prompts,
     is_held_out,
     load_demonstrations,
     load_eval_problems,
+    load_preference_pairs,
     load_problems,
     load_train_problems,
+    mode_question,
+    plain_text,
 )
 from rewards import accuracy_reward, format_reward
 
@@ -98,7 +102,7 @@ BAD_ROWS = [
     ('{"question": "a"', "p.jsonl:2: "),
     ("[1, 2]", "p.jsonl:2: a JSON object is expected, not list"),
     ({"question": "a"}, "p.jsonl:2: no field 'answer' (it has 'question')"),
-    ({"answer": "a"}, "p.jsonl:2: no field 'question' or 'prompt'"),
+    ({"answer": "a"}, "p.jsonl:2: no field 'question' or 'prompt' or 'messages'"),
     ({"question": "a", "answer": ["b"]}, "p.jsonl:2: field 'answer' is of type list"),
     ({"question": "a", "answer": True}, "p.jsonl:2: field 'answer' is of type bool"),
     ({"question": " ", "answer": "1"}, "p.jsonl:2: field 'question' is empty"),
@@ -208,6 +212,98 @@ def test_templates(embedded):
     tokenizer.bos_token = "<eos>"
     tokenizer.chat_template = "{{ bos_token }}{{ messages[-1].content }}"
     assert encode_prompts(tokenizer, ["7+1="])[0].count(tokenizer.bos_token_id) == 1
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+def test_conversations_are_understood(tmp_path):
+    """TRL's formats: prompts, completions and pairs as messages; a lone user's turn is the same as its text."""
+    asked = [turn("system", "s"), turn("user", "a"), turn("assistant", "b"), turn("user", "c")]
+    path = write(
+        tmp_path / "p.jsonl",
+        {"prompt": [turn("user", "plain")], "answer": "1"},
+        {"prompt": asked, "answer": "2"},
+        {"messages": asked, "answer": "3", "id": "x"},
+    )
+    first, second, third = load_problems(path, "all")
+    assert first.question == "plain" and second.question == third.question
+    assert conversation(second.question) == asked and plain_text(second.question) == "s\n\na\n\nb\n\nc"
+    assert conversation("[not a list") == [turn("user", "[not a list")]
+    assert conversation('[{"role": broken') == [turn("user", '[{"role": broken')]
+
+    answer = [turn("assistant", "d")]
+    path = write(
+        tmp_path / "d.jsonl",
+        {"prompt": asked, "completion": answer},
+        {"messages": asked + answer},
+        {"prompt": "q", "completion": "d"},
+        {"messages": [turn("user", "q"), turn("assistant", "d")]},
+    )
+    assert load_demonstrations(path, 0) == [(second.question, "d")] * 2 + [("q", "d")] * 2
+
+    worse = [turn("assistant", "e")]
+    path = write(
+        tmp_path / "c.jsonl",
+        {"prompt": asked, "chosen": answer, "rejected": worse},
+        {"chosen": [turn("user", "q")] + answer, "rejected": [turn("user", "q")] + worse},
+        {"prompt": "r", "chosen": "d", "rejected": "e"},
+    )
+    pairs = load_preference_pairs(path)
+    assert [(p.question, p.chosen, p.rejected) for p in pairs] == [(q, "d", "e") for q in (second.question, "q", "r")]
+
+
+def test_conversations_reach_the_template(embedded):
+    """All turns, in order; a system turn of their own stays; a mode stands at the end of the last user's turn."""
+    tokenizer = common.load_tokenizer(EMBEDDED)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }}[{{ m.content }}]{% endfor %}"
+    short, long = (json.dumps([turn("user", "1"), turn("assistant", "2"), turn("user", "3")]), "4")
+    own = json.dumps([turn("system", "5"), turn("user", "6")])
+    assert [tokenizer.decode(ids) for ids in encode_prompts(tokenizer, [short, long, own], "S")] == [
+        "s[S]u[1]a[2]u[3]",
+        "s[S]u[4]",
+        "s[5]u[6]",
+    ]
+    assert conversation(mode_question(short, "think"))[-1]["content"] == "3 /think"
+    tokenizer.chat_template = SYSTEM_REFUSED
+    assert [tokenizer.decode(ids) for ids in encode_prompts(tokenizer, [short, long, own], "S")] == [
+        "[S\n\n1][2][3]",
+        "[S\n\n4]",
+        "[5\n\n6]",
+    ]
+    tokenizer.chat_template = None
+    assert tokenizer.decode(encode_prompts(tokenizer, [own])[0]) == "5\n\n6"
+
+
+BAD_CONVERSATIONS = [
+    ({"prompt": [turn("assistant", "a")], "answer": "1"}, "field 'prompt': a prompt ends with the user's turn"),
+    ({"prompt": [], "answer": "1"}, "field 'prompt' is empty"),
+    ({"prompt": ["a"], "answer": "1"}, "field 'prompt': each message needs a role and a content"),
+    ({"prompt": [{"role": "user"}], "answer": "1"}, "field 'prompt': each message needs a role and a content"),
+    ({"prompt": [turn("user", [{"type": "image"}])], "answer": "1"}, "field 'prompt': roles and contents are texts"),
+    ({"prompt": [turn("user", " ")], "answer": "1"}, "field 'prompt': the user's turn is empty"),
+]
+BAD_DEMONSTRATIONS = [
+    ({"messages": [turn("user", "a")]}, "field 'messages': a list of messages that ends with the assistant's turn"),
+    ({"messages": "a"}, "field 'messages': a list of messages that ends with the assistant's turn"),
+    ({"prompt": "a", "completion": [turn("user", "b")]}, "field 'completion': one turn, the assistant's, is expected"),
+]
+
+
+@pytest.mark.parametrize("row,message", BAD_CONVERSATIONS + BAD_DEMONSTRATIONS)
+def test_a_bad_conversation_is_named(row, message, tmp_path, capsys):
+    load = load_problems if "answer" in row else load_demonstrations
+    with pytest.raises(SystemExit):
+        load(write(tmp_path / "p.jsonl", row), "all" if "answer" in row else 0)
+    assert f"p.jsonl:1: {message}" in capsys.readouterr().err
+
+
+def test_a_bad_conversational_pair_is_named(tmp_path, capsys):
+    chosen, rejected = ([turn("user", q), turn("assistant", q)] for q in "ab")
+    with pytest.raises(SystemExit):
+        load_preference_pairs(write(tmp_path / "p.jsonl", {"chosen": chosen, "rejected": rejected}))
+    assert "p.jsonl:1: chosen and rejected differ before their last turns" in capsys.readouterr().err
 
 
 def test_sampler_shows_every_problem_once_an_epoch_and_resumes_exactly():
