@@ -1,0 +1,90 @@
+r"""Writes the data that benchmarks/real_model.sh trains a real pretrained model on.
+
+    python benchmarks/real_data.py OUT [--gsm8k DIR]
+
+words.jsonl                  arithmetic chains of one to four operations asked in words: "What is 12 plus 7 minus 5?"
+words_demonstrations.jsonl   300 of its training problems with their steps in our tags, for a cold start
+
+With GSM8K's files (train.jsonl and example_model_solutions.jsonl of https://github.com/openai/grade-school-math):
+
+gsm8k_demonstrations.jsonl   its worked solutions in our tags, without its calculator's marks <<1+1=2>>
+gsm8k_samples.jsonl          four models' solutions of each test problem, scored: for train_rm and train_dpo
+"""
+
+import json
+import random
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from data import draw_chain, is_held_out, read_jsonl, write_jsonl  # noqa: E402
+
+PROBLEMS, DEMONSTRATIONS, HARDEST = 4000, 300, 4
+
+
+@dataclass
+class Args:
+    out: tyro.conf.Positional[Path]
+    gsm8k: Path | None = None
+    """directory with GSM8K's files"""
+
+
+def words(out: Path) -> None:
+    rng, problems, demonstrations = random.Random("words"), {}, []
+    while len(problems) < PROBLEMS:
+        first, steps = draw_chain(rng, rng.randint(1, HARDEST))
+        asked = " ".join(f"{'plus' if step > 0 else 'minus'} {abs(step)}" for step in steps)
+        question, total, thoughts = f"What is {first} {asked}?", first, []
+        for step in steps:
+            thoughts.append(f"{total} {'+' if step > 0 else '-'} {abs(step)} = {total + step}")
+            total += step
+        if question not in problems and not is_held_out(question) and len(demonstrations) < DEMONSTRATIONS:
+            completion = f"<think>{', '.join(thoughts)}</think><answer>{total}</answer>"
+            demonstrations.append({"prompt": question, "completion": completion})
+        problems[question] = {"question": question, "answer": str(total), "difficulty": len(steps)}
+    write_jsonl(str(out / "words.jsonl"), list(problems.values()))
+    write_jsonl(str(out / "words_demonstrations.jsonl"), demonstrations)
+
+
+def without_marks(text: str) -> str:
+    return re.sub(r"<<.*?>>", "", text)
+
+
+def gsm8k(directory: Path, out: Path) -> None:
+    demonstrations = []
+    for _, row in read_jsonl(str(directory / "train.jsonl")):
+        thoughts, _, answer = without_marks(row["answer"]).partition("\n#### ")
+        completion = f"<think>{thoughts}</think><answer>{answer}</answer>"
+        demonstrations.append({"prompt": row["question"], "completion": completion})
+    write_jsonl(str(out / "gsm8k_demonstrations.jsonl"), demonstrations)
+    names = ("example_model_solutions.jsonl", "model_solutions.jsonl")
+    path = next(directory / name for name in names if (directory / name).exists())
+    records = []
+    for _, row in read_jsonl(str(path)):
+        solutions = [value for value in row.values() if isinstance(value, dict)]
+        completions = [
+            {
+                "text": without_marks("#### ".join(solution["solution"].rsplit("A: ", 1))),
+                "reward": float(solution["is_correct"]),
+                "correct": solution["is_correct"],
+                "finished": True,
+            }
+            for solution in solutions
+        ]
+        answer = row["ground_truth"].rpartition("A:")[2].strip()
+        records.append({"question": row["question"], "answer": answer, "completions": completions})
+    write_jsonl(str(out / "gsm8k_samples.jsonl"), records)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    words(args.out)
+    if args.gsm8k:
+        gsm8k(args.gsm8k, args.out)
+    print(json.dumps({path.name: sum(1 for _ in path.open()) for path in sorted(args.out.glob("*.jsonl"))}))
