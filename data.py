@@ -20,14 +20,18 @@ import re
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
 import tyro
+from transformers import AutoModelForCausalLM
 
 import common
 from common import fail, reason
 from rewards import LANGUAGES, extract_answer
+
+MODES = "think", "no_think"
 
 # ---- Problems ------------------------------------------------------------------------------------------------------
 
@@ -42,9 +46,10 @@ class Problem:
 
 
 def is_held_out(question: str) -> bool:
-    """True for one question in ten. Decided by the question's text alone, so that no seed, order or file can
-    put the same problem into both the train and the eval split."""
-    return int.from_bytes(hashlib.sha256(question.encode()).digest()[:8], "big") % 10 == 0
+    """True for one question in ten. Decided by the question's text alone, without system turn and thinking mode, so
+    that no seed, order or file can put the same problem into both the train and the eval split."""
+    text = re.sub(f" /(?:{'|'.join(MODES)})$", "", plain_text(question))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 10 == 0
 
 
 def load_problems(source: str, split: str, limit: int | None = None, seed: int = 0) -> list[Problem]:
@@ -196,8 +201,8 @@ def conversation(question: str) -> list[dict]:
 
 
 def plain_text(question: str) -> str:
-    """A question without its roles."""
-    return "\n\n".join(message["content"] for message in conversation(question))
+    """A question without roles and system turn."""
+    return "\n\n".join(message["content"] for message in conversation(question) if message["role"] != "system")
 
 
 def question_field(row: dict, names: tuple[str, ...]) -> str:
@@ -359,7 +364,8 @@ def encode_prompts(tokenizer, questions: list[str], system_prompt: str = "") -> 
     the system prompt at the head of the user's turn.
     """
     if not tokenizer.chat_template:
-        return [tokenizer(plain_text(question)).input_ids for question in questions]
+        texts = ["\n\n".join(message["content"] for message in conversation(question)) for question in questions]
+        return [tokenizer(text).input_ids for text in texts]
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
 
     def chats(in_user_turn: bool) -> list:
@@ -533,10 +539,10 @@ def drop_multiple_choice(problems: list[Problem], dropped: Counter) -> list[Prob
     question with a letter as the answer, and answers that are true, false, yes or no."""
     kept = []
     for problem in problems:
-        answer = problem.answer.lower().strip(" .(")
+        text, answer = plain_text(problem.question), problem.answer.lower().strip(" .(")
         if answer in ("true", "false", "yes", "no"):
             dropped["true or false"] += 1
-        elif re.match(r"[a-e]\b", answer) and {"a", "b"} <= set(map(str.lower, OPTION.findall(problem.question))):
+        elif re.match(r"[a-e]\b", answer) and {"a", "b"} <= {o.lower() for o in OPTION.findall(text)}:
             dropped["multiple choice"] += 1
         else:
             kept.append(problem)
@@ -566,7 +572,7 @@ def decontaminate(problems: list[Problem], held_out: list[Problem], n: int, drop
     """Drops what shares n words in a row with a held-out question. A held-out question of fewer words must be the whole
     problem, or, where it has at least 8 words and signs, a part of it: shorter ones are parts of others by chance."""
     long, short = set(), set()
-    for question in (p.question for p in held_out):
+    for question in (plain_text(p.question) for p in held_out):
         words = re.findall(r"\w+", question.lower())
         if len(words) >= n:
             long |= ngrams(words, n)
@@ -575,8 +581,8 @@ def decontaminate(problems: list[Problem], held_out: list[Problem], n: int, drop
     lengths = {len(question) for question in short if len(question) >= 8}
     kept = []
     for problem in problems:
-        tokens = tokens_of(problem.question)
-        shared = ngrams(re.findall(r"\w+", problem.question.lower()), n) & long
+        text = plain_text(problem.question)
+        tokens, shared = tokens_of(text), ngrams(re.findall(r"\w+", text.lower()), n) & long
         if shared or tuple(tokens) in short or any(ngrams(tokens, length) & short for length in lengths):
             dropped[f"{n}-gram of a held-out question"] += 1
         else:
@@ -589,13 +595,14 @@ def drop_duplicates(problems: list[Problem], near: float, dropped: Counter) -> l
     the same numbers that share `near` of their triples of words and signs (Jaccard)."""
     kept, seen, triples, index = [], set(), [], {}
     for problem in problems:
-        tokens = tokens_of(re.sub(r'[.,;:?"]+(?=\s|$)', " ", problem.question))
+        text = plain_text(problem.question)
+        tokens = tokens_of(re.sub(r'[.,;:?"]+(?=\s|$)', " ", text))
         if tuple(tokens) in seen:
             dropped["duplicate"] += 1
             continue
         seen.add(tuple(tokens))
         mine = ngrams(tokens, 3) or {tuple(tokens)}
-        numbers = tuple(re.findall(r"\d+(?:[.,:]\d+)*", problem.question))
+        numbers = tuple(re.findall(r"\d+(?:[.,:]\d+)*", text))
         shared = Counter(other for gram in mine for other in index.get((numbers, gram), ()))
         if any(count >= near * (len(mine) + len(triples[other]) - count) for other, count in shared.items()):
             dropped["near duplicate"] += 1
@@ -609,7 +616,6 @@ def drop_duplicates(problems: list[Problem], near: float, dropped: Counter) -> l
 
 # ---- Thinking mode (Qwen3, arXiv:2505.09388, section 4.3) ------------------------------------------------------------
 
-MODES = "think", "no_think"
 EMPTY_THINKING = "<think>\n\n</think>\n\n"
 
 
@@ -737,20 +743,90 @@ def free_memory(device: torch.device) -> float:
     return next((int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable")), math.inf)
 
 
-def check_memory(policy, prompts: list[list[int]], args) -> None:
-    """Ends a run before it begins where sampling, at the longest prompt, and the optimizer can't fit in what is free
-    now."""
-    rows, longest = args.prompts_per_step * args.group_size, max(map(len, prompts))
-    tokens = (args.prompts_per_step if common.takes_groups(policy) else rows) * longest + rows * args.max_new_tokens
-    logits = 3 * 4 * rows * policy.config.get_text_config().vocab_size
-    sampling = tokens * cache_bytes(policy.config, policy.dtype) + logits
-    training = sum(p.numel() for p in policy.parameters()) * (12 if policy.dtype == torch.float32 else 16)
-    needed = sampling + training if policy.device.type == "cuda" else max(sampling, training)  # one after the other
-    if needed > (free := free_memory(policy.device)):
-        sizes = f"--prompts-per-step {args.prompts_per_step} --group-size {args.group_size}"
-        sizes += f" --max-new-tokens {args.max_new_tokens}"
-        takes = f"sampling takes {sampling / 1e9:.1f} GB, gradients and optimizer {training / 1e9:.1f} GB"
-        fail(f"{sizes}: {takes}, {free / 1e9:.1f} GB are free; lower them, or take a smaller --model")
+def parameters(config) -> int:
+    """Of the causal LM; no weight is made."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+
+
+def memory_needs(config, size: int, args, dtype: torch.dtype, longest: int, cpu: bool) -> dict[str, float]:
+    """Bytes that a run takes, by what they are for. An estimate: benchmarks/memory.py compares it with measured peaks.
+
+    size: parameters of the model; longest: tokens of the longest prompt (RL), demonstration or preference pair.
+    """
+    config = config.get_text_config()
+    heads, hidden, layers = config.num_attention_heads, config.hidden_size, config.num_hidden_layers
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    keys = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+    width = next((w for w in (getattr(config, n, None) for n in ("intermediate_size", "n_inner")) if w), 4 * hidden)
+    item, P, G = dtype.itemsize, getattr(args, "prompts_per_step", 0), getattr(args, "group_size", 1)
+    completion = args.max_new_tokens if P else 0
+    critic = hasattr(args, "gae_lambda") and getattr(args, "baseline", "value") == "value"
+    frozen = (P > 0 and getattr(args, "kl_coef", 0) > 0) + bool(getattr(args, "reward_model", None))
+    trained = 1 + critic
+
+    # What autograd keeps of a token in a Llama-like layer: of the MLP four times its width, queries twice, keys and
+    # values three times, and of the layer's own width four in the dtype and two, in the norms, in fp32.
+    row = longest + completion
+    tokens = min(max(args.micro_batch_tokens, row), (getattr(args, "minibatch_size", None) or P * G) * row)
+    tokens *= (completion + longest / G) / row  # a prompt is computed once for its group, see sampling.PackedGroups
+    layer = tokens * (item * (4 * width + 2 * heads * head_dim + 3 * keys + 4 * hidden) + 8 * hidden)
+    kept = layers * tokens * hidden * item + layer if args.gradient_checkpointing else layers * layer
+    scores = 3 * 4 * tokens * heads * row if cpu else 0  # of one layer; a GPU's kernel keeps none
+    head = 3 * 4 * min(tokens * config.vocab_size, common.LOGITS_AT_ONCE) + 4 * config.vocab_size * hidden
+    return {
+        "weights": size * item * (trained + frozen),
+        "optimizer": size * trained * (8 if item == 4 else 12),  # Adam's two moments, and fp32 masters
+        "sampling": P * (longest + G * completion) * cache_bytes(config, dtype) + 3 * 4 * P * G * config.vocab_size,
+        "training": size * trained * 4 + kept + scores + head,  # gradients, in fp32
+    }
+
+
+def peak(needs: dict[str, float], cpu: bool) -> float:
+    """Bytes, with what the libraries take for themselves. On a CPU sampling and training take turns; on a GPU the
+    sampler's graphs keep their buffers."""
+    turns = needs["sampling"], needs["training"]
+    return 0.6e9 + needs["weights"] + needs["optimizer"] + (max(turns) if cpu else sum(turns))
+
+
+def flags_that_fit(config, size: int, args, dtype: torch.dtype, longest: int, memory: float, cpu: bool) -> dict | None:
+    """The first change of flags, from those that change the time only to those that change the run, under which it
+    fits into `memory` bytes; {} where it fits as it is, None where nothing helps."""
+    P, minibatch = getattr(args, "prompts_per_step", 1), getattr(args, "minibatch_size", None) or 0
+    budgets = [args.micro_batch_tokens, *(2**n for n in range(14, 9, -1) if 2**n < args.micro_batch_tokens)]
+    for prompts in (P // 2**n for n in range(20)):
+        if prompts < P and (prompts < 2 or prompts * args.group_size < minibatch):
+            return None
+        for checkpointing in {args.gradient_checkpointing: None, True: None}:
+            for budget in budgets:
+                change = {"micro_batch_tokens": budget, "gradient_checkpointing": checkpointing}
+                change |= {"prompts_per_step": prompts} if hasattr(args, "prompts_per_step") else {}
+                changed = SimpleNamespace(**vars(args) | change)
+                if peak(memory_needs(config, size, changed, dtype, longest, cpu), cpu) <= memory:
+                    return {name: value for name, value in change.items() if value != getattr(args, name)}
+    return None
+
+
+def as_flags(change: dict) -> str:
+    return " ".join("--" + k.replace("_", "-") + ("" if v is True else f" {v}") for k, v in change.items())
+
+
+def check_memory(args, config, lengths: list[int], device: torch.device, dtype: torch.dtype) -> None:
+    """Ends a run before anything is loaded where it can't fit in what is free now, with flags under which it would.
+    lengths: tokens of the prompts (RL), demonstrations or preference pairs."""
+    free, cpu = free_memory(device), device.type == "cpu"
+    try:
+        size = parameters(config)
+        change = flags_that_fit(config, size, args, dtype, max(lengths), free, cpu)
+    except (AttributeError, ValueError, TypeError):  # no transformer, or no causal LM: nothing is known of it
+        return
+    if change == {}:
+        return
+    parts = memory_needs(config, size, args, dtype, max(lengths), cpu)
+    takes = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in parts.items() if value)
+    total = f"--model {args.model}: the run takes about {peak(parts, cpu) / 1e9:.1f} GB ({takes})"
+    advice = f"it would fit with {as_flags(change)}" if change else "no flags make it fit; take a smaller model"
+    fail(f"{total}, {free / 1e9:.1f} GB are free: {advice}")
 
 
 # ---- Preference pairs ----------------------------------------------------------------------------------------------
@@ -849,8 +925,8 @@ def read_pairs(rows: list[tuple[str, dict]], source: str, dropped: Counter) -> l
     pairs, errors = {}, []
     for place, row in rows:
         try:
-            if row.get("prompt") is None and row.get("question") is None and isinstance(row.get("chosen"), list):
-                question, chosen = split_conversation("chosen", row["chosen"])  # each with the prompt before it
+            if isinstance(row.get("chosen"), list) and len(row["chosen"]) > 1:  # each with the prompt before it
+                question, chosen = split_conversation("chosen", row["chosen"])
                 other, rejected = split_conversation("rejected", row.get("rejected"))
                 if other != question:
                     raise ValueError("chosen and rejected differ before their last turns")

@@ -1,7 +1,8 @@
 """Accuracy of a model on held-out problems, and the samples file.
 
     python evaluate.py --model runs/.../final
-    python evaluate.py --num-samples 8 --output samples.jsonl      # pass@k, majority vote; N-best for later stages
+    python evaluate.py --num-samples 8                             # pass@k, majority vote
+    python evaluate.py --split all --num-samples 8 --output samples.jsonl               # N-best for later stages
     python evaluate.py --stages base=models/tiny-arithmetic grpo=runs/.../final --temperatures 0.5 1.5   # side by side
 
 Accuracy is reported *sampled at temperature 1* (the policy that RL trains) and greedy, each with a 95% interval.
@@ -345,11 +346,15 @@ def comparison_table(before: dict[str, float], after: dict[str, float]) -> str:
     return format_table(header, table)
 
 
-def pair_table(before: dict[str, float], after: dict[str, float]) -> str:
-    """What a preference method's evaluations say beside the accuracy, before and after training."""
+def pair_table(before: dict[str, float], after: dict[str, float], questions: list[str]) -> str:
+    """What a preference method's evaluations say beside the accuracy, before and after training. questions: those of
+    the held-out pairs; pairs of one question say much the same, so the interval is that of so many questions."""
     names = ("pair_accuracy", "pair_margin", "pair_loss", "calibration", "kl", "win_rate")
     rows = [[name, before[f"eval/{name}"], after[f"eval/{name}"]] for name in names if f"eval/{name}" in after]
-    return format_table(["held-out", "before", "after"], rows)
+    if rows and rows[0][0] == "pair_accuracy":
+        ranges = ["{:.3f}-{:.3f}".format(*interval(rate, len(set(questions)))) for rate in rows[0][1:]]
+        rows.insert(1, ["  its 95% interval", *ranges])
+    return format_table([f"held-out, {len(questions)} pairs", "before", "after"], rows)
 
 
 # ---- What the train scripts log --------------------------------------------------------------------------------------
@@ -562,7 +567,8 @@ class Args:
     judge_model: str | None = None
     """a causal LM that is asked whether an answer that the rules don't match is the reference answer"""
     verifier_model: str | None = None
-    """a reward model that scores such an answer instead: above 0 is right"""
+    """a reward model that scores such an answer instead: above 0 is right (trained with --system-prompt '' on pairs of
+    a right and a wrong answer to "Question: ...\nReference answer: ...")"""
     output: str | None = None
     """write the samples file here: a line per problem with its completions"""
     batch_size: int = 256

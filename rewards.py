@@ -274,7 +274,10 @@ def serve_math_verify() -> None:
 
     replies, sys.stdout, sys.stderr = sys.stdout, open(os.devnull, "w"), open(os.devnull, "w")
     logging.disable(logging.CRITICAL)
-    resource.setrlimit(resource.RLIMIT_AS, (MATH_VERIFY_BYTES, MATH_VERIFY_BYTES))
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (MATH_VERIFY_BYTES, MATH_VERIFY_BYTES))
+    except (ValueError, OSError):  # macOS has no such limit
+        pass
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # its default is to end the process, inside C code as well
     # LaTeX only: the package's other reader hands the text to sympy's parse_expr, which evaluates it. Without
     # units: it counts letters such as m, s and ab among them, and 5m would equal 5.

@@ -79,7 +79,7 @@ class Args:
     overlong_buffer: int = 8
     """tokens before --max-new-tokens over which that penalty sets in"""
     truncated: Literal["score", "wrong", "mask"] = "score"
-    """a completion cut by the length limit: scored like any other | never right | not learned from (advantage 0)"""
+    """a completion cut by the length limit: scored like any other | never right | advantage 0"""
     judge_model: str | None = None
     """a causal LM that is asked whether an answer that the rules don't match is the reference answer"""
     verifier_model: str | None = None
@@ -220,7 +220,9 @@ def main(args: Args) -> None:
     prompts = encode_prompts(tokenizer, [p.question for p in problems], args.system_prompt)
     eval_prompts = encode_prompts(tokenizer, [p.question for p in eval_problems], args.system_prompt)
     names = [p.id for p in problems + eval_problems]
-    check_context(prompts + eval_prompts, names, load_config(args.model), args.max_new_tokens)
+    config = load_config(args.model)
+    check_context(prompts + eval_prompts, names, config, args.max_new_tokens)
+    data.check_memory(args, config, list(map(len, prompts)), device, dtype)
     verify = evaluate.Verifier(args, device, dtype)
 
     state = common.load_checkpoint(args.resume)  # {} unless a run is resumed
@@ -228,7 +230,6 @@ def main(args: Args) -> None:
     stop = common.StopSignal()
     health = evaluate.Health(run_dir, tokenizer, args.max_bad_updates)
     policy = common.load_policy(state.get("model", args.model), device, dtype, tokenizer.eos_token_id)
-    data.check_memory(policy, prompts, args)
     ref = common.load_policy(args.model, device, dtype).requires_grad_(False) if args.kl_coef > 0 else None
     reward_model = common.load_reward_model(args.reward_model, device, dtype) if args.reward_model else None
     optimizer = common.MasterAdamW(policy, lr=args.learning_rate, eps=1e-5)

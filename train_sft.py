@@ -31,6 +31,7 @@ from data import (
     ProblemSampler,
     check_context,
     check_flags,
+    check_memory,
     context_length,
     encode_completions,
     encode_prompts,
@@ -141,6 +142,7 @@ def main(args: Args) -> None:
     train = [i for i in fits if not is_held_out(texts[i][0])]
     if len(train) < args.minibatch_size:
         fail(f"--minibatch-size {args.minibatch_size}: only {len(train)} demonstrations are left to train on")
+    check_memory(args, config, [len(prompts[i] + completions[i]) for i in train], device, dtype)
 
     state = common.load_checkpoint(args.resume)  # {} unless a run is resumed
     run_dir, writer = common.start_run(args, state)

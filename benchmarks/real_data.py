@@ -2,12 +2,13 @@ r"""Writes the data that benchmarks/real_model.sh trains a real pretrained model
 
     python benchmarks/real_data.py OUT [--gsm8k DIR]
 
-words.jsonl                  arithmetic chains of one to four operations asked in words: "What is 12 plus 7 minus 5?"
+words.jsonl                  chains of one or two operations asked in words: "What is 12 plus 7 minus 5?"
 words_demonstrations.jsonl   300 of its training problems with their steps in our tags, for a cold start
 
 With GSM8K's files (train.jsonl and example_model_solutions.jsonl of https://github.com/openai/grade-school-math):
 
 gsm8k_demonstrations.jsonl   its worked solutions in our tags, without its calculator's marks <<1+1=2>>
+gsm8k_few.jsonl              40 of the test problems whose pairs are held out, for DPO's evaluations
 gsm8k_samples.jsonl          four models' solutions of each test problem, scored: for train_rm and train_dpo
 """
 
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import draw_chain, is_held_out, read_jsonl, write_jsonl  # noqa: E402
 
-PROBLEMS, DEMONSTRATIONS, HARDEST = 4000, 300, 4
+PROBLEMS, DEMONSTRATIONS, HARDEST, FEW = 4000, 300, 2, 40
 
 
 @dataclass
@@ -55,6 +56,22 @@ def without_marks(text: str) -> str:
     return re.sub(r"<<.*?>>", "", text)
 
 
+def model_solutions(directory: Path) -> list[dict]:
+    """The rows of a samples file: each test problem with four models' solutions, scored by the file's own verdict."""
+    names = ("example_model_solutions.jsonl", "model_solutions.jsonl")
+    path = next(directory / name for name in names if (directory / name).exists())
+    records = []
+    for _, row in read_jsonl(str(path)):
+        completions = []
+        for solution in (value for value in row.values() if isinstance(value, dict)):
+            text = without_marks("\n####".join(solution["solution"].rsplit("\nA:", 1)))
+            right = solution["is_correct"]
+            completions.append({"text": text, "reward": float(right), "correct": right, "finished": True})
+        answer = row["ground_truth"].rpartition("A:")[2].strip()
+        records.append({"question": row["question"], "answer": answer, "completions": completions})
+    return records
+
+
 def gsm8k(directory: Path, out: Path) -> None:
     demonstrations = []
     for _, row in read_jsonl(str(directory / "train.jsonl")):
@@ -62,23 +79,9 @@ def gsm8k(directory: Path, out: Path) -> None:
         completion = f"<think>{thoughts}</think><answer>{answer}</answer>"
         demonstrations.append({"prompt": row["question"], "completion": completion})
     write_jsonl(str(out / "gsm8k_demonstrations.jsonl"), demonstrations)
-    names = ("example_model_solutions.jsonl", "model_solutions.jsonl")
-    path = next(directory / name for name in names if (directory / name).exists())
-    records = []
-    for _, row in read_jsonl(str(path)):
-        solutions = [value for value in row.values() if isinstance(value, dict)]
-        completions = [
-            {
-                "text": without_marks("#### ".join(solution["solution"].rsplit("A: ", 1))),
-                "reward": float(solution["is_correct"]),
-                "correct": solution["is_correct"],
-                "finished": True,
-            }
-            for solution in solutions
-        ]
-        answer = row["ground_truth"].rpartition("A:")[2].strip()
-        records.append({"question": row["question"], "answer": answer, "completions": completions})
-    write_jsonl(str(out / "gsm8k_samples.jsonl"), records)
+    write_jsonl(str(out / "gsm8k_samples.jsonl"), model_solutions(directory))
+    few = [row for _, row in read_jsonl(str(directory / "test.jsonl")) if is_held_out(row["question"])][:FEW]
+    write_jsonl(str(out / "gsm8k_few.jsonl"), few)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,10 @@ from pathlib import Path
 
 import tyro
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from real_data import model_solutions  # noqa: E402
 
 from data import read_jsonl  # noqa: E402
 from rewards import accuracy_reward, answers_match, extract_answer, last_boxed  # noqa: E402
@@ -85,15 +88,11 @@ def gsm8k_answers(directory: Path) -> None:
 
 
 def gsm8k_solutions(directory: Path) -> None:
-    names = ("example_model_solutions.jsonl", "model_solutions.jsonl")
-    path = next(directory / name for name in names if (directory / name).exists())
     tally = Tally("GSM8K: models' solutions against is_correct")
-    for _, row in read_jsonl(str(path)):
-        gold = row["ground_truth"].rpartition("A:")[2].strip()
-        for solution in (value for value in row.values() if isinstance(value, dict)):
-            text = "####".join(solution["solution"].rsplit("\nA:", 1))  # the file's own mark of the answer
-            right = accuracy_reward(text, gold) == 1.0
-            tally.check(right, solution["is_correct"], solution["solution"][-80:], gold)
+    for record in model_solutions(directory):
+        for solution in record["completions"]:
+            right = accuracy_reward(solution["text"], record["answer"]) == 1.0
+            tally.check(right, solution["correct"], solution["text"][-80:], record["answer"])
     tally.print()
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from transformers import AutoConfig
 import common
 import data
 import evaluate
+import train_dpo
 import train_grpo
 import train_kimi
 import train_pg
 import train_ppo
+import train_rm
 import train_sft
 
 
@@ -112,23 +115,66 @@ def test_the_critics_flags(script, changes, message, tmp_path, capsys, no_model)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script", [train_pg, train_ppo, train_grpo, train_kimi])
-def test_a_batch_that_can_not_fit_is_refused_before_the_first_step(script, tmp_path, capsys, monkeypatch):
-    """The flags to lower are named, and nothing was sampled."""
+SCRIPTS = [train_pg, train_ppo, train_grpo, train_kimi, train_sft, train_rm, train_dpo]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_that_can_not_fit_is_refused_before_anything_is_loaded(script, tmp_path, capsys, monkeypatch, no_model):
+    """With what it takes, and that nothing would help; no run directory is left behind."""
     monkeypatch.setattr(data, "free_memory", lambda device: 30e6)
-    monkeypatch.setattr(common, "sample_groups", lambda *args, **kwargs: 1 / 0)
-    args = script.Args(model=EMBEDDED, run_root=str(tmp_path))
+    if hasattr(script.Args, "pair_problems"):
+        pairs = [{"prompt": f"{i}+1=", "chosen": "1", "rejected": "2"} for i in range(100)]
+        (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        args = script.Args(model=EMBEDDED, data=str(tmp_path / "pairs.jsonl"), run_root=str(tmp_path / "runs"))
+    else:
+        args = script.Args(model=EMBEDDED, run_root=str(tmp_path / "runs"))
     error = refuse(script.main, args, capsys)
-    assert "--prompts-per-step 32 --group-size 8 --max-new-tokens 40: sampling takes 0.0" in error
-    assert "gradients and optimizer 0.0 GB, 0.0 GB are free; lower them" in error
+    assert f"--model {EMBEDDED}: the run takes about 0." in error and "0.0 GB are free: no flags make it fit" in error
+    assert not (tmp_path / "runs").exists()
 
 
-def test_the_memory_that_sampling_takes():
-    """KV cache by its shape: 2 (keys, values) x layers x heads x head size x bytes, a token."""
+def test_the_flags_that_would_fit_are_named(tmp_path, capsys, monkeypatch, no_model):
+    """First those that change the time alone, then those that change the run."""
+    args = train_grpo.Args(model=EMBEDDED, run_root=str(tmp_path / "runs"))
+    args.prompts_per_step, args.group_size, config, longest = 16, 2, common.load_config(EMBEDDED), 200
+    size = data.parameters(config)
+    assert size == 804_864
+
+    def fits(memory: float, **changes) -> dict | None:
+        changed = replace(args, **changes)
+        return data.flags_that_fit(config, size, changed, torch.float32, longest, memory, cpu=True)
+
+    needs = data.peak(data.memory_needs(config, size, args, torch.float32, longest, cpu=True), cpu=True)
+    assert fits(needs) == {} and fits(0.5e9) is None
+    assert fits(needs - 1) == {"micro_batch_tokens": 4096}
+    steps = [fits(0.6e9 + 1e6 * free) for free in range(800, 10, -2)]
+    order = [change for i, change in enumerate(steps) if change and change != steps[i - 1]]
+    assert {"micro_batch_tokens": 1024} in order
+    harder = [sorted({"gradient_checkpointing", "prompts_per_step"} & change.keys()) for change in order]
+    assert [] in harder and ["gradient_checkpointing"] in harder and "prompts_per_step" in harder[-1]
+    assert harder.index([]) < harder.index(["gradient_checkpointing"])
+    assert fits(0.6e9 + 2e8, prompts_per_step=10_000)["prompts_per_step"] < 10_000
+    for change in order:  # what is advised does fit
+        assert fits(0.6e9 + 8e8, **change) == {}
+
+    monkeypatch.setattr(data, "free_memory", lambda device: 0.6e9 + 7e7)  # for this script's own, shorter prompts
+    assert "0.7 GB are free: it would fit with --micro-batch-tokens 1024" in refuse(train_grpo.main, args, capsys)
+
+
+def test_what_a_run_is_reckoned_to_take():
+    """Weights, masters and Adam's moments of every trained model; the KV cache by its shape."""
     config = common.load_config(EMBEDDED)
-    assert data.cache_bytes(config, torch.float32) == 2 * 4 * 4 * 32 * 4
+    assert data.cache_bytes(config, torch.float32) == 2 * 4 * 4 * 32 * 4  # keys and values, layers, heads, size, bytes
     assert data.cache_bytes(config, torch.bfloat16) == 2 * 4 * 4 * 32 * 2
     assert data.free_memory(torch.device("cpu")) > 1e8
+    grpo = data.memory_needs(config, 1000, train_grpo.Args(), torch.float32, 30, cpu=True)
+    assert grpo["weights"] == 4000 and grpo["optimizer"] == 8000
+    assert data.memory_needs(config, 1000, train_grpo.Args(kl_coef=0.1), torch.float32, 30, cpu=True)["weights"] == 8000
+    assert data.memory_needs(config, 1000, train_grpo.Args(), torch.bfloat16, 30, cpu=True)["optimizer"] == 12_000
+    ppo = data.memory_needs(config, 1000, train_ppo.Args(kl_coef=0.05), torch.float32, 30, cpu=True)
+    assert ppo["weights"] == 12_000 and ppo["optimizer"] == 16_000  # policy, critic, and a reference
+    cached = 32 * 30 + 256 * 40
+    assert grpo["sampling"] == cached * data.cache_bytes(config, torch.float32) + 12 * 256 * 103
 
 
 @pytest.mark.parametrize("message", ["CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"])

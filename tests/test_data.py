@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,12 @@ from conftest import EMBEDDED
 
 import common
 from data import (
+    Problem,
     ProblemSampler,
     arithmetic_demonstrations,
     conversation,
+    decontaminate,
+    drop_duplicates,
     encode_completions,
     encode_prompts,
     is_held_out,
@@ -229,7 +233,7 @@ def test_conversations_are_understood(tmp_path):
     )
     first, second, third = load_problems(path, "all")
     assert first.question == "plain" and second.question == third.question
-    assert conversation(second.question) == asked and plain_text(second.question) == "s\n\na\n\nb\n\nc"
+    assert conversation(second.question) == asked and plain_text(second.question) == "a\n\nb\n\nc"
     assert conversation("[not a list") == [turn("user", "[not a list")]
     assert conversation('[{"role": broken') == [turn("user", '[{"role": broken')]
 
@@ -252,6 +256,20 @@ def test_conversations_are_understood(tmp_path):
     )
     pairs = load_preference_pairs(path)
     assert [(p.question, p.chosen, p.rejected) for p in pairs] == [(q, "d", "e") for q in (second.question, "q", "r")]
+
+
+def test_a_system_turn_or_a_mode_makes_no_other_problem(tmp_path):
+    """The same split, and one of two duplicates, whichever way a question is written; decontamination does not look at
+    what all problems have in common."""
+    for i in range(50):
+        chat = json.dumps([turn("system", "s"), turn("user", f"q{i}")])
+        assert is_held_out(f"q{i}") == is_held_out(chat) == is_held_out(mode_question(f"q{i}", "no_think"))
+        assert is_held_out(chat) == is_held_out(mode_question(chat, "think"))
+    system = " ".join(f"word{i}" for i in range(20))
+    ours, theirs = (json.dumps([turn("system", system), turn("user", f"{who} has 7 apples")]) for who in "ab")
+    problems, dropped = [Problem(ours, "7", "1"), Problem("a has 7 apples", "7", "2")], Counter()
+    assert drop_duplicates(problems, 1.0, dropped) == problems[:1]
+    assert decontaminate(problems, [Problem(theirs, "7")], 13, dropped) == problems
 
 
 def test_conversations_reach_the_template(embedded):
