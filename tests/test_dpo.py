@@ -238,7 +238,8 @@ BAD_PAIRS = [
     ([{"prompt": "1+1=", "rejected": "2"}], "p.jsonl:2: no field 'chosen'"),
     ([{"chosen": "2", "rejected": "3"}], "p.jsonl:2: no field 'prompt' or 'question'"),
     ([{"prompt": "1+1=", "chosen": "2", "rejected": "2"}], "p.jsonl:2: chosen and rejected are equal"),
-    ([{"prompt": "1+1=", "chosen": ["2"], "rejected": "2"}], "p.jsonl:2: field 'chosen' is of type list"),
+    ([{"prompt": "1+1=", "chosen": ["2"], "rejected": "2"}], "p.jsonl:2: field 'chosen': each message needs a role"),
+    ([{"prompt": "1+1=", "chosen": {"a": 1}, "rejected": "2"}], "p.jsonl:2: field 'chosen' is of type dict"),
     ([{"prompt": "1+" * 140 + "1=", "chosen": "2", "rejected": "3"}], "leaves no room in the model's context of 256"),
 ]
 BAD_SAMPLES = [
