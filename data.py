@@ -207,10 +207,10 @@ def plain_text(question: str) -> str:
 
 def question_field(row: dict, names: tuple[str, ...]) -> str:
     """The first of the named fields: a text, or messages that end with the user's turn."""
-    name = next((name for name in names if isinstance(row.get(name), list)), None)
-    if name is None or any(row.get(earlier) is not None for earlier in names[: names.index(name)]):
-        return text_field(row, names)
-    return as_question(name, read_messages(name, row[name]))
+    name = next((name for name in names if row.get(name) is not None), None)
+    if isinstance(row.get(name), list):
+        return as_question(name, read_messages(name, row[name]))
+    return text_field(row, names)
 
 
 def completion_field(row: dict, name: str) -> str:
@@ -726,12 +726,17 @@ def check_context(
         fail(f"problem {name!r}: {need} exceed the model's context of {context}{more}")
 
 
+def attention_widths(config) -> tuple[int, int]:
+    """Of a token's queries and of its keys, all heads together; values are as wide as keys."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads * head_dim, (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+
+
 def cache_bytes(config, dtype: torch.dtype) -> int:
     """Of one token's keys and values in all layers."""
     config = config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize
+    return 2 * config.num_hidden_layers * attention_widths(config)[1] * dtype.itemsize
 
 
 def free_memory(device: torch.device) -> float:
@@ -756,8 +761,7 @@ def memory_needs(config, size: int, args, dtype: torch.dtype, longest: int, cpu:
     """
     config = config.get_text_config()
     heads, hidden, layers = config.num_attention_heads, config.hidden_size, config.num_hidden_layers
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    keys = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+    queries, keys = attention_widths(config)
     width = next((w for w in (getattr(config, n, None) for n in ("intermediate_size", "n_inner")) if w), 4 * hidden)
     item, P, G = dtype.itemsize, getattr(args, "prompts_per_step", 0), getattr(args, "group_size", 1)
     completion = args.max_new_tokens if P else 0
@@ -770,7 +774,7 @@ def memory_needs(config, size: int, args, dtype: torch.dtype, longest: int, cpu:
     row = longest + completion
     tokens = min(max(args.micro_batch_tokens, row), (getattr(args, "minibatch_size", None) or P * G) * row)
     tokens *= (completion + longest / G) / row  # a prompt is computed once for its group, see sampling.PackedGroups
-    layer = tokens * (item * (4 * width + 2 * heads * head_dim + 3 * keys + 4 * hidden) + 8 * hidden)
+    layer = tokens * (item * (4 * width + 2 * queries + 3 * keys + 4 * hidden) + 8 * hidden)
     kept = layers * tokens * hidden * item + layer if args.gradient_checkpointing else layers * layer
     scores = 3 * 4 * tokens * heads * row if cpu else 0  # of one layer; a GPU's kernel keeps none
     head = 3 * 4 * min(tokens * config.vocab_size, common.LOGITS_AT_ONCE) + 4 * config.vocab_size * hidden
@@ -797,7 +801,7 @@ def flags_that_fit(config, size: int, args, dtype: torch.dtype, longest: int, me
     for prompts in (P // 2**n for n in range(20)):
         if prompts < P and (prompts < 2 or prompts * args.group_size < minibatch):
             return None
-        for checkpointing in {args.gradient_checkpointing: None, True: None}:
+        for checkpointing in (True,) if args.gradient_checkpointing else (False, True):
             for budget in budgets:
                 change = {"micro_batch_tokens": budget, "gradient_checkpointing": checkpointing}
                 change |= {"prompts_per_step": prompts} if hasattr(args, "prompts_per_step") else {}

@@ -277,7 +277,7 @@ class PackedGroups:
     def __init__(self, prompts: list[list[int]], completions: Tensor, mask: Tensor, group: Tensor):
         device = completions.device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        self.mask, self.group, self.cache = mask, group, None
+        self.cache = None
         self.prompt_mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]  # (P, L)
         flat = torch.tensor([token for prompt in prompts for token in prompt], device=device)
         self.ids = torch.cat([flat, completions[mask]])[None]  # (1, N)

@@ -24,8 +24,8 @@ prioritized sampling (--problem-sampling). Departure: the report gives no tau; o
         --max-new-tokens 512
 
 What you should see from the first command, in 60 s on 2 cores (AMD EPYC): held-out accuracy, sampled at temperature 1,
-from 0.38 to 0.93, greedy accuracy at the hardest difficulty from 0.06 to 1.0; loss/kl, half
-the squared log-ratio to the iteration's start, mean over its updates, well below 0.1.
+from 0.38 to 0.93, greedy accuracy at the hardest difficulty from 0.06 to 1.0; loss/kl, half the
+squared log-ratio to the iteration's start, mean over its updates, well below 0.1.
 """
 
 import math

@@ -5,7 +5,7 @@ of the difference of their scores (Stiennon et al. 2020, arXiv:2009.01325; Ouyan
 
 The model is the policy's backbone under a linear head with one output and no bias, which begins at 0, so that the first
 loss is log 2. A score is read at the completion's last token, its EOS. The loss only sees differences, so the level of
-the scores is arbitrary: their mean over the training pairs is kept in the config as `score_mean`, and
+the scores is arbitrary: their mean over 1,024 training pairs is kept in the config as `score_mean`, and
 `common.completion_scores` subtracts it (Stiennon et al. shift the head's bias; this head has none).
 
 Where it departs from the papers: a batch is of single pairs, and those of a prompt are capped (--max-pairs-per-prompt),
@@ -250,7 +250,7 @@ def main(args: Args) -> None:
 
     bar.close()
     writer.close()
-    some = random.Random(args.seed).sample(train, min(512, len(train)))  # their mean is close enough
+    some = random.Random(args.seed).sample(train, min(1024, len(train)))  # their mean is close enough
     data = [prompts[i] for i in some], [completions[i] for i in some]
     rm.config.score_mean = pair_scores(rm, *data, args.micro_batch_tokens).mean().item()
     common.save_checkpoint(run_dir / "final", rm, tokenizer)

@@ -81,13 +81,13 @@ def measure(args: Args) -> list[list]:
     small = {"prompts_per_step": 4, "max_new_tokens": 64, "micro_batch_tokens": 4096}
     problems = data.load_train_problems(args.problems, None)
     prompts = data.encode_prompts(tokenizer, [p.question for p in problems], data.SYSTEM_PROMPT)
-    device = common.resolve_device("auto")
+    device, size = common.resolve_device("auto"), data.parameters(config)
+    cpu = device.type == "cpu"
     dtype, longest = common.resolve_dtype("auto", device), max(map(len, prompts))
     for setting in SETTINGS:
         run = replace(train_grpo.Args(**small), model=args.measure, problems=args.problems)
         run = tyro.cli(train_grpo.Args, args=setting.split(), default=run)
-        cpu = device.type == "cpu"
-        computed = data.peak(data.memory_needs(config, data.parameters(config), run, dtype, longest, cpu), cpu) / 1e9
+        computed = data.peak(data.memory_needs(config, size, run, dtype, longest, cpu), cpu) / 1e9
         computed -= 0 if cpu else 0.6  # a GPU's peak is of tensors alone
         flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in small.items()) + f" {setting}"
         with tempfile.TemporaryDirectory() as directory:

@@ -5,7 +5,7 @@ r"""Writes the data that benchmarks/real_model.sh trains a real pretrained model
 words.jsonl                  chains of one or two operations asked in words: "What is 12 plus 7 minus 5?"
 words_demonstrations.jsonl   300 of its training problems with their steps in our tags, for a cold start
 
-With GSM8K's files (train.jsonl and example_model_solutions.jsonl of https://github.com/openai/grade-school-math):
+With GSM8K's train.jsonl, test.jsonl, example_model_solutions.jsonl (https://github.com/openai/grade-school-math):
 
 gsm8k_demonstrations.jsonl   its worked solutions in our tags, without its calculator's marks <<1+1=2>>
 gsm8k_few.jsonl              40 of the test problems whose pairs are held out, for DPO's evaluations

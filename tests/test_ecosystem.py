@@ -43,7 +43,7 @@ def test_a_hub_name_is_found_in_the_cache_without_a_network(tmp_path):
     assert "error: --model someone/else: neither a local directory nor a hub name that can be reached" in missing.stderr
 
 
-def test_final_is_a_model_like_any_other(tmp_path, monkeypatch):
+def test_final_is_a_model_like_any_other(tmp_path):
     """Plain transformers loads it, its chat pipeline writes with it, and it writes what our sampler does."""
     quick = {"iterations": 1, "prompts_per_step": 4, "eval_problems": 2, "run_root": str(tmp_path / "runs")}
     final = run(train_grpo.main, train_grpo.Args(model=EMBEDDED, **quick)) / "final"

@@ -51,7 +51,7 @@ def test_the_graph_equals_the_plain_path_and_sees_new_weights(monkeypatch):
     torch.set_float32_matmul_precision("highest")
     assert sampling.takes_groups(policy)
     prompts = encode_prompts(tokenizer, [p.question for p in load_problems("arithmetic", "eval", 80)])
-    prompts = [ids * (1 + 5 * (i % 2)) for i, ids in enumerate(prompts)]  # some beyond BLOCK: shared by their rows
+    prompts = [ids * (1 + 5 * (i % 2)) for i, ids in enumerate(prompts)]  # some much longer
     for batch in (prompts[:40], prompts[40:]):
         rollouts = []
         for decoder in (sampling.PlainDecoder, sampling.GraphDecoder):

@@ -122,7 +122,7 @@ def test_the_gradient_does_not_depend_on_micro_batches(embedded):
 
 def test_a_short_run_learns_to_rank(tmp_path, capsys):
     """From ties to held-out pairs ranked right. The result is an ordinary classifier: transformers' own forward scores
-    as completion_scores does, but for the mean over training pairs, which is then near 0."""
+    as completion_scores does, but for the mean over the training pairs, which is then 0."""
     changes = {"pair_problems": 200, "eval_problems": 60, "minibatch_size": 32, "min_gap": 0.05}
     changes |= {"iterations": 40, "warmup_iterations": 4, "learning_rate": 3e-4}
     run_dir = run(train_rm.main, train_rm.Args(**(SMALL | changes), run_root=str(tmp_path)))
@@ -141,7 +141,7 @@ def test_a_short_run_learns_to_rank(tmp_path, capsys):
     train = [i for i, pair in enumerate(pairs) if not is_held_out(pair.question)]
     model = common.load_reward_model(str(run_dir / "final"))
     scores = pair_scores(model, [prompts[i] for i in train], [completions[i] for i in train], 4096)
-    assert model.config.score_mean != 0 and abs(scores.mean().item()) < 0.1 * scores.std().item()  # of 512 pairs
+    assert model.config.score_mean != 0 and abs(scores.mean().item()) < 1e-4 < scores.std().item()
     plain = AutoModelForSequenceClassification.from_pretrained(run_dir / "final").eval()
     rollout = pair_rollout(prompts[:4], completions[:4], "cpu")
     input_ids = common.PaddedRows(prompts[:4], rollout.completion_ids, rollout.mask, torch.arange(8) // 2).ids
