@@ -346,6 +346,12 @@ def comparison_table(before: dict[str, float], after: dict[str, float]) -> str:
     return format_table(header, table)
 
 
+def ranked_right(margins: Tensor) -> Tensor:
+    """(B,) reward(chosen) - reward(rejected), in nats -> (B,): 1 where the pair is ranked as labelled, 0 where not, 0.5
+    for a tie. A margin within rounding is a tie: that of a policy that is still its reference is 1e-6, not 0."""
+    return ((margins.abs() > 1e-4) * margins.sign() + 1) / 2
+
+
 def pair_table(before: dict[str, float], after: dict[str, float], questions: list[str]) -> str:
     """What a preference method's evaluations say beside the accuracy, before and after training. questions: those of
     the held-out pairs; pairs of one question say much the same, so the interval is that of so many questions."""

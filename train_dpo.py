@@ -62,7 +62,7 @@ from data import (
     pair_micro_batches,
     pair_rollout,
 )
-from evaluate import Clock, Metrics, comparison_table, evaluate_policy, pair_table
+from evaluate import Clock, Metrics, comparison_table, evaluate_policy, pair_table, ranked_right
 from rewards import accuracy_reward
 
 
@@ -177,7 +177,7 @@ def dpo_loss(
         "rewards/chosen": chosen_rewards.mean().item(),
         "rewards/rejected": rejected_rewards.mean().item(),
         "rewards/margin": margins.mean().item(),
-        "rewards/accuracy": ((margins.sign() + 1) / 2).mean().item(),  # a tie: 0.5
+        "rewards/accuracy": ranked_right(margins).mean().item(),
         "logps/chosen": chosen_logps.mean().item(),
         "logps/rejected": rejected_logps.mean().item(),
     }

@@ -46,7 +46,7 @@ from data import (
     pair_micro_batches,
     pair_rollout,
 )
-from evaluate import Clock, Metrics, pair_table
+from evaluate import Clock, Metrics, pair_table, ranked_right
 
 
 @dataclass
@@ -122,7 +122,7 @@ def reward_model_loss(
         "rewards/chosen": chosen_scores.mean().item(),
         "rewards/rejected": rejected_scores.mean().item(),
         "rewards/margin": margins.mean().item(),
-        "rewards/accuracy": ((margins.sign() + 1) / 2).mean().item(),  # a tie: 0.5
+        "rewards/accuracy": ranked_right(margins).mean().item(),
     }
     return (row_weights * per_row).sum(), metrics
 
@@ -130,7 +130,7 @@ def reward_model_loss(
 def calibration_error(margins: Tensor, bins: int = 10) -> float:
     """Expected calibration error: the model is sigmoid(|margin|) sure of the side that it prefers. In each of the equal
     bins of 0.5 to 1, |how often it is right - how sure it is|, weighted by the bin's share of the pairs."""
-    confidence, right = margins.abs().sigmoid(), (margins.sign() + 1) / 2
+    confidence, right = margins.abs().sigmoid(), ranked_right(margins)
     index = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
     gaps = torch.zeros(bins, dtype=margins.dtype, device=margins.device).index_add(0, index, right - confidence)
     return gaps.abs().sum().item() / len(margins)

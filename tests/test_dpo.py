@@ -396,7 +396,8 @@ def test_a_short_run_learns_to_rank(tmp_path, capsys):
     values = {tag: [value for _, value in points] for tag, points in scalars(run_dir).items()}
     assert not set(TAGS) - set(values)
     assert values["loss/policy"][0] == pytest.approx(math.log(2), abs=1e-4)
-    assert abs(values["eval/pair_margin"][0]) < 1e-4 and values["eval/pair_accuracy"][-1] > 0.65
+    assert abs(values["eval/pair_margin"][0]) < 1e-4 and values["eval/pair_accuracy"][0] == 0.5
+    assert values["eval/pair_accuracy"][-1] > 0.65 and values["rewards/accuracy"][0] == 0.5
     assert values["eval/pair_loss"][-1] < values["eval/pair_loss"][0] == pytest.approx(math.log(2), abs=1e-4)
     assert values["eval/win_rate"][0] == 0.5 and abs(values["eval/kl"][0]) < 1e-4
     assert values["loss/kl"][0] < 1e-8 < values["loss/kl"][-1]

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 import common
 import train_rm
 from data import encode_pairs, is_held_out, load_preference_pairs, pair_micro_batches, pair_rollout
+from evaluate import ranked_right
 from train_rm import calibration_error, pair_scores, reward_model_loss
 
 SMALL = {"model": EMBEDDED, "device": "cpu", "pair_problems": 60, "minibatch_size": 8, "eval_problems": 12}
@@ -37,6 +38,10 @@ def test_the_loss_by_hand():
     with_margin, _ = reward_model_loss(chosen, rejected, margin=0.5)
     assert with_margin.item() == pytest.approx(-logsigmoid(chosen - rejected - 0.5).mean().item())
     assert with_margin > loss  # a margin asks for more
+
+
+def test_a_margin_within_rounding_is_a_tie():
+    assert ranked_right(torch.tensor([0.5, -0.5, 0.0, 3e-6, -3e-6])).tolist() == [1, 0, 0.5, 0.5, 0.5]
 
 
 def test_swapped_pairs_negate_the_margin():
