@@ -79,25 +79,28 @@ def minibatches(rollout: Rollout, size: int, seed: int) -> list[list[int]]:
     return [[p * G + g for p in batch for g in range(G)] for batch in batches]
 
 
-def micro_batches(rollout: Rollout, rows: list[int], max_tokens: int) -> list[list[int]]:
-    """`rows` in slices of at most max_tokens tokens of prompt and completion (one row may exceed it): whole groups, of
-    similar length together, or a slice of one that is too large. A model that takes groups computes fewer, each
-    prompt once; one that doesn't, some padding on top."""
+def micro_batches(rollout: Rollout, rows: list[int], max_tokens: int, apart: list[bool] | None = None):
+    """`rows` in slices, lists, of at most max_tokens tokens of prompt and completion (one row may exceed it): whole
+    groups (a model that takes groups computes a prompt once), of similar length together (one that doesn't pads), or
+    a slice of one that is too large. Rows that are True in `apart` share no slice with those that are False."""
+    if apart is not None:
+        parts = [row for row in rows if apart[row]], [row for row in rows if not apart[row]]
+        return [micro for part in parts for micro in micro_batches(rollout, part, max_tokens)]
     G, lengths = rollout.group_size, rollout.lengths.tolist()
     size = {row: len(rollout.prompt_ids[row // G]) + lengths[row] for row in rows}
     groups: dict[int, list[int]] = {}
     for row in sorted(rows, key=lambda row: (size[row], row)):  # ascending: the last row added is the longest
         groups.setdefault(row // G, []).append(row)
-    batches, used = [[]], 0
+    batches, used = [], max_tokens  # the next row opens a slice
     for group in sorted(groups.values(), key=lambda group: size[group[-1]]):
-        if used + sum(size[row] for row in group) > max_tokens and batches[-1]:
-            batches, used = [*batches, []], 0
+        if used + sum(size[row] for row in group) > max_tokens:
+            used = max_tokens
         for row in group:
-            if used + size[row] > max_tokens and batches[-1]:
+            if used + size[row] > max_tokens:
                 batches, used = [*batches, []], 0
             batches[-1].append(row)
             used += size[row]
-    return batches if rows else []
+    return batches
 
 
 # ---- Sampling ------------------------------------------------------------------------------------------------------
@@ -340,13 +343,12 @@ def takes_groups(model: PreTrainedModel) -> bool:
     """True where the model's attention can be ours: plain softmax over everything before. Found out by trying, once
     for a model: hidden states of packed groups must be those of each row alone."""
     if not hasattr(model, "takes_groups"):
-        device, config = model.device, model.config.get_text_config()
+        device, base, config = model.device, model.base_model, model.config.get_text_config()
         before = config._attn_implementation
         a, b, c, d = range(config.vocab_size // 3, config.vocab_size // 3 + 4)  # special tokens are chaotic in bf16
         prompts, completions = [[a, b, c, d, a], [b, d]], torch.tensor([[c, a, d], [a, b, d], [b, b, c]], device=device)
         mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1]], device=device).bool()
         alone = [[*prompts[0], c, a, d], [*prompts[0], a, b], [*prompts[1], b, b, c]]
-        base = model.base_model
         try:
             if not {*(getattr(config, "layer_types", None) or [])} <= {"full_attention", "attention"}:
                 raise NotImplementedError("windows, chunks or recurrences, which texts this short don't show")

@@ -142,7 +142,7 @@ class Args:
 def group_advantages(rewards: Tensor, normalize_std: bool) -> Tensor:
     """(P, G) rewards -> (P, G) advantages, DeepSeekMath section 4.1.2; Dr. GRPO's without the division.
 
-    A group whose rewards are all equal gets exactly 0: the formula alone leaves rounding noise over 1e-4.
+    A group whose rewards are all equal gets exactly 0, not rounding noise.
     """
     advantages = rewards - rewards.mean(1, keepdim=True)
     if normalize_std:
@@ -239,12 +239,11 @@ def main(args: Args) -> None:
         evaluate.log_scalars(writer, scores, x)
     one_update = args.update_epochs == 1 and minibatch_size == batch_size
     if one_update and args.loss_norm == "sequence":
-        print("note: with one update per batch the ratio is 1 and the advantages of a group sum to 0, so a policy loss")
-        print("      near 0 is expected; its gradient is not 0. Watch reward/* and eval/accuracy instead.")
+        print("note: a policy loss near 0 is expected (ratio 1, a group's advantages sum to 0); its gradient is not 0")
 
     bar = tqdm(total=args.iterations, initial=iteration, unit="it")
     metrics, clock = Metrics(), Clock(device)
-    kept, found = [], 0
+    kept = []
     while iteration < args.iterations:
         # ------------------------------------------------------------------------------------------------ 1 sample
         indices = sampler.draw(args.prompts_per_step)
@@ -286,17 +285,13 @@ def main(args: Args) -> None:
         samples = rollout, texts, components
         clock.lap("reward")
 
-        # Dynamic sampling (DAPO section 3.2): groups that teach nothing are replaced before the update, by going back
-        # to sample again: an iteration may then take several passes of this loop.
-        if args.dynamic_sampling:
-            groups = (~is_uniform(rewards)).nonzero()[:, 0].tolist()[: args.prompts_per_step - found]
-            kept.append((rollout, groups, rewards[groups]))
-            found += len(groups)
+        if args.dynamic_sampling:  # DAPO section 3.2: groups that teach nothing are replaced, by going back to sample
+            kept.append((rollout, rewards, (~is_uniform(rewards)).nonzero()[:, 0].tolist()))
+            found = sum(len(groups) for _, _, groups in kept)
             if found < args.prompts_per_step and len(kept) < args.max_sampling_rounds:
                 continue
             if found:  # at the cap there may be fewer than P; if none, the last batch is left, its advantages all 0
-                rollout = data.join_groups([(r, g) for r, g, _ in kept])
-                rewards = torch.cat([r for _, _, r in kept])
+                rollout, rewards = data.join_groups(kept, args.prompts_per_step)
 
         # ---------------------------------------------------------------------------------------------- 3 logprobs
         rows = list(range(rollout.mask.shape[0]))
@@ -314,6 +309,7 @@ def main(args: Args) -> None:
         advantages = group_advantages(rewards, args.normalize_std).flatten().to(device)  # (B,)
         if args.truncated == "mask":
             advantages = advantages.where(rollout.finished, 0.0)
+        taught = ((advantages != 0) | (ref is not None)).tolist()  # B; the other rows have no gradient: only forward
 
         # ------------------------------------------------------------------------------------------------ 5 update
         learning_rate = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
@@ -323,8 +319,9 @@ def main(args: Args) -> None:
                 weights = torch.zeros_like(old_logprobs)  # (B, T) like all the rest, so that rows index it too
                 weights[minibatch] = common.token_weights(rollout.mask[minibatch], args.loss_norm, args.max_new_tokens)
                 policy_loss = 0.0
-                for micro in common.micro_batches(rollout, minibatch, args.micro_batch_tokens):
-                    logprobs, entropy = common.completion_logprobs(policy, rollout, micro, args.temperature)
+                for micro in common.micro_batches(rollout, minibatch, args.micro_batch_tokens, apart=taught):
+                    with torch.set_grad_enabled(taught[micro[0]]):
+                        logprobs, entropy = common.completion_logprobs(policy, rollout, micro, args.temperature)
                     if one_update:  # the policy has not moved since it sampled
                         old_logprobs[micro] = logprobs.detach()
                     loss, loss_metrics = grpo_loss(
@@ -339,7 +336,8 @@ def main(args: Args) -> None:
                         ratio_level=args.ratio_level,
                         unbiased_kl=args.unbiased_kl,
                     )
-                    loss.backward()
+                    if loss.requires_grad:
+                        loss.backward()
                     policy_loss += loss.item()
                     tokens = rollout.mask[micro].sum().item()
                     loss_metrics["entropy"] = entropy.sum().item() / tokens
@@ -379,7 +377,7 @@ def main(args: Args) -> None:
         if stop.number:
             stop.leave(run_dir)
         metrics, clock = Metrics(), Clock(device)
-        kept, found = [], 0
+        kept = []
 
     bar.close()
     writer.close()

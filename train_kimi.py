@@ -182,9 +182,7 @@ def main(args: Args) -> None:
         allowed = f"a multiple of --group-size {args.group_size}, at most {batch_size} (prompts x group size)"
         fail(f"--minibatch-size {minibatch_size}: must be {allowed}")
     if args.update_epochs == 1 and minibatch_size == batch_size:
-        fail(
-            f"--minibatch-size {minibatch_size}: with one epoch at most half the batch: tau acts from the 2nd update on"
-        )
+        fail(f"--minibatch-size {minibatch_size}: with one epoch at most half the batch: tau acts from the 2nd update")
     if args.baseline == "log-z" and args.tau == 0:
         fail("--baseline log-z: needs --tau above 0")
 

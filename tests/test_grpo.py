@@ -228,6 +228,17 @@ def test_micro_batches_cover_every_row_once_within_the_budget(max_tokens):
             assert set(rows_of_group) <= set(batch) or tokens(rows_of_group) > max_tokens
 
 
+@pytest.mark.parametrize("max_tokens", [1, 30, 10_000])
+def test_rows_apart_share_no_micro_batch(max_tokens):
+    rollout, rows = random_batch(5, 4), [*range(0, 8), *range(12, 20)]
+    apart = [row < 4 or row == 13 for row in range(20)]
+    batches = micro_batches(rollout, rows, max_tokens, apart)
+    assert sorted(row for batch in batches for row in batch) == rows
+    assert all(len({apart[row] for row in batch}) == 1 for batch in batches)
+    assert micro_batches(rollout, rows, max_tokens, [True] * 20) == micro_batches(rollout, rows, max_tokens)
+    assert micro_batches(rollout, [], max_tokens) == micro_batches(rollout, [], max_tokens, apart) == []
+
+
 def test_minibatches_are_whole_groups():
     rollout = random_batch(5, 4)
     batches = common.minibatches(rollout, 8, seed=1)

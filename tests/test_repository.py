@@ -35,7 +35,7 @@ def test_scripts_stay_small():
 POLICY_GRADIENT = [Path(f"train_{name}.py") for name in ("grpo", "kimi", "ppo", "pg")]
 SUPERVISED = [Path(f"train_{name}.py") for name in ("sft", "dpo", "rm")]
 OWN = re.compile(  # lines that are an algorithm's own in sections that are otherwise the same
-    r"kept, found|critic|baseline == .value|value_model|value_optimizer|add_logprob_gap|reward_model|scores\[|"
+    r"kept = |critic|baseline == .value|value_model|value_optimizer|add_logprob_gap|reward_model|scores\[|"
     r"scores = torch|scores\.view|torch\.no_grad|for micro in|dict\.fromkeys|"
     r"set_postfix_str|start_rewards|score_mean|for i in train\]|in some\]|some = random|_table\(before|"
     r"rollout = |row_weights = |rollout, batch_ref"

@@ -336,11 +336,13 @@ def test_resume_refuses_other_arguments_by_name(tmp_path, capsys):
 
 
 def count_steps(monkeypatch) -> dict[str, int]:
-    calls = {"steps": 0, "clips": 0, "loads": 0, "passes": 0}
+    calls = {"steps": 0, "clips": 0, "loads": 0, "passes": 0, "rows": 0}
 
     def counting(name, function):
         def wrapped(*args, **kwargs):
             calls[name] += 1
+            if name == "passes":
+                calls["rows"] += len(args[2])
             return function(*args, **kwargs)
 
         return wrapped
@@ -369,9 +371,45 @@ def test_one_update_takes_no_extra_pass(tmp_path, monkeypatch):
     """Old logprobs of a single update are the ones it computes anyway; a reference takes one pass of its own."""
     calls = count_steps(monkeypatch)
     run(train_grpo.main, grpo_args(tmp_path, iterations=3))
-    assert calls["passes"] == 3 and calls["steps"] == 3
+    assert calls["rows"] == 3 * 16 and calls["steps"] == 3
     run(train_grpo.main, grpo_args(tmp_path, iterations=3, kl_coef=0.1))
-    assert calls["passes"] == 3 + 6
+    assert calls["rows"] == (3 + 6) * 16 and calls["passes"] <= 6 + 6
+
+
+def test_rows_without_an_advantage_are_only_passed_forward(tmp_path, monkeypatch):
+    """Which changes nothing: gradients and metrics are those of a backward pass through all rows. With a KL every row
+    has a gradient."""
+    gradients, backward_rows, step, batches = [], [], common.MasterAdamW.step, common.micro_batches
+    logprobs = common.completion_logprobs
+
+    def remembering_step(optimizer, closure=None):
+        gradients[-1].append([master.grad.clone() for master in optimizer.masters])
+        return step(optimizer, closure)
+
+    def remembering_logprobs(model, rollout, rows, *args):
+        backward_rows[-1] += len(rows) * torch.is_grad_enabled()
+        return logprobs(model, rollout, rows, *args)
+
+    def all_together(rollout, rows, max_tokens, apart=None):
+        """One slice, whose first row has a gradient, so that all are computed with one."""
+        return [sorted(rows, key=lambda row: apart is None or not apart[row])]
+
+    monkeypatch.setattr(common.MasterAdamW, "step", remembering_step)
+    monkeypatch.setattr(common, "completion_logprobs", remembering_logprobs)
+    logged = []
+    for kl_coef, micro_batches in ((0.0, batches), (0.0, all_together), (0.1, batches)):
+        monkeypatch.setattr(common, "micro_batches", micro_batches)
+        gradients.append([])
+        backward_rows.append(0)
+        args = grpo_args(tmp_path, iterations=2, kl_coef=kl_coef, temperature=0.5, prompts_per_step=8)
+        logged.append(scalars(run(train_grpo.main, args)))
+    assert 0 < backward_rows[0] < backward_rows[1] == backward_rows[2] == 2 * 32
+    for ours, theirs in zip(gradients[0], gradients[1], strict=True):
+        assert all((a - b).abs().max() < 1e-6 for a, b in zip(ours, theirs, strict=True))
+    for tag in logged[0]:
+        if tag.startswith(("loss/", "rollout/l")):
+            ours, theirs = ([value for _, value in values[tag]] for values in logged[:2])
+            assert ours == pytest.approx(theirs, abs=1e-5), tag
 
 
 def test_the_reference_is_another_model_and_never_moves(tmp_path, monkeypatch):

@@ -241,7 +241,11 @@ def test_inverse_cdf_never_leaves_the_support():
 def test_join_groups_keeps_rows_together():
     a = make_rollout([[1], [2]], [[3], [4, 4], [5, 5, 5], [6]], group_size=2)
     b = make_rollout([[7]], [[8, 8], [9]], group_size=2)
-    joined = join_groups([(a, [1]), (b, [0]), (a, [])])
+    rewards = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
+    parts = [(a, rewards, [1]), (b, 9 + rewards[:1], [0]), (a, rewards, [])]
+    joined, kept = join_groups(parts, limit=2)
+    assert kept.tolist() == [[2, 3], [9, 10]]
+    assert join_groups(parts, limit=1)[0].prompt_ids == [[2]] and join_groups(parts, 1)[1].tolist() == [[2, 3]]
     assert joined.prompt_ids == [[2], [7]]
     rows = [ids[m].tolist() for ids, m in zip(joined.completion_ids, joined.mask, strict=True)]
     assert rows == [[5, 5, 5], [6], [8, 8], [9]]
