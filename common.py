@@ -80,14 +80,14 @@ def resolve_device(device: str) -> torch.device:
             torch.cuda.set_device(resolved)  # streams and graphs are the current device's
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {device}: not usable on this machine ({reason(error)}); try --device auto")
+    print(f"device: {resolved}")
     return resolved
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """auto: bfloat16 on a GPU (with fp32 master weights, see `MasterAdamW`), float32 on a CPU."""
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
-    return getattr(torch, dtype)
+    auto = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, auto if dtype == "auto" else dtype)
 
 
 def load_config(path: str, flag: str = "--model"):

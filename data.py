@@ -53,7 +53,8 @@ def is_held_out(question: str) -> bool:
 
 
 def load_problems(source: str, split: str, limit: int | None = None, seed: int = 0) -> list[Problem]:
-    """Problems of one split ("train", "eval", or "all" for both) of one source.
+    """Problems of one split of one source: "train", "eval", or "all": both, but of a hub dataset with a test or
+    validation split never that, since "all" is what demonstrations and pairs to train on are sampled for.
 
     source: "arithmetic" ("arithmetic:7-8" for other difficulties than 1 to 6), the path of a .jsonl file, or a hub
     dataset's name (`name:config` where it has configs).
@@ -232,7 +233,8 @@ def split_conversation(name: str, value) -> tuple[str, str]:
 
 
 def read_problems(rows: list[tuple[str, dict]], source: str) -> list[Problem]:
-    """rows: (place, row) with `question`, `prompt` or `messages`, `answer`, optionally `id`, `topic`, `difficulty`."""
+    """rows: (place, row) with `question`, `prompt`, `problem` or `messages`, and `answer`; optionally `id`, `topic`,
+    `difficulty`."""
     problems, errors, places = [], [], {}
     for place, row in rows:
         try:
@@ -245,7 +247,7 @@ def read_problems(rows: list[tuple[str, dict]], source: str) -> list[Problem]:
             number = isinstance(difficulty, int | float) and not isinstance(difficulty, bool)
             if difficulty is not None and not (number and abs(difficulty) < 1e9):  # nor NaN
                 raise ValueError(f"field 'difficulty' is {str(difficulty)[:80]!r}, a number is expected")
-            question = question_field(row, ("question", "prompt", "messages"))
+            question = question_field(row, ("question", "prompt", "problem", "messages"))
             id = place if row.get("id") is None else as_text("id", row["id"])
             if (first := places.setdefault(id, place)) != place:
                 raise ValueError(f"id {id[:80]!r} is the one of {first} already")
@@ -270,8 +272,8 @@ def hub_problems(source: str, split: str) -> list[Problem]:
     held_out = next((name for name in ("test", "validation") if name in splits), None)
     if "train" not in splits and not held_out:
         fail(f"{source}: has no split 'train', 'test' or 'validation' (it has {', '.join(splits)})")
-    names = {"train": ["train"], "eval": [held_out or "train"], "all": ["train", held_out]}[split]
-    rows = [(f"{source} {name} row {i}", row) for name in names if name in splits for i, row in enumerate(splits[name])]
+    part = held_out if split == "eval" and held_out else "train"
+    rows = [(f"{source} {part} row {i}", row) for i, row in enumerate(splits.get(part, []))]
     problems = read_problems(rows, source)
     if held_out or split == "all":
         return problems
@@ -1082,7 +1084,7 @@ class Args:
     problems: str | None = None
     """"arithmetic", a .jsonl file, or a hub dataset; without it the problems of --samples"""
     split: Literal["train", "eval", "all"] = "train"
-    """which part of --problems"""
+    """which part of --problems; all: both, but never a hub dataset's test or validation split"""
     samples: str | None = None
     """samples file (evaluate.py --output): gives pass rates, and completions for --make"""
     min_pass_rate: float | None = None

@@ -549,7 +549,7 @@ class Args:
     """"arithmetic" ("arithmetic:7-8" for difficulties 7 and 8), a .jsonl file, or a hub dataset: its held-out part is
     evaluated (see --split)"""
     split: Literal["eval", "train", "all"] = "eval"
-    """which part of --problems"""
+    """which part of --problems; all: both, but never a hub dataset's test or validation split"""
     eval_problems: int = 500
     """how many problems"""
     num_samples: int = 1

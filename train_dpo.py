@@ -22,7 +22,7 @@ in memory: its logprobs of the pairs are computed once and kept on disk; only an
     python train_dpo.py                                   # pairs of the embedded model's own samples
     python evaluate.py --split all --num-samples 8 --output samples.jsonl && python train_dpo.py --data samples.jsonl
     python train_dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl --problems openai/gsm8k:main \\
-        --learning-rate 1e-6 --minibatch-size 32 --beta 0.1 --max-new-tokens 512
+        --learning-rate 1e-6 --minibatch-size 32 --beta 0.1 --max-new-tokens 512  # with a GPU, not run on one yet
 
 What you should see from the first command, in 47 s on 2 cores (AMD EPYC): held-out pairs ranked right from 0.50 to
 0.93, logps/rejected falling by nats while logps/chosen moves little, accuracy sampled at temperature 1 from 0.37 to

@@ -21,7 +21,7 @@ prioritized sampling (--problem-sampling). Departure: the report gives no tau; o
 
     python train_kimi.py                                                # the embedded model, no GPU needed
     python train_kimi.py --model Qwen/Qwen2.5-0.5B-Instruct --problems openai/gsm8k:main --learning-rate 1e-6 \\
-        --max-new-tokens 512
+        --max-new-tokens 512                                                # with a GPU, not run on one yet
 
 What you should see from the first command, in 60 s on 2 cores (AMD EPYC): held-out accuracy, sampled at temperature 1,
 from 0.38 to 0.93, greedy accuracy at the hardest difficulty from 0.06 to 1.0; loss/kl, half the

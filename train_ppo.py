@@ -12,7 +12,7 @@ critic has its own optimizer, so there is no value coefficient: Adam would cance
 
     python train_ppo.py                                                 # the embedded model, no GPU needed
     python train_ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --problems openai/gsm8k:main --learning-rate 1e-6 \\
-        --value-learning-rate 1e-5 --prompts-per-step 128 --group-size 1 --max-new-tokens 512
+        --value-learning-rate 1e-5 --prompts-per-step 128 --group-size 1 --max-new-tokens 512  # GPU; not run
 
 What you should see from the first command, in 190 s on 2 cores (AMD EPYC): held-out accuracy, sampled at temperature 1,
 from 0.38 to 0.97, greedy accuracy at the hardest difficulty from 0.06 to 0.96. At twice the learning rate it comes

@@ -8,7 +8,7 @@ The learning rate rises linearly and falls as a cosine to a tenth. This is the s
 
     python train_sft.py                                     # a few more steps of the embedded model on its own data
     python train_sft.py --model Qwen/Qwen2.5-0.5B --data demonstrations.jsonl --problems openai/gsm8k:main \\
-        --learning-rate 1e-5 --minibatch-size 32 --max-new-tokens 512
+        --learning-rate 1e-5 --minibatch-size 32 --max-new-tokens 512       # with a GPU, not run on one yet
     python train_sft.py --model runs/tiny --from-scratch    # random weights; the embedded model's card has the rest
 
 What you should see from the first command, in 30 s on 2 cores (AMD EPYC): a held-out loss that stays at 0.240, as the

@@ -11,7 +11,7 @@ those that change the time only, then --prompts-per-step.
 
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from learning import machine, read_scalars, run_script  # noqa: E402
 import common  # noqa: E402
 import data  # noqa: E402
 import train_grpo  # noqa: E402
+import train_pg  # noqa: E402
 from evaluate import format_table  # noqa: E402
 
 # hidden size, width of the MLP, layers, heads, key heads, tied embeddings; from the models' config.json
@@ -36,7 +37,7 @@ QWEN = {
     "7B": (3584, 18944, 28, 28, 4, False),
 }
 GPUS = 24, 48, 80, 141  # GB
-SETTINGS = "", "--gradient-checkpointing", "--micro-batch-tokens 1024", "--micro-batch-tokens 8192", "--kl-coef 0.01"
+SETTINGS = "", "--gradient-checkpointing", "--micro-batch-tokens 1024", "--micro-batch-tokens 8192", "--baseline value"
 
 
 @dataclass
@@ -76,7 +77,8 @@ def table(args: Args) -> list[list]:
 
 
 def measure(args: Args) -> list[list]:
-    """One row a setting: computed and measured peak of two small iterations."""
+    """One row a setting: computed and measured peak of two small iterations of train_pg.py, which takes what
+    train_grpo.py does, but passes backward through every row, whatever the rewards; the last setting adds a critic."""
     rows, tokenizer, config = [], common.load_tokenizer(args.measure), common.load_config(args.measure)
     small = {"prompts_per_step": 4, "max_new_tokens": 64, "micro_batch_tokens": 4096}
     problems = data.load_train_problems(args.problems, None)
@@ -85,14 +87,15 @@ def measure(args: Args) -> list[list]:
     cpu = device.type == "cpu"
     dtype, longest = common.resolve_dtype("auto", device), max(map(len, prompts))
     for setting in SETTINGS:
-        run = replace(train_grpo.Args(**small), model=args.measure, problems=args.problems)
-        run = tyro.cli(train_grpo.Args, args=setting.split(), default=run)
+        run = train_pg.Args(**small, baseline="batch-mean", model=args.measure, problems=args.problems)
+        run = tyro.cli(train_pg.Args, args=setting.split(), default=run)
         computed = data.peak(data.memory_needs(config, size, run, dtype, longest, cpu), cpu) / 1e9
         computed -= 0 if cpu else 0.6  # a GPU's peak is of tensors alone
         flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in small.items()) + f" {setting}"
         with tempfile.TemporaryDirectory() as directory:
             flags += f" --model {args.measure} --problems {args.problems} --run-root {directory} --iterations 2"
-            run_dir, _, _ = run_script("train_grpo.py", 1, f"{flags} --eval-every 0 --eval-problems 4 --save-every 0")
+            flags += "" if "--baseline" in setting else " --baseline batch-mean"
+            run_dir, _, _ = run_script("train_pg.py", 1, f"{flags} --eval-every 0 --eval-problems 4 --save-every 0")
             peak = read_scalars(run_dir)["memory/peak_gb"][-1][1]
         rows.append([setting or "4 x 8 x 64", computed, peak, computed / peak])
         print(*rows[-1], file=sys.stderr)

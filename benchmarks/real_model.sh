@@ -6,8 +6,8 @@
 #     GSM8K=DIR bash benchmarks/real_model.sh dpo             # DPO on the same pairs
 #     GSM8K=DIR bash benchmarks/real_model.sh sft             # SFT on GSM8K's worked solutions
 #
-# MODEL: hub name or directory. GSM8K: directory with train.jsonl, test.jsonl and example_model_solutions.jsonl of
-# https://github.com/openai/grade-school-math. OUT: where the runs go, a directory of its own for each call.
+# MODEL: hub name or directory. GSM8K: directory with train.jsonl, test.jsonl and example_model_solutions.jsonl, which
+# grade_school_math/data of https://github.com/openai/grade-school-math is. OUT: where the runs go, a directory of its own for each call.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 STAGE=${1:-} MODEL=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct} SEED=${SEED:-1}
@@ -36,8 +36,8 @@ rm)
     ;;
 dpo)
     train dpo dpo --model "$MODEL" --data "$OUT/data/gsm8k_samples.jsonl" --eval-data "$OUT/data/gsm8k_few.jsonl" \
-        --system-prompt "" --max-pairs-per-prompt 1 --iterations 30 --minibatch-size 16 --learning-rate 5e-6 \
-        --warmup-iterations 3 --beta 0.1 --max-new-tokens 128
+        --system-prompt "" --max-pairs-per-prompt 2 --iterations 60 --minibatch-size 16 --learning-rate 1e-5 \
+        --warmup-iterations 6 --beta 0.1 --max-new-tokens 128
     ;;
 sft)
     train sft sft --model "$MODEL" --data "$OUT/data/gsm8k_demonstrations.jsonl" --problems "$GSM8K/train.jsonl" \

@@ -106,7 +106,7 @@ BAD_ROWS = [
     ('{"question": "a"', "p.jsonl:2: "),
     ("[1, 2]", "p.jsonl:2: a JSON object is expected, not list"),
     ({"question": "a"}, "p.jsonl:2: no field 'answer' (it has 'question')"),
-    ({"answer": "a"}, "p.jsonl:2: no field 'question' or 'prompt' or 'messages'"),
+    ({"answer": "a"}, "p.jsonl:2: no field 'question' or 'prompt' or 'problem' or 'messages'"),
     ({"question": "a", "answer": ["b"]}, "p.jsonl:2: field 'answer' is of type list"),
     ({"question": "a", "answer": True}, "p.jsonl:2: field 'answer' is of type bool"),
     ({"question": " ", "answer": "1"}, "p.jsonl:2: field 'question' is empty"),
@@ -174,7 +174,8 @@ def test_hub_datasets_through_the_datasets_library(tmp_path):
         )
     assert len(load_problems(str(tmp_path), "train")) == 30
     assert [p.answer for p in load_problems(str(tmp_path), "eval")] == list("01234")
-    assert len(load_problems(str(tmp_path), "all")) == 35
+    asked = {p.question for p in load_problems(str(tmp_path), "all")}
+    assert len(asked) == 30 and not any("test" in question for question in asked)  # Pins: training on the test split
 
 
 def test_an_unreachable_hub_dataset_is_one_line(capsys):

@@ -223,9 +223,11 @@ def test_names_never_become_paths_outside_the_run_root(tmp_path):
 # ---- Numbers gone bad ------------------------------------------------------------------------------------------------
 
 
-def break_loss(monkeypatch, module, how: str, calls: set[int] | None = None) -> None:
-    """The script's loss (loss), or only the gradient behind it (gradient), is no longer finite in these calls of it."""
-    function, count = getattr(module, LOSSES[module]), [0]
+def break_loss(monkeypatch, module, how: str, calls: set[int] | None = None, name: str | None = None) -> None:
+    """The script's loss (loss), or only the gradient behind it (gradient), is no longer finite in these calls of it.
+    name: of another loss of it."""
+    name = name or LOSSES[module]
+    function, count = getattr(module, name), [0]
 
     def broken(values, *args, **kwargs):
         count[0] += 1
@@ -238,7 +240,7 @@ def break_loss(monkeypatch, module, how: str, calls: set[int] | None = None) -> 
             return result
         return (result[0] * float("nan"), result[1]) if isinstance(result, tuple) else result * float("nan")
 
-    monkeypatch.setattr(module, LOSSES[module], broken)
+    monkeypatch.setattr(module, name, broken)
 
 
 @pytest.mark.parametrize("how", ["loss", "gradient"])
@@ -275,6 +277,14 @@ def test_bad_updates_in_a_row_end_the_run(script, tmp_path, monkeypatch, capsys)
     newest = common.checkpoints(run_dir / "checkpoints")
     if newest and script is not train_rm:  # a reward model's head is new
         assert weights(newest[0]) == weights(Path(EMBEDDED))
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_a_critics_bad_updates_in_a_row_end_the_run(how, tmp_path, monkeypatch, capsys):
+    """Also where the policy's own, in between, are good."""
+    break_loss(monkeypatch, train_pg, how, name="value_loss")
+    args = small(train_pg, tmp_path, iterations=9, baseline="value", max_bad_updates=3)
+    assert "--max-bad-updates 3 updates in a row were not finite" in refuse(train_pg.main, args, capsys)
 
 
 def test_the_rows_to_blame_are_the_ones_written(tmp_path, monkeypatch, capsys):
