@@ -308,8 +308,9 @@ def main(args: Args) -> None:
                 logprobs, _ = common.completion_logprobs(policy, rollout, micro)
                 loss, values = pair_loss(rollout, micro, ref_held, row_weights, logprobs)
                 share = row_weights[[row // 2 for row in micro[0::2]]].sum().item()
-                values = {name: values[f"rewards/{name}"] for name in ("accuracy", "margin")} | {"loss": loss / share}
-                held.add({f"eval/pair_{name}": value for name, value in values.items()}, weight=share)
+                held.add({"eval/pair_loss": loss / share}, weight=share)
+                values = {f"eval/pair_{name}": values[f"rewards/{name}"] for name in ("accuracy", "margin")}
+                held.add(values, weight=len(micro))
             scores |= held.means()
         evaluate.log_scalars(writer, scores, x)
         return scores

@@ -336,11 +336,11 @@ def main(args: Args) -> None:
                         ratio_level=args.ratio_level,
                         unbiased_kl=args.unbiased_kl,
                     )
-                    if loss.requires_grad:
+                    if loss.requires_grad:  # nowhere in the minibatch: then Adam makes no step, of momentum neither
                         loss.backward()
                     policy_loss += loss.item()
                     tokens = rollout.mask[micro].sum().item()
-                    loss_metrics["entropy"] = entropy.sum().item() / tokens
+                    metrics.add({"loss/entropy": entropy.sum().item() / tokens}, weight=tokens)
                     metrics.add({f"loss/{name}": value for name, value in loss_metrics.items()}, weight=tokens)
                 grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.masters, args.max_grad_norm).item()
                 finite = health.is_finite(policy_loss, grad_norm, rollout, minibatch, advantages=advantages)

@@ -139,10 +139,10 @@ def group_advantages(rewards: Tensor, tau: float, baseline: str) -> Tensor:
 
     A group whose rewards are all equal gets exactly 0, not rounding noise.
     """
-    center = rewards.mean(1, keepdim=True)
+    advantages = rewards - rewards.mean(1, keepdim=True)
     if baseline == "log-z":
-        center = tau * ((rewards / tau).logsumexp(1, keepdim=True) - math.log(rewards.shape[1]))
-    return (rewards - center).masked_fill(is_uniform(rewards)[:, None], 0.0)
+        advantages = rewards - tau * ((rewards / tau).logsumexp(1, keepdim=True) - math.log(rewards.shape[1]))
+    return advantages.masked_fill(is_uniform(rewards)[:, None], 0.0)
 
 
 def is_uniform(rewards: Tensor) -> Tensor:
@@ -294,8 +294,8 @@ def main(args: Args) -> None:
                     loss.backward()
                     policy_loss += loss.item()
                     tokens = rollout.mask[micro].sum().item()
-                    loss_metrics["entropy"] = entropy.sum().item() / tokens
-                    metrics.add({f"loss/{name}": value for name, value in loss_metrics.items()}, weight=tokens)
+                    metrics.add({"loss/entropy": entropy.sum().item() / tokens}, weight=tokens)
+                    metrics.add({f"loss/{name}": value for name, value in loss_metrics.items()}, weight=len(micro))
                 grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.masters, args.max_grad_norm).item()
                 finite = health.is_finite(policy_loss, grad_norm, rollout, minibatch, advantages=advantages)
                 if finite:

@@ -90,7 +90,7 @@ class Args:
     max_bad_updates: int = 10
     """updates with a non-finite loss or gradient are skipped; so many of them in a row end the run"""
     loss_norm: Literal["sequence", "token", "constant"] = "token"
-    """weights of the tokens: the mean of all | each sequence's mean | a constant, 1 / max_new_tokens"""
+    """weights of the tokens: each sequence's mean | the mean of all | a constant, 1 / max_new_tokens"""
     eval_every: int = 0
     """iterations between evaluations; 0: only before and after"""
     eval_problems: int = 300
