@@ -347,8 +347,8 @@ def comparison_table(before: dict[str, float], after: dict[str, float]) -> str:
 
 
 def ranked_right(margins: Tensor) -> Tensor:
-    """(B,) reward(chosen) - reward(rejected) -> (B,): 1 where a pair is ranked as labelled, 0 where not, 0.5 for a tie. A
-    margin within rounding is a tie: in float32 that of a policy that is still its reference is 1e-6, not 0."""
+    """(B,) reward(chosen) - reward(rejected) -> (B,): 1 where a pair is ranked as labelled, 0 where not, 0.5 for a tie.
+    A margin within rounding is a tie: in float32 that of a policy that is still its reference is 1e-6, not 0."""
     return ((margins.abs() > 1e-4) * margins.sign() + 1) / 2
 
 
