@@ -14,7 +14,7 @@ QUICK="--eval-every 0 --save-every 0"
 mkdir -p "$OUT"
 
 train sft sft --model "$MODEL" --data "$DEMONSTRATIONS" --problems "$PROBLEMS" $SFT
-# right and wrong completions of each problem: the verifier's preferences; both trainers hold a tenth of the problems out
+# right and wrong completions of each problem: the verifier's preferences; a tenth is held out of training
 python evaluate.py --model "$(final sft)" --problems "$PROBLEMS" --split all --eval-problems "$SAMPLED" \
     --num-samples 8 --output "$OUT/pairs.jsonl" $SAMPLE
 train rm rm --model "$(final sft)" --data "$OUT/pairs.jsonl" $RM

@@ -2,14 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import EMBEDDED
+from conftest import EMBEDDED, start
 from transformers import AutoConfig
 
 import common
@@ -129,7 +127,7 @@ def test_a_run_that_can_not_fit_is_refused_before_anything_is_loaded(script, tmp
     else:
         args = script.Args(model=EMBEDDED, run_root=str(tmp_path / "runs"))
     error = refuse(script.main, args, capsys)
-    assert f"--model {EMBEDDED}: the run takes about 0." in error and "0.0 GB are free: no flags make it fit" in error
+    assert f"--model {EMBEDDED}: the run takes about " in error and "0.0 GB are free: no flags make it fit" in error
     assert not (tmp_path / "runs").exists()
 
 
@@ -147,18 +145,19 @@ def test_the_flags_that_would_fit_are_named(tmp_path, capsys, monkeypatch, no_mo
     needs = data.peak(data.memory_needs(config, size, args, torch.float32, longest, cpu=True), cpu=True)
     assert fits(needs) == {} and fits(0.5e9) is None
     assert fits(needs - 1) == {"micro_batch_tokens": 4096}
-    steps = [fits(0.6e9 + 1e6 * free) for free in range(800, 10, -2)]
+    libraries = 1.15 * 0.6e9
+    steps = [fits(libraries + 1.15e6 * free) for free in range(800, 10, -2)]
     order = [change for i, change in enumerate(steps) if change and change != steps[i - 1]]
     assert {"micro_batch_tokens": 1024} in order
     harder = [sorted({"gradient_checkpointing", "prompts_per_step"} & change.keys()) for change in order]
     assert [] in harder and ["gradient_checkpointing"] in harder and "prompts_per_step" in harder[-1]
     assert harder.index([]) < harder.index(["gradient_checkpointing"])
-    assert fits(0.6e9 + 2e8, prompts_per_step=10_000)["prompts_per_step"] < 10_000
+    assert fits(libraries + 2e8, prompts_per_step=10_000)["prompts_per_step"] < 10_000
     for change in order:  # what is advised does fit
-        assert fits(0.6e9 + 8e8, **change) == {}
+        assert fits(libraries + 9.2e8, **change) == {}
 
-    monkeypatch.setattr(data, "free_memory", lambda device: 0.6e9 + 7e7)  # for this script's own, shorter prompts
-    assert "0.7 GB are free: it would fit with --micro-batch-tokens 1024" in refuse(train_grpo.main, args, capsys)
+    monkeypatch.setattr(data, "free_memory", lambda device: libraries + 8e7)  # for this script's own, shorter prompts
+    assert "0.8 GB are free: it would fit with --micro-batch-tokens 1024" in refuse(train_grpo.main, args, capsys)
 
 
 def test_what_a_run_is_reckoned_to_take():
@@ -207,12 +206,12 @@ def test_reward_models_that_do_not_fit(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("script", ["train_grpo.py", "train_sft.py", "evaluate.py"])
 def test_from_the_command_line(script):
     """What tyro finds, what we find, and --help: in a process of its own, with the exit code."""
-    unknown = subprocess.run([sys.executable, script, "--no-such-flag", "1"], capture_output=True, text=True)
-    assert unknown.returncode == 2 and "Traceback" not in unknown.stderr
-    ours = subprocess.run([sys.executable, script, "--model", "/nowhere"], capture_output=True, text=True)
-    assert ours.returncode == 2 and ours.stderr.startswith("error: --model /nowhere: ") and ours.stderr.count("\n") == 1
-    shown = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0 and "--system-prompt" in shown.stdout
+    calls = ("--no-such-flag", "1"), ("--model", "/nowhere"), ("--help",)
+    processes = [start(script, *call) for call in calls]  # all at once: they mostly import
+    (_, unknown), (_, ours), (shown, _) = (process.communicate() for process in processes)
+    assert [process.returncode for process in processes] == [2, 2, 0]
+    assert unknown and "Traceback" not in unknown and "--system-prompt" in shown
+    assert ours.startswith("error: --model /nowhere: ") and ours.count("\n") == 1
 
 
 def copy_model(target: Path) -> Path:

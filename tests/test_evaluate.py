@@ -169,8 +169,8 @@ def test_the_greedy_answer_after_the_stop_is_the_models(embedded):
 def test_stages_and_modes_are_rows(capsys, tmp_path):
     args = {"eval_problems": 6, "device": "cpu", "temperatures": (0.5,)}
     evaluate.main(evaluate.Args(stages=(f"base={EMBEDDED}", f"again={EMBEDDED}"), modes="think,no_think", **args))
-    lines = capsys.readouterr().out.splitlines()
-    assert "T=0.5" in lines[0]
+    device, *lines = capsys.readouterr().out.splitlines()
+    assert device == "device: cpu" and "T=0.5" in lines[0]
     assert [line.split("  ")[0] for line in lines[2:]] == [
         "base, think",
         "base, no_think",

@@ -413,11 +413,12 @@ def test_rows_without_an_advantage_are_only_passed_forward(tmp_path, monkeypatch
 
 
 def test_a_batch_without_any_advantage_makes_no_step(tmp_path):
-    """Nor one of Adam's momentum: here there would be some, of the first two updates."""
+    """Nor one of Adam's momentum: here there would be some, of the first two updates. The only reward from then on is
+    the language's, which is 1 for a chain, as it has no words."""
     args = grpo_args(tmp_path, iterations=2, save_every=2)
     run_dir = run(train_grpo.main, args)
     changes = vars(args) | {"iterations": 4, "resume": str(run_dir)}
-    resumed = train_grpo.Args(**changes | {"accuracy_weight": 0.0, "format_weight": 0.0})
+    resumed = train_grpo.Args(**changes | {"accuracy_weight": 0.0, "format_weight": 0.0, "language_weight": 1.0})
     values = scalars(run(train_grpo.main, resumed))
     assert values["loss/grad_norm"][1][1] > 0 and [v for _, v in values["loss/grad_norm"][2:]] == [0.0, 0.0]
     assert weights(run_dir / "final") == weights(run_dir / "checkpoints" / "step_000002")
