@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,6 @@ import common  # noqa: E402
 import train_grpo  # noqa: E402
 from data import SYSTEM_PROMPT, load_problems  # noqa: E402
 from evaluate import format_table, peak_memory_gb  # noqa: E402
-from rewards import accuracy_reward  # noqa: E402
 
 CHECKPOINTING = "gradient checkpointing"
 WAYS = "ours", "trl", "trl, our precision", f"trl, no {CHECKPOINTING}", f"ours, {CHECKPOINTING}"
@@ -51,7 +51,13 @@ class Args:
     """one of WAYS, in this process; without it: each in a process of its own, and the table"""
 
 
+def reward_of(text: str) -> float:
+    """Of the text alone, 0 to 1: rewards that differ in every group, so that both sides pass every row backward."""
+    return zlib.crc32(text.encode()) / 2**32
+
+
 def measure_ours(args: Args, directory: str) -> list[list[float]]:
+    train_grpo.format_reward = lambda text, style: reward_of(text)
     flags = {"prompts_per_step": args.prompts, "iterations": args.steps, "eval_problems": 1, "eval_every": 0}
     flags |= {
         name: getattr(args, name)
@@ -73,7 +79,7 @@ def measure_trl(args: Args, directory: str) -> list[list[float]]:
 
     system = {"role": "system", "content": SYSTEM_PROMPT}
     problems = load_problems(args.problems, "train")[: args.prompts * args.steps]
-    rows = [{"prompt": [system, {"role": "user", "content": p.question}], "gold": p.answer} for p in problems]
+    rows = [{"prompt": [system, {"role": "user", "content": p.question}]} for p in problems]
     if "our precision" in args.way:
         common.load_policy("models/tiny-arithmetic")  # sets it
     config = GRPOConfig(
@@ -99,9 +105,8 @@ def measure_trl(args: Args, directory: str) -> list[list[float]]:
         def on_step_end(self, *_, **__):
             steps.append([time.perf_counter() - started[0]])
 
-    def reward(completions, gold, **_):
-        texts = [completion[0]["content"] for completion in completions]
-        return [accuracy_reward(t, a) for t, a in zip(texts, gold, strict=True)]
+    def reward(completions, **_):
+        return [reward_of(completion[0]["content"]) for completion in completions]
 
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     tokenizer = common.load_tokenizer(args.model)
