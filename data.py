@@ -995,17 +995,16 @@ def join_groups(
     parts: list[tuple[common.Rollout, torch.Tensor, list[int]]], limit: int
 ) -> tuple[common.Rollout, torch.Tensor]:
     """The first `limit` of the given groups of several Rollouts and of their rewards (P, G), as one of each."""
-    chosen = [(part, p) for part, (_, _, groups) in enumerate(parts) for p in groups][:limit]
-    parts = [(*parts[i][:2], [p for part, p in chosen if part == i]) for i in range(len(parts))]
     G, T = parts[0][0].group_size, max(rollout.mask.shape[1] for rollout, _, _ in parts)
 
     def gather(field: str) -> torch.Tensor:
         rows = [getattr(r, field)[[p * G + g for p in groups for g in range(G)]] for r, _, groups in parts if groups]
-        return torch.cat([torch.nn.functional.pad(t, (0, T - t.shape[1])) if t.dim() == 2 else t for t in rows])
+        rows = [torch.nn.functional.pad(t, (0, T - t.shape[1])) if t.dim() == 2 else t for t in rows]
+        return torch.cat(rows)[: limit * G]
 
-    prompts = [rollout.prompt_ids[p] for rollout, _, groups in parts for p in groups]
-    fields = map(gather, ("completion_ids", "mask", "sampler_logprobs", "finished"))
-    return common.Rollout(prompts, *fields, G), torch.cat([rewards[groups] for _, rewards, groups in parts])
+    prompts = [rollout.prompt_ids[p] for rollout, _, groups in parts for p in groups][:limit]
+    rewards = torch.cat([rewards[groups] for _, rewards, groups in parts])[:limit]
+    return common.Rollout(prompts, *map(gather, ("completion_ids", "mask", "sampler_logprobs", "finished")), G), rewards
 
 
 # ---- Which problems an iteration sees ------------------------------------------------------------------------------

@@ -80,21 +80,20 @@ def measure(args: Args) -> list[list]:
     """One row a setting: computed and measured peak of two small iterations of train_pg.py, which takes what
     train_grpo.py does, but passes backward through every row, whatever the rewards; the last setting adds a critic."""
     rows, tokenizer, config = [], common.load_tokenizer(args.measure), common.load_config(args.measure)
-    small = {"prompts_per_step": 4, "max_new_tokens": 64, "micro_batch_tokens": 4096}
+    small = {"prompts_per_step": 4, "max_new_tokens": 64, "micro_batch_tokens": 4096, "baseline": "batch-mean"}
     problems = data.load_train_problems(args.problems, None)
     prompts = data.encode_prompts(tokenizer, [p.question for p in problems], data.SYSTEM_PROMPT)
     device, size = common.resolve_device("auto"), data.parameters(config)
     cpu = device.type == "cpu"
     dtype, longest = common.resolve_dtype("auto", device), max(map(len, prompts))
     for setting in SETTINGS:
-        run = train_pg.Args(**small, baseline="batch-mean", model=args.measure, problems=args.problems)
+        run = train_pg.Args(**small, model=args.measure, problems=args.problems)
         run = tyro.cli(train_pg.Args, args=setting.split(), default=run)
         computed = data.peak(data.memory_needs(config, size, run, dtype, longest, cpu), cpu) / 1e9
         computed -= 0 if cpu else 0.6  # a GPU's peak is of tensors alone
         flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in small.items()) + f" {setting}"
         with tempfile.TemporaryDirectory() as directory:
             flags += f" --model {args.measure} --problems {args.problems} --run-root {directory} --iterations 2"
-            flags += "" if "--baseline" in setting else " --baseline batch-mean"
             run_dir, _, _ = run_script("train_pg.py", 1, f"{flags} --eval-every 0 --eval-problems 4 --save-every 0")
             peak = read_scalars(run_dir)["memory/peak_gb"][-1][1]
         rows.append([setting or "4 x 8 x 64", computed, peak, computed / peak])

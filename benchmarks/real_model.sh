@@ -7,7 +7,8 @@
 #     GSM8K=DIR bash benchmarks/real_model.sh sft             # SFT on GSM8K's worked solutions
 #
 # MODEL: hub name or directory. GSM8K: directory with train.jsonl, test.jsonl and example_model_solutions.jsonl, which
-# grade_school_math/data of https://github.com/openai/grade-school-math is. OUT: where the runs go, a directory of its own for each call.
+# grade_school_math/data of https://github.com/openai/grade-school-math is. OUT: where the runs go, a directory of its
+# own for each call.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 STAGE=${1:-} MODEL=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct} SEED=${SEED:-1}

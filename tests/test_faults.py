@@ -366,3 +366,28 @@ def test_micro_batches_change_memory_only(script, tmp_path, monkeypatch):
     for tag in logged[0]:
         if tag.startswith(("loss/", "reward/", "rewards/", "logps/")) or tag.startswith("rollout/length"):
             assert logged[0][tag][0][1] == pytest.approx(logged[1][tag][0][1], abs=1e-5, rel=1e-5), tag
+
+
+@pytest.mark.parametrize(
+    "script, tag, changes",
+    [
+        (train_kimi, "loss/kl", {"learning_rate": 1e-3}),
+        (train_dpo, "eval/pair_margin", {"learning_rate": 1e-3, "pair_weight": "gap"}),
+    ],
+    ids=["kimi", "dpo"],
+)
+def test_means_over_completions_are_weighted_by_completions(script, tag, changes, tmp_path):
+    """Pins: a micro-batch's mean over rows weighted by its tokens, or by the pairs' weights in the loss."""
+    if script is train_dpo:  # pairs whose weights differ
+        rows = []
+        for i in range(1, 90):
+            right = {"text": f"<answer>{i + 1}</answer>", "reward": 1.0 + i % 3, "finished": True}
+            wrong = {"text": "<think>" + "1 " * (i % 9) + "</think>", "reward": 0.0, "finished": True}
+            rows.append({"question": f"{i}+1=", "completions": [right, wrong]})
+        (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        changes = changes | {"data": str(tmp_path / "samples.jsonl"), "eval_problems": 20}
+    last = []
+    for tokens in (60, 16384):
+        args = small(script, tmp_path / "runs", iterations=1, warmup_iterations=0, micro_batch_tokens=tokens, **changes)
+        last.append(scalars(run(script.main, args))[tag][-1][1])
+    assert abs(last[1]) > 1e-2 and last[0] == pytest.approx(last[1], rel=1e-3)
