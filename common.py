@@ -1,30 +1,23 @@
-"""What several scripts call identically and no algorithm box contains: models, group sampling (its code is in
-sampling.py), logprobs of completions, batches, the optimizer over fp32 master weights, runs and checkpoints.
+"""What every algorithm here is made of: models, the Rollout and group sampling, logprobs, values and scores of
+completions, token weights, batches, the optimizer.
+
+Shapes: P prompts x G completions = B rows, row p*G + g. T = longest completion. Per-token tensors are (B, T) over
+completion tokens only; what stands where `mask` is False is padding, and nothing may depend on it.
 """
 
 import dataclasses
-import errno
-import gc
 import hashlib
-import json
+import math
 import os
-import re
-import shutil
-import signal
-import subprocess
+import random
 import sys
-import time
-from inspect import getfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import torch
-import tyro
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -37,32 +30,14 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from sampling import (  # noqa: F401  for the scripts, which call them as common.*
-    PackedGroups,
-    Rollout,
-    micro_batches,
-    minibatches,
-    sample_groups,
-    take,
-    takes_groups,
-)
+from plumbing.engine import PackedGroups, PaddedRows, decoder_class, gather_rows, takes_groups
+from plumbing.flags import fail, reason
 
-transformers_logging.disable_progress_bar()  # "Loading weights", "Writing model shards": ours is the one to watch
-
-
-def fail(message: str) -> NoReturn:
-    """Bad input: one clear line on stderr and exit code 2, no traceback."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def reason(error: Exception) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+transformers_logging.disable_progress_bar()  # "Loading weights", "Writing model shards": there is one bar to watch
 
 
 def derive_seed(*parts) -> int:
-    """A seed from (args.seed, step, purpose, ...): every draw has one of its own, so a resumed run draws the same."""
+    """A seed from (args.seed, purpose, step, ...). Every random draw has its own, so a resumed run draws the same."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
 
 
@@ -90,8 +65,15 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return getattr(torch, auto if dtype == "auto" else dtype)
 
 
+def resolve_model(path: str) -> str:
+    """The built-in models are found beside this file, from any working directory."""
+    built_in = Path(__file__).parent / path
+    return str(built_in) if not Path(path).exists() and built_in.is_dir() else path
+
+
 def load_config(path: str, flag: str = "--model"):
     """The model's config, or one line that says what is wrong with the path."""
+    path = resolve_model(path)
     local = Path(path).is_dir()
     if local and not (Path(path) / "config.json").exists():
         fail(f"{flag} {path}: the directory has no config.json; a Hugging Face model directory is expected")
@@ -102,7 +84,14 @@ def load_config(path: str, flag: str = "--model"):
         fail(f"{flag} {path}: {what} ({reason(error)})")
 
 
+def context_length(config) -> float:
+    """Tokens that fit the model's context, prompt and completion together; inf if its config has no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
 def load_tokenizer(path: str, flag: str = "--model") -> Tokenizer:
+    """The model's tokenizer. Ends with one line if it can't be loaded or has no EOS token."""
+    path = resolve_model(path)
     load_config(path, flag)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -115,15 +104,16 @@ def load_tokenizer(path: str, flag: str = "--model") -> Tokenizer:
     return tokenizer
 
 
-def load_weights(auto_class, path: str, device, dtype, from_scratch: bool = False, **options) -> PreTrainedModel:
-    """A model in eval mode, where all of ours stay: dropout in the rollouts, or between them and the first update,
-    would move the importance ratio away from 1 before anything was learned.
+def load_weights(auto_class, path: str, device, dtype, from_scratch: bool = False, new_head: bool = False, **options):
+    """A model in eval mode, and it stays there: dropout while sampling, or between sampling and the first update, would
+    move the importance ratio away from 1 before anything was learned.
 
-    from_scratch: random weights from the config alone.
+    from_scratch: random weights; only the config is read. new_head: a head that the files don't have is allowed. Any
+    other weight that they don't have ends the program: transformers would go on with random numbers in its place.
     """
     # On CPUs with bf16 instructions "medium" makes fp32 products twice as fast, in three bf16 passes (error 4e-6). With
     # AMX it would be one pass, and on a GPU TF32: too coarse for logprobs that sampler and trainer should agree on.
-    # With it torch's fused CPU attention is 5 to 9 times slower than the same written as plain products ("eager").
+    # With "medium", torch's fused CPU attention is 5 to 9 times slower than plain products ("eager").
     medium = torch.device(device).type == "cpu" and not torch.cpu._is_amx_tile_supported()
     torch.set_float32_matmul_precision("medium" if medium else "highest")
     attention = "eager" if medium and dtype == torch.float32 else None
@@ -132,21 +122,31 @@ def load_weights(auto_class, path: str, device, dtype, from_scratch: bool = Fals
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(cache, "32")
     options |= {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
+    path = resolve_model(path)
+    if new_head:
+        transformers_logging.set_verbosity_error()  # it would warn about the new head
     try:
         if from_scratch:
             return auto_class.from_config(load_config(path), **options).to(device).eval()
-        return auto_class.from_pretrained(path, use_safetensors=True, **options).to(device).eval()
+        model, loading = auto_class.from_pretrained(path, use_safetensors=True, output_loading_info=True, **options)
     except Exception as error:
         fail(f"{path}: its weights can't be loaded ({reason(error)})")
+    finally:
+        transformers_logging.set_verbosity_warning()
+    missing = sorted(n for n in loading["missing_keys"] if not (new_head and n.startswith(("score.", "classifier."))))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        fail(f"{path}: its weights are incomplete: {missing[0]}{more} not in its files")
+    return model.to(device).eval()
 
 
 def load_policy(
     path: str, device="cpu", dtype=torch.float32, eos_token_id: int | None = None, from_scratch: bool = False
 ) -> PreTrainedModel:
-    """The causal LM. eos_token_id: the tokenizer's; completions end there too, not only where the model's generation
-    config says."""
+    """The causal LM. eos_token_id: the tokenizer's; completions end there too, besides the ends that the model's
+    generation config names."""
     model = load_weights(AutoModelForCausalLM, path, device, dtype, from_scratch)
-    # A new generation config, with nothing in it but where to stop: what is trained is the plain softmax.
+    # A new generation config that only says where to stop: what is trained is the plain softmax.
     named = model.generation_config.eos_token_id
     stops = sorted({*(named if isinstance(named, list) else [named]), eos_token_id} - {None}) or None
     model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=model.config.pad_token_id)
@@ -154,10 +154,8 @@ def load_policy(
 
 
 def load_value_model(path: str, device="cpu", dtype=torch.float32, auto_class=AutoModelForTokenClassification):
-    """A critic: the path's backbone under a head of its own, which begins at 0, so that V = 0 before it has learned."""
-    transformers_logging.set_verbosity_error()  # that the head is new is as it should be
-    model = load_weights(auto_class, path, device, dtype, num_labels=1)
-    transformers_logging.set_verbosity_warning()
+    """A critic: the path's backbone under a new linear head of zeros, so that V = 0 before it has learned."""
+    model = load_weights(auto_class, path, device, dtype, new_head=True, num_labels=1)
     for parameter in value_head(model).parameters():
         nn.init.zeros_(parameter)
     return model
@@ -168,7 +166,7 @@ def value_head(model: PreTrainedModel) -> nn.Module:
 
 
 def load_reward_model(path: str, device="cpu", dtype=torch.float32, new_head=False, flag="--reward-model"):
-    """A sequence classifier with one label, such as train_rm.py writes. new_head: any path's backbone, a head of 0."""
+    """A sequence classifier with one label, as train_rm.py writes it. new_head: any backbone under a head of zeros."""
     if new_head:
         return load_value_model(path, device, dtype, AutoModelForSequenceClassification)
     if (labels := load_config(path, flag).num_labels) != 1:
@@ -176,9 +174,17 @@ def load_reward_model(path: str, device="cpu", dtype=torch.float32, new_head=Fal
     return load_weights(AutoModelForSequenceClassification, path, device, dtype)
 
 
+def check_vocabulary(flag: str, path: str, model: str) -> None:
+    """A reward model has one label and reads the policy's token ids."""
+    config = load_config(path, flag)
+    if config.num_labels != 1:
+        fail(f"{flag} {path}: has {config.num_labels} labels, a reward model has one")
+    if config.vocab_size != load_config(model).vocab_size:
+        fail(f"{flag} {path}: has another vocabulary than --model {model}")
+
+
 def checkpoint_layers(model: PreTrainedModel) -> None:
-    """Gradient checkpointing: of each layer only the input is kept for the backward pass, which computes it again. (Not
-    transformers' own, which asks for train mode, and so for dropout.)"""
+    """Keeps only each layer's input; the backward pass computes the layer again. transformers' own needs train mode."""
     for layer in max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len):
 
         def forward(*args, run=layer.forward, **kwargs):
@@ -189,40 +195,242 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
         layer.forward = forward
 
 
-# ---- Logprobs of completions ---------------------------------------------------------------------------------------
+# ---- Rollouts
+
+
+@dataclass
+class Rollout:
+    """P prompts with G completions each. Demonstrations (G = 1) and preference pairs (G = 2: chosen, rejected) are
+    Rollouts too, so that there is one logprob path."""
+
+    prompt_ids: list[list[int]]  # P
+    completion_ids: Tensor  # (B, T), right-padded
+    mask: Tensor  # (B, T) bool: real tokens, EOS included; from the sampler, never from ids != pad
+    sampler_logprobs: Tensor  # (B, T) of the tokens as they were sampled; 0 on padding and on given tokens
+    finished: Tensor  # (B,) bool: ended by an EOS, not by the length limit
+    group_size: int
+    loss_mask: Tensor | None = None  # (B, T) bool: the real tokens that are trained; None: all of them
+
+    @property
+    def trained(self) -> Tensor:
+        """(B, T) bool: the tokens that the policy wrote and that the loss is about."""
+        return self.mask if self.loss_mask is None else self.mask & self.loss_mask
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) tokens that the policy wrote."""
+        return self.trained.sum(1)
 
 
 def make_rollout(prompts: list[list[int]], completions: list[list[int]], group_size: int = 1, device="cpu") -> Rollout:
-    """A Rollout of given completions (token ids, EOS included), for training on data that nobody sampled here."""
+    """A Rollout of given completions (token ids, EOS included), for training on data that was not sampled here."""
     ids = pad_sequence([torch.tensor(c) for c in completions], batch_first=True).to(device)
     lengths = torch.tensor([len(c) for c in completions], device=device)
     mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-    return Rollout(prompts, ids, mask, torch.zeros(ids.shape, device=device), mask.any(1), group_size)
+    return Rollout(
+        [list(p) for p in prompts], ids, mask, torch.zeros(ids.shape, device=device), mask.any(1), group_size
+    )
 
 
-class PaddedRows:
-    """What PackedGroups is, for models whose attention is their own: each row after its prompt, right-padded. Under a
-    causal mask nothing real can see the padding, so no mask is needed and positions simply count."""
+def join_groups(parts: list[tuple[Rollout, Tensor, list[int]]], limit: int) -> tuple[Rollout, Tensor]:
+    """The first `limit` of the given groups of several Rollouts, with their rewards (P, G), as one of each.
 
-    def __init__(self, prompts: list[list[int]], completions: Tensor, mask: Tensor, group: Tensor):
-        heads = [torch.tensor(prompts[p], device=completions.device) for p in group.tolist()]
-        rows = [torch.cat([head, ids[m]]) for head, ids, m in zip(heads, completions, mask, strict=True)]
-        self.ids = pad_sequence(rows, batch_first=True)
-        row, column = mask.nonzero(as_tuple=True)
-        starts = torch.tensor([len(head) for head in heads], device=row.device)
-        starts += torch.arange(len(rows), device=row.device) * self.ids.shape[1]
-        self.predictor, self.ends = starts[row] + column - 1, starts + mask.sum(1) - 1
+    parts: (Rollout, rewards, the groups to take from it).
+    """
+    G, T = parts[0][0].group_size, max(rollout.mask.shape[1] for rollout, _, _ in parts)
 
-    def logits(self, model: nn.Module) -> Tensor:
-        return self.run(model)[self.predictor]
+    def gather(name: str) -> Tensor | None:
+        if all(getattr(rollout, name) is None for rollout, _, _ in parts):
+            return None
+        values = [rollout.mask if getattr(rollout, name) is None else getattr(rollout, name) for rollout, _, _ in parts]
+        indices = [[p * G + g for p in groups for g in range(G)] for _, _, groups in parts]
+        rows = [value[index] for value, index in zip(values, indices, strict=True) if index]
+        rows = [nn.functional.pad(t, (0, T - t.shape[1])) if t.dim() == 2 else t for t in rows]
+        return torch.cat(rows)[: limit * G]
 
-    def run(self, model: nn.Module) -> Tensor:
-        return model(self.ids, use_cache=False)[0].flatten(0, 1)
+    tensors = {
+        field.name: gather(field.name) for field in dataclasses.fields(Rollout)[1:] if field.name != "group_size"
+    }
+    prompts = [rollout.prompt_ids[p] for rollout, _, groups in parts for p in groups][:limit]
+    rewards = torch.cat([rewards[groups] for _, rewards, groups in parts])[:limit]
+    return Rollout(prompt_ids=prompts, group_size=G, **tensors), rewards
+
+
+# ---- Batches
+
+
+def minibatches(rollout: Rollout, size: int, seed: int) -> list[list[int]]:
+    """Rows in random minibatches of `size` completions, always whole groups; the last one may be smaller."""
+    G, P = rollout.group_size, len(rollout.prompt_ids)
+    groups, per_batch = random.Random(seed).sample(range(P), P), max(1, size // G)
+    batches = [groups[i : i + per_batch] for i in range(0, P, per_batch)]
+    return [[p * G + g for p in batch for g in range(G)] for batch in batches]
+
+
+def micro_batches(
+    rollout: Rollout, rows: list[int], max_tokens: int, trains: list[bool] | None = None
+) -> list[list[int]]:
+    """`rows` in slices of at most max_tokens tokens of prompt and completion (a single row may exceed it). A slice has
+    whole groups where they fit, since a prompt is computed once for its group, and rows of similar length, since a
+    model that can't share prompts pads them. trains: rows that need a backward pass share no slice with rows that
+    don't."""
+    if trains is not None:
+        parts = [row for row in rows if trains[row]], [row for row in rows if not trains[row]]
+        return [micro for part in parts for micro in micro_batches(rollout, part, max_tokens)]
+    G, lengths = rollout.group_size, rollout.mask.sum(1).tolist()
+    size = {row: len(rollout.prompt_ids[row // G]) + lengths[row] for row in rows}
+    groups: dict[int, list[int]] = {}
+    for row in sorted(rows, key=lambda row: (size[row], row)):  # ascending: the last row added is the longest
+        groups.setdefault(row // G, []).append(row)
+    batches, used = [], max_tokens  # the next row opens a slice
+    for group in sorted(groups.values(), key=lambda group: size[group[-1]]):
+        if used + sum(size[row] for row in group) > max_tokens:
+            used = max_tokens
+        for row in group:
+            if used + size[row] > max_tokens:
+                batches, used = [*batches, []], 0
+            batches[-1].append(row)
+            used += size[row]
+    return batches
+
+
+# ---- Sampling
+
+
+@torch.no_grad()
+def sample_groups(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    group_size: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    eos_token_ids: int | list[int] | None = None,
+) -> Rollout:
+    """`group_size` completions of every prompt (token ids), from the model's plain softmax at `temperature` (0:
+    greedy). Nothing else in the generation config (top-p, penalties) is used.
+
+    Each prompt is computed once for its whole group. Rows that have ended leave the batch.
+    eos_token_ids: where a completion ends; None: those of the model's generation config.
+    """
+    prompts = [list(prompt) for prompt in prompts]
+    device, B = model.device, len(prompts) * group_size
+    if eos_token_ids is None:
+        eos_token_ids = model.generation_config.eos_token_id
+    if eos_token_ids is None:
+        raise ValueError("the model's generation config has no eos_token_id: give eos_token_ids")
+    eos = torch.tensor(eos_token_ids, device=device).flatten()
+
+    # All random numbers up front, on the CPU: a row's draws depend neither on the device nor on which rows ended.
+    generator = torch.Generator().manual_seed(seed)
+    uniforms = torch.rand(B, max_new_tokens, generator=generator).to(device)
+    completion_ids = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
+    mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
+    sampler_logprobs = torch.zeros(B, max_new_tokens, device=device)
+    finished = torch.zeros(B, dtype=torch.bool, device=device)
+
+    decoder = decoder_class(model)(model, prompts, group_size, max_new_tokens)
+    logits = decoder.prefill()  # (B, V)
+    rows, ended = torch.arange(B, device=device), finished.clone()  # the rows in the batch, and which of them ended
+    for step in range(max_new_tokens):
+        tokens, logprobs = sample_tokens(logits, temperature, uniforms[rows, step])
+        completion_ids[rows, step], sampler_logprobs[rows, step], mask[rows, step] = tokens, logprobs, ~ended
+        ended = ended | torch.isin(tokens, eos)
+        if step == max_new_tokens - 1:
+            break
+        if (step + 1) % decoder.check_every == 0:  # to look is to wait for the GPU
+            live = int((~ended).sum())
+            if live == 0:
+                break
+            if (size := decoder.batch_size(live)) < len(rows):
+                kept = ended.argsort(stable=True)[:size].sort().values  # ended rows only where the size isn't free
+                finished[rows] = ended
+                rows, tokens, ended = rows[kept], tokens[kept], ended[kept]
+                decoder.keep(kept)
+        logits = decoder.step(tokens)
+    finished[rows] = ended
+
+    T = int(mask.sum(1).max())
+    completion_ids, sampler_logprobs = completion_ids.masked_fill(~mask, 0), sampler_logprobs.masked_fill(~mask, 0.0)
+    return Rollout(prompts, completion_ids[:, :T], mask[:, :T], sampler_logprobs[:, :T], finished, group_size)
+
+
+def continue_groups(
+    model: PreTrainedModel,
+    rollout: Rollout,
+    inserts: list[list[int] | None],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> Rollout:
+    """A Rollout whose row i goes on after the token ids inserts[i] (None: it stays as it is), for at most
+    max_new_tokens more. The inserted tokens are real (`mask`) but not the policy's own (`loss_mask`), such as a user's
+    next turn."""
+    G, device = rollout.group_size, rollout.mask.device
+    rows = [row for row, insert in enumerate(inserts) if insert is not None]
+    completions = [ids[mask].tolist() for ids, mask in zip(rollout.completion_ids, rollout.mask, strict=True)]
+    logprobs = [values[mask].tolist() for values, mask in zip(rollout.sampler_logprobs, rollout.mask, strict=True)]
+    trained = [values[mask].tolist() for values, mask in zip(rollout.trained, rollout.mask, strict=True)]
+    finished = rollout.finished.clone()
+    if rows:
+        heads = [rollout.prompt_ids[row // G] + completions[row] + inserts[row] for row in rows]
+        rest = sample_groups(model, heads, 1, max_new_tokens, temperature, seed)
+        for i, row in enumerate(rows):
+            new = rest.mask[i]
+            completions[row] += inserts[row] + rest.completion_ids[i][new].tolist()
+            logprobs[row] += [0.0] * len(inserts[row]) + rest.sampler_logprobs[i][new].tolist()
+            trained[row] += [False] * len(inserts[row]) + [True] * int(new.sum())
+        finished[rows] = rest.finished
+    whole = make_rollout(rollout.prompt_ids, completions, G, device)
+    whole.sampler_logprobs[whole.mask] = torch.tensor(sum(logprobs, []), device=device)
+    whole.loss_mask = whole.mask.clone()
+    whole.loss_mask[whole.mask] = torch.tensor(sum(trained, []), device=device)
+    return dataclasses.replace(whole, finished=finished)
+
+
+BLOCK = 16  # vocabulary entries in a block of the cumulative sum
+
+
+def sample_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """One token a row and its logprob, both (R,), from logits (R, V) and uniform numbers (R,), in fp32; temperature 0
+    is argmax.
+
+    It inverts the cumulative distribution: exact, no sort of the vocabulary, and a row's draw depends only on its own
+    number. The cumulative sum is taken over blocks first, then inside the block that is hit.
+    """
+    logits = logits.float()
+    if temperature == 0:
+        tokens = logits.argmax(-1)
+        return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+    R, V = logits.shape
+    scaled = logits if temperature == 1 else logits / temperature
+    largest = scaled.amax(-1, keepdim=True)
+    weights = logits.new_empty(R, -(-V // BLOCK) * BLOCK)  # exp(logit - largest): probabilities up to a factor
+    weights[:, V:] = 0.0
+    torch.sub(scaled, largest, out=weights[:, :V]).exp_()
+    weights = weights.view(R, -1, BLOCK)
+    ends = weights.sum(-1).cumsum(-1)  # (R, blocks)
+    total = ends[:, -1:]
+    target = keep_below(uniforms[:, None] * total, total)
+    block = torch.searchsorted(ends, target, right=True)
+    start = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
+    inside = weights[torch.arange(R, device=logits.device), block[:, 0]].cumsum(-1)  # (R, BLOCK)
+    tokens = block * BLOCK + torch.searchsorted(inside, keep_below(target - start, inside[:, -1:]), right=True)
+    return tokens[:, 0], (scaled.gather(1, tokens) - largest - total.log())[:, 0]
+
+
+def keep_below(target: Tensor, limit: Tensor) -> Tensor:
+    """target in [0, limit). Rounding may have brought it to the limit, past the last token of any probability."""
+    return torch.minimum(target, torch.nextafter(limit, torch.zeros_like(limit))).clamp(min=0)
+
+
+# ---- Logprobs
 
 
 def pack_rows(model: PreTrainedModel, rollout: Rollout, rows: list[int]) -> PackedGroups | PaddedRows:
-    """A rollout's rows as the model takes them. run(model) gives its output at all tokens; `predictor` (N,) says which
-    of them predict the N completion tokens, in the order of mask[rows].nonzero(), and `ends` (R,) where rows end."""
+    """A Rollout's rows as the model takes them. run(model) is the model's output at all tokens. `predictor` (N,) are
+    the positions that predict the N completion tokens, in the order of mask[rows].nonzero(); `ends` (R,) the rows'
+    last."""
     mask, prompts = rollout.mask[rows], {row // rollout.group_size: None for row in rows}
     mask = mask[:, : int(mask.sum(1).max())]
     number = {p: i for i, p in enumerate(prompts)}
@@ -236,8 +444,8 @@ LOGITS_AT_ONCE = 2**25  # fp32 elements: 128 MB
 
 @torch.no_grad()
 def has_plain_head(model: PreTrainedModel) -> bool:
-    """True where logits = output embedding of the last hidden state, to the bit: no soft-capping, scaling or bias
-    in between. Found out by trying, once for a model."""
+    """True if logits are the output embedding times the last hidden state, to the bit: no soft-capping, scaling or bias
+    in between. Found by trying, once per model."""
     if not hasattr(model, "plain_head"):
         ids, head = torch.tensor([[0, 1]], device=model.device), model.get_output_embeddings()
         try:
@@ -251,15 +459,15 @@ def has_plain_head(model: PreTrainedModel) -> bool:
 
 
 def slices(hidden: Tensor, weight: Tensor | None) -> list[slice]:
-    """Of the rows, so that LOGITS_AT_ONCE is kept."""
+    """Slices of the rows, each with at most LOGITS_AT_ONCE logits."""
     size = max(1, LOGITS_AT_ONCE // (hidden.shape[1] if weight is None else len(weight)))
     return [slice(start, start + size) for start in range(0, len(hidden), size)]
 
 
 class HeadLogprobs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T / temperature) at the targets (N,), and its entropy (N,), in fp32, from hidden
-    (N, H): logits exist for a chunk of rows at a time, forward and, computed again, backward. weight None: hidden are
-    the logits already."""
+    """log softmax(hidden @ weight.T / temperature) at the targets (N,), and the softmax's entropy, both (N,) in fp32,
+    from hidden (N, H). Logits exist for a slice of the rows at a time: in the forward pass and, computed again, in the
+    backward pass. weight None: hidden are the logits already."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
@@ -270,37 +478,46 @@ class HeadLogprobs(torch.autograd.Function):
             logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - normalizers[rows]
             logits -= normalizers[rows, None]
             entropy[rows] = -(logits.exp() * logits.clamp(min=-1e4)).sum(-1)  # 0 * -inf would be NaN
-        ctx.save_for_backward(hidden, weight, targets, normalizers)
+        ctx.save_for_backward(hidden, weight, targets, normalizers, entropy)
         ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropy)
+        ctx.set_materialize_grads(False)  # an output that no loss uses gets None: its gradient costs nothing
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx, gradient, _):
-        hidden, weight, targets, normalizers = ctx.saved_tensors
+    def backward(ctx, gradient, entropy_gradient):
+        hidden, weight, targets, normalizers, entropy = ctx.saved_tensors
+        if gradient is None:
+            gradient = torch.zeros_like(normalizers)
         hidden_gradient, gradient = torch.empty_like(hidden), gradient / ctx.temperature
-        weight_gradient = None if weight is None else torch.zeros_like(weight, dtype=torch.float32)
+        trains_head = ctx.needs_input_grad[1]  # False without a weight, or if the head is frozen
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if trains_head else None
         for rows in slices(hidden, weight):
             logits = (hidden[rows] if weight is None else hidden[rows] @ weight.T).float() / ctx.temperature
+            log_softmax = logits.sub_(normalizers[rows, None])
             # d logprob / d logits = (one at the target) - softmax
-            error = logits.sub_(normalizers[rows, None]).exp_().mul_(-gradient[rows, None])
+            # d entropy / d logits = - softmax * (log softmax + entropy)
+            if entropy_gradient is None:
+                error = log_softmax.exp_().mul_(-gradient[rows, None])
+            else:
+                bonus = entropy_gradient[rows, None] / ctx.temperature
+                bonus = bonus * (log_softmax.clamp(min=-1e4) + entropy[rows, None])
+                error = log_softmax.exp_().mul_(-gradient[rows, None] - bonus)
             error.scatter_add_(1, targets[rows, None], gradient[rows, None])
             error = error.to(hidden.dtype)
             hidden_gradient[rows] = error if weight is None else error @ weight
-            if weight is not None:
+            if trains_head:
                 weight_gradient += error.T @ hidden[rows]
-        return hidden_gradient, weight if weight is None else weight_gradient.to(weight.dtype), None, None
+        return hidden_gradient, weight_gradient.to(weight.dtype) if trains_head else None, None, None
 
 
 def completion_logprobs(
     model: PreTrainedModel, rollout: Rollout, rows: list[int], temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """logprobs and entropy (without gradient), both (R, T) and 0 on padding, of the completions in `rows`, in one
-    forward pass."""
+    """logprobs and entropy of the completions in `rows`, both (R, T), 0 on padding, with gradient. One forward pass."""
     batch, mask = pack_rows(model, rollout, rows), rollout.mask[rows]
     targets = rollout.completion_ids[rows][mask]  # (N,)
     if has_plain_head(model):
-        hidden = take(batch.run(model.base_model), batch.predictor)
+        hidden = gather_rows(batch.run(model.base_model), batch.predictor)
         logprobs, entropy = HeadLogprobs.apply(hidden, model.get_output_embeddings().weight, targets, temperature)
     else:
         logprobs, entropy = HeadLogprobs.apply(batch.logits(model), None, targets, temperature)
@@ -308,24 +525,55 @@ def completion_logprobs(
     return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
 
 
+@torch.no_grad()
+def rollout_logprobs(model: PreTrainedModel, rollout: Rollout, max_tokens: int, temperature: float = 1.0) -> Tensor:
+    """(B, T) completion_logprobs of all rows, without gradient, in micro-batches of max_tokens."""
+    logprobs = torch.zeros_like(rollout.sampler_logprobs)
+    for micro in micro_batches(rollout, list(range(len(logprobs))), max_tokens):
+        logprobs[micro] = completion_logprobs(model, rollout, micro, temperature)[0]
+    return logprobs
+
+
 def completion_values(value_model: PreTrainedModel, rollout: Rollout, rows: list[int]) -> Tensor:
-    """V(s_t), (R, T) and 0 on padding: read where token t is predicted, before it is known."""
+    """V(s_t), (R, T), 0 on padding: read where token t is predicted, before it is known."""
     batch, mask = pack_rows(value_model, rollout, rows), rollout.mask[rows]
-    values = value_head(value_model)(take(batch.run(value_model.base_model), batch.predictor))[:, 0].float()
+    values = value_head(value_model)(gather_rows(batch.run(value_model.base_model), batch.predictor))[:, 0].float()
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values)
 
 
+@torch.no_grad()
+def rollout_values(value_model: PreTrainedModel, rollout: Rollout, max_tokens: int) -> Tensor:
+    """(B, T) completion_values of all rows, without gradient, in micro-batches of max_tokens."""
+    values = torch.zeros_like(rollout.sampler_logprobs)
+    for micro in micro_batches(rollout, list(range(len(values))), max_tokens):
+        values[micro] = completion_values(value_model, rollout, micro)
+    return values
+
+
 def completion_scores(reward_model: PreTrainedModel, rollout: Rollout, rows: list[int]) -> Tensor:
-    """(R,) scores of whole completions, read at the last real token: by its index, since a search for the pad id (as
-    the model's own forward does) stops short where the pad is the EOS. `score_mean` of its config is subtracted."""
+    """(R,) scores of whole completions, read at the last real token. That token is found by its index: the model's own
+    forward searches for the pad id, which stops short if pad and EOS are the same. The config's `score_mean` is
+    subtracted."""
     batch = pack_rows(reward_model, rollout, rows)
     scores = reward_model.score(batch.run(reward_model.base_model)[batch.ends])[:, 0].float()
     return scores - getattr(reward_model.config, "score_mean", 0.0)
 
 
+@torch.no_grad()
+def rollout_scores(reward_model: PreTrainedModel, rollout: Rollout, max_tokens: int) -> Tensor:
+    """(B,) completion_scores of all rows, without gradient, in micro-batches of max_tokens."""
+    scores = torch.zeros(len(rollout.mask), device=rollout.mask.device)
+    for micro in micro_batches(rollout, list(range(len(scores))), max_tokens):
+        scores[micro] = completion_scores(reward_model, rollout, micro)
+    return scores
+
+
+# ---- Weights and the optimizer ---------------------------------------------------------------------------------------
+
+
 def token_weights(mask: Tensor, loss_norm: str, max_new_tokens: int) -> Tensor:
-    """(B, T) weights with which a per-token loss is summed, exactly 0 where mask is False; of the whole minibatch at
-    once, so that its split into micro-batches can't change the gradient.
+    """(B, T) weights with which a per-token loss is summed, exactly 0 where mask is False. They are computed for the
+    whole minibatch at once, so that its split into micro-batches can't change the gradient.
 
     "sequence": mean over rows of the mean over each row's tokens (DeepSeekMath, arXiv:2402.03300, eq. 3).
     "token": mean over all tokens (DAPO, arXiv:2503.14476, eq. 8).
@@ -341,14 +589,13 @@ def token_weights(mask: Tensor, loss_norm: str, max_new_tokens: int) -> Tensor:
     raise ValueError(f"loss_norm is 'sequence', 'token' or 'constant', not {loss_norm!r}")
 
 
-# ---- The optimizer -------------------------------------------------------------------------------------------------
+class Masters:
+    """Mixin for a torch optimizer: its parameters are fp32 master copies of the model's weights (the weights themselves
+    if they are fp32). At a learning rate of 1e-6 most steps are smaller than bf16 can resolve; in fp32 they add up.
+    Gradients are collected in fp32 too, over all micro-batches. Clip `optimizer.masters`.
 
-
-class MasterAdamW(torch.optim.AdamW):
-    """AdamW whose parameters are fp32 master copies of the model's weights (the weights themselves if they are fp32).
-    At a learning rate of 1e-6 most steps are smaller than bf16 can resolve; here they add up. Gradients are collected
-    in fp32 too, over all micro-batches. Use it as any optimizer, but clip `optimizer.masters`.
-    """
+    Weights with requires_grad=False are left out. Another optimizer: `class MyOptimizer(Masters, torch.optim.SGD):
+    pass`."""
 
     def __init__(self, model: nn.Module, lr: float, **options):
         self.weights = [p for p in model.parameters() if p.requires_grad]
@@ -356,7 +603,7 @@ class MasterAdamW(torch.optim.AdamW):
         for weight, master in zip(self.weights, self.masters, strict=True):
             if master is not weight:
                 weight.register_post_accumulate_grad_hook(lambda w, master=master: self.collect(w, master))
-        super().__init__(self.masters, lr=lr, weight_decay=options.pop("weight_decay", 0.0), fused=True, **options)
+        super().__init__(self.masters, lr=lr, **options)
 
     @staticmethod
     def collect(weight: Tensor, master: Tensor) -> None:
@@ -370,190 +617,24 @@ class MasterAdamW(torch.optim.AdamW):
             if master is not weight:
                 weight.copy_(master)  # in place: the sampler reads the same tensors
 
+    def state_dict(self) -> dict:
+        copies = [] if all(w is m for w, m in zip(self.weights, self.masters, strict=True)) else self.masters
+        return super().state_dict() | {"masters": copies}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict({name: value for name, value in state.items() if name != "masters"})
+        for master, saved in zip(self.masters, state["masters"], strict=False):  # [] if the run's weights were fp32
+            master.copy_(saved)
+
+
+class MasterAdamW(Masters, torch.optim.AdamW):
+    """AdamW over fp32 master weights, without weight decay unless it is asked for."""
+
+    def __init__(self, model: nn.Module, lr: float, weight_decay: float = 0.0, **options):
+        super().__init__(model, lr, weight_decay=weight_decay, fused=True, **options)
+
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-
-
-# ---- Runs: arguments, directory, checkpoints -----------------------------------------------------------------------
-
-RESUME_MAY_CHANGE = ("iterations", "eval_every", "save_every", "keep_checkpoints", "device", "run_root")
-
-
-def parse_args(Args, argv: list[str] | None = None):
-    """tyro.cli(Args). With `--resume RUN` the run's saved arguments are the defaults, and only those of
-    RESUME_MAY_CHANGE may differ from them."""
-    argv = sys.argv[1:] if argv is None else argv
-    run = next((a.partition("=")[2] for a in argv if a.startswith("--resume=")), None)
-    if "--resume" in argv[:-1]:
-        run = argv[argv.index("--resume") + 1]
-    if run is None:
-        return tyro.cli(Args, args=argv)
-    file = Path(run) / "args.json"
-    try:
-        saved = Args(**json.loads(file.read_text()))
-    except OSError:
-        fail(f"--resume {run}: no run directory ({file} can't be read)")
-    except (ValueError, TypeError) as error:
-        fail(f"--resume {run}: {file} does not hold this script's arguments ({error})")
-    args = tyro.cli(Args, args=argv, default=dataclasses.replace(saved, resume=run))
-    for name, value in vars(args).items():
-        if value != getattr(saved, name) and name not in (*RESUME_MAY_CHANGE, "resume"):
-            *allowed, flag = ("--" + n.replace("_", "-") for n in (*RESUME_MAY_CHANGE, name))
-            started = f"the run was started with {getattr(saved, name)}"
-            fail(f"{flag} {value}: {started}; on --resume only {', '.join(allowed)} may differ")
-    return args
-
-
-def start_run(args, state: dict) -> tuple[Path, SummaryWriter]:
-    """The run directory (of the resumed run, or a new one under --run-root) with args.json, and its event writer.
-
-    state: of the checkpoint that is gone on from, or {}. Events after it, written by the run before it was
-    interrupted, are purged.
-    """
-    if state.get("iteration", 0) > args.iterations:
-        fail(f"--iterations {args.iterations}: the run has done {state['iteration']} already")
-    script = Path(getfile(type(args))).stem
-    if args.resume:
-        run_dir = Path(args.resume)
-    else:
-        data = getattr(args, "data", None) or args.problems
-        parts = script, Path(data).stem, Path(args.model).name, f"s{args.seed}", time.strftime("%Y%m%d-%H%M%S")
-        run_dir = Path(args.run_root) / re.sub(r"[^\w.-]", "-", "__".join(parts))
-        while run_dir.exists():
-            run_dir = run_dir.with_name(run_dir.name + "x")
-    try:
-        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (run_dir / "args.json.tmp").write_text(json.dumps(vars(args) | {"resume": None}, indent=2) + "\n")
-        os.replace(run_dir / "args.json.tmp", run_dir / "args.json")
-        writer = SummaryWriter(str(run_dir), purge_step=state.get("x", -1) + 1 if args.resume else None)
-    except OSError as error:
-        fail(f"--run-root {args.run_root}: {run_dir} can't be written ({error.strerror})")
-    sys.excepthook = explain
-    if not state:
-        rows = "\n".join(f"| {name} | {value} |" for name, value in vars(args).items())
-        writer.add_text("hyperparameters", f"| flag | value |\n|---|---|\n{rows}\n\ngit commit: {git_commit()}", 0)
-    print(f"run directory: {run_dir}")
-    gc.freeze()  # the libraries' million objects stay: no garbage collection needs to walk through them again
-    return run_dir, writer
-
-
-def explain(kind, error, trace) -> None:
-    """What a run prints when it ends in an error: one line where memory or disk space is what was missing."""
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        lower = "--micro-batch-tokens (training), or --prompts-per-step, --group-size or --max-new-tokens (sampling)"
-        print(f"error: out of memory ({reason(error)}); lower {lower}", file=sys.stderr)
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        print(f"error: {reason(error)}; make room on the disk, then go on with --resume", file=sys.stderr)
-    elif isinstance(error, KeyboardInterrupt):
-        print("stopped at once; go on from the newest checkpoint with --resume", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-def git_commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git here
-        return "unknown"
-
-
-class StopSignal:
-    """The first Ctrl-C or SIGTERM only sets `number`, and the script ends its iteration, saves and leaves."""
-
-    def __init__(self):
-        self.number = 0
-        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(self, number, frame) -> None:
-        self.number = number
-        print("\nstopping after this iteration, with a checkpoint; once more to stop at once", file=sys.stderr)
-        self.restore()
-
-    def restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def leave(self, run_dir: Path) -> NoReturn:
-        print(f"stopped; go on with --resume {run_dir}", file=sys.stderr)
-        raise SystemExit(128 + self.number)
-
-
-def file_digests(directory: Path) -> dict[str, str]:
-    def digest(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    return {path.name: digest(path) for path in sorted(directory.iterdir()) if path.name != "digests.json"}
-
-
-def save_checkpoint(
-    target: Path, model, tokenizer, optimizer: MasterAdamW | None = None, state: dict | None = None, keep: int = 0
-):
-    """An ordinary Hugging Face directory. With an optimizer also trainer.pt, all that the run needs to go on exactly,
-    and the digests by which `load_checkpoint` knows that everything is whole.
-
-    It is written aside and renamed: `target` is never there in part, whenever the process is killed. state: plain
-    values and tensors, "x" among them. keep: all but so many checkpoints are deleted once this one is whole; 0: none.
-    """
-    aside, old = target.with_name(target.name + ".tmp"), target.with_name(target.name + ".old")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        if optimizer is not None:
-            torch.save(state | optimizer_state(optimizer), aside / "trainer.pt")
-            (aside / "digests.json").write_text(json.dumps(file_digests(aside)))
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)  # a kill may have left one
-            os.rename(target, old)
-        os.rename(aside, target)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and not re.search("StreamWriter|inline_container|iostream", str(error)):
-            raise  # not torch's way to say that it can't write
-        free = f"{shutil.disk_usage(target.parent).free / 1e9:.3f} GB are free there"
-        shutil.rmtree(aside, ignore_errors=True)
-        fail(f"{target} can't be written ({reason(error)}; {free}). Make room, then go on with --resume")
-    shutil.rmtree(old, ignore_errors=True)
-    written = [path for path in checkpoints(target.parent) if path.name <= target.name]  # a newer one is damaged
-    for outdated in written[keep:] if keep else []:
-        shutil.rmtree(outdated)
-
-
-def checkpoints(directory: Path) -> list[Path]:  # the newest first
-    return sorted(directory.glob("step_*[0-9]"), reverse=True)
-
-
-def load_checkpoint(run: str | None) -> dict:
-    """The state of a run's newest whole checkpoint, with its directory as "model"; {} for no run, or for one that
-    has no checkpoint yet and so starts over."""
-    if not run:
-        return {}
-    directories = checkpoints(Path(run) / "checkpoints")
-    for directory in directories:
-        try:
-            if json.loads((directory / "digests.json").read_text()) != file_digests(directory):
-                raise ValueError("its files are not as they were written")
-            state = torch.load(directory / "trainer.pt", weights_only=True, map_location="cpu")
-            return state | {"model": str(directory)}
-        except Exception as error:  # whatever a damaged file makes json, torch or the file system raise
-            print(f"warning: {directory} is damaged ({reason(error)}); trying the one before it", file=sys.stderr)
-    if directories:
-        fail(f"--resume {run}: none of its checkpoints is whole")
-    print(f"note: {run} has no checkpoint yet: starting over in it", file=sys.stderr)
-    return {}
-
-
-def optimizer_state(optimizer: MasterAdamW) -> dict:
-    masters = [] if optimizer.masters[0] is optimizer.weights[0] else optimizer.masters
-    return {"optimizer": optimizer.state_dict(), "masters": masters}
-
-
-def restore_optimizer(optimizer: MasterAdamW, state: dict) -> None:
-    optimizer.load_state_dict(state.pop("optimizer"))
-    with torch.no_grad():
-        for master, saved in zip(optimizer.masters, state.pop("masters"), strict=False):  # [] where weights are fp32
-            master.copy_(saved)

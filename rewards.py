@@ -1,307 +1,126 @@
-"""Verifiers and reward components: pure functions of a completion's text, each 1.0 or 0.0.
+"""What a completion is worth: reward functions, their flags and weights, and the model that judges where the rules
+can't.
 
-    accuracy_reward = answers_match(extract_answer(text), gold)     is the final answer right?
-    format_reward                                                   is it written the way it was asked for?
-
-Everything here reads model output, and a policy under RL finds every hole in it: nothing raises, nothing
-evaluates the text as code, and everything takes linear or bounded time.
+To add a reward: write its function here, a field `<name>_weight` in RewardFlags, and a line in `score_completions`. All
+four RL scripts then have it, and it is logged as `reward/<name>`.
 """
 
 import functools
 import itertools
-import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import threading
 import unicodedata
-from fractions import Fraction
-from importlib.util import find_spec
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+import common
+from common import Rollout
+from data import Problem, encode_completions, encode_prompts, opens_thinking
+from plumbing.answers import MAX_ANSWER_CHARS, answers_match, extract_answer, matched_by
+from plumbing.flags import AtLeast0, AtLeast1, NonNegative, fail
 
 FORMAT_STYLES = ("answer-tags", "think")
-MAX_ANSWER_CHARS = 1_000  # a longer answer is never right; keeps every step after the extraction short
-MATH_VERIFY_SECONDS = 0.8  # processor time for one comparison; a usual one takes 0.01 to 0.1
-MATH_VERIFY_BYTES = 2 << 30
+# Each language's scripts, as the names of Unicode's letters begin.
+LANGUAGES = {
+    **dict.fromkeys(("de", "en", "es", "fr", "it", "nl", "pl", "pt", "tr", "vi"), ("LATIN",)),
+    **dict.fromkeys(("bg", "ru", "uk"), ("CYRILLIC",)),
+    **dict.fromkeys(("ar", "fa", "ur"), ("ARABIC",)),
+    **dict.fromkeys(("hi", "mr", "ne"), ("DEVANAGARI",)),
+    "zh": ("CJK",),
+    "ja": ("CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA"),
+    "ko": ("HANGUL",),
+    "el": ("GREEK",),
+    "he": ("HEBREW",),
+    "th": ("THAI",),
+    "bn": ("BENGALI",),
+    "ta": ("TAMIL",),
+}
 
 
-# ---------------------------------------------------------------- extraction
+@dataclass
+class RewardFlags:
+    """The rewards, their weights, and who decides whether an answer is right."""
+
+    accuracy_weight: NonNegative = 1.0
+    """weight of the reward for the right answer (0 or 1)"""
+    format_weight: NonNegative = 0.2
+    """weight of the reward for the right format (0 or 1)"""
+    format_style: Literal["answer-tags", "think"] = "answer-tags"
+    """<think>..</think><answer>..</answer> | <think>..</think>, then text with \\boxed{} or #### (--system-prompt)"""
+    length_weight: NonNegative = 0.0
+    """weight of the length reward (Kimi K1.5): shorter right answers of a group get more, up to +-0.5"""
+    length_reward_start: AtLeast0 = 0
+    """iteration from which the length reward counts"""
+    language_weight: NonNegative = 0.0
+    """weight of the language reward (DeepSeek-R1): the share of the reasoning's words in --language's script"""
+    language: Literal[*sorted(LANGUAGES)] = "en"
+    """code of the language that the reasoning should be written in"""
+    overlong_weight: NonNegative = 0.0
+    """weight of the soft overlong penalty (DAPO): down to -1 at --max-new-tokens"""
+    overlong_buffer: AtLeast1 = 8
+    """tokens before --max-new-tokens over which that penalty sets in"""
+    truncated: Literal["score", "wrong", "mask"] = "score"
+    """completions cut by the length limit: scored like others | never right | advantage 0 (a KL still counts them)"""
+    judge_model: str | None = None
+    """a causal LM that is asked whether an answer that the rules don't match is the reference answer"""
+    verifier_model: str | None = None
+    """a reward model (train_rm.py) that scores such an answer instead: above 0 is right"""
 
 
-def remove_thinking(text: str) -> str:
-    """Takes a completion, returns what is left of it without its thinking, "" if nothing is.
+def check_rewards(flags: RewardFlags, max_new_tokens: int) -> None:
+    """Ends with one line if no reward has a weight or the penalty's buffer is longer than a completion."""
+    weights = [name for name in vars(flags) if name.endswith("_weight")]
+    if not any(getattr(flags, name) for name in weights):
+        names = ", ".join("--" + name.replace("_", "-") for name in weights)
+        fail(f"{names} are all 0: there is nothing to learn from")
+    if flags.overlong_weight and flags.overlong_buffer > max_new_tokens:
+        fail(f"--overlong-buffer {flags.overlong_buffer}: must be at most --max-new-tokens {max_new_tokens}")
 
-    An unclosed <think> runs to the end of the text. A </think> without an opening tag makes thinking of all that
-    stands before it: some chat templates open the block in the prompt.
+
+def score_completions(
+    texts: list[str],
+    problems: list[Problem],
+    rollout: Rollout,
+    flags: RewardFlags,
+    max_new_tokens: int,
+    is_right: Callable | None = None,
+) -> dict[str, Tensor]:
+    """Each reward by name, (P, G), unweighted, on the CPU. texts: (B,); problems: (P,).
+
+    is_right: a Verifier, or a function (text, problem) -> bool; None: the rules of plumbing/answers.py.
     """
-    visible, start, inside = [], 0, False
-    for tag in re.finditer(r"</?think>", text):
-        if tag.group() == "<think>":
-            if not inside:
-                visible.append(text[start : tag.start()])
-            inside = True
-        else:
-            if not inside:
-                visible = []
-            inside, start = False, tag.end()
-    if not inside:
-        visible.append(text[start:])
-    return "\n".join(visible)
+    G, lengths = rollout.group_size, rollout.lengths.cpu()
+    verify = is_right if isinstance(is_right, Verifier) else Verifier(is_right=is_right)
+    components = {
+        "accuracy": torch.tensor(verify(texts, [problem for problem in problems for _ in range(G)])),
+        "format": torch.tensor([format_reward(text, flags.format_style) for text in texts]),
+    }
+    if flags.truncated == "wrong":
+        components["accuracy"] *= rollout.finished.cpu()
+    if flags.language_weight:
+        components["language"] = torch.tensor([language_reward(text, flags.language) for text in texts])
+    if flags.overlong_weight:
+        components["overlong"] = overlong_penalty(lengths, max_new_tokens, flags.overlong_buffer)
+    components = {name: values.view(-1, G) for name, values in components.items()}
+    if flags.length_weight:
+        components["length"] = length_reward(lengths.view(-1, G), components["accuracy"])
+    return components
 
 
-def last_boxed(text: str) -> str | None:
-    r"""Takes a text, returns what is inside its last closed \boxed{...} or \fbox{...}, None if there is none.
-
-    Of nested boxes the inner one counts.
-    """
-    open_braces = []  # where the content starts for a box, None for any other brace
-    last_start, last_end = -1, -1
-    # The regex only cuts out the tokens. Balancing them on a stack takes one pass, however many boxes stay open.
-    for token in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", text, re.DOTALL):
-        if token.group() == "{":
-            open_braces.append(None)
-        elif token.group() == "}":
-            start = open_braces.pop() if open_braces else None
-            if start is not None and start > last_start:
-                last_start, last_end = start, token.start()
-        elif len(token.group()) > 2:  # a box; the tokens of two characters are escapes such as \{
-            open_braces.append(token.end())
-    return text[last_start:last_end] if last_start >= 0 else None
+def reward_weights(flags: RewardFlags, iteration: int) -> dict[str, float]:
+    """Each reward's weight by name, in this iteration."""
+    weights = {name.removesuffix("_weight"): value for name, value in vars(flags).items() if name.endswith("_weight")}
+    if iteration < flags.length_reward_start:
+        weights["length"] = 0.0
+    return weights
 
 
-def extract_answer(text: str) -> str | None:
-    r"""Takes a completion, returns its final answer as text, None where it gives none.
-
-    Outside of the thinking, the last <answer>...</answer> counts, else the last \boxed{...}, else the last
-    "#### x" up to the end of its line. A box or #### inside the <answer> is unwrapped. The last one counts even if
-    it is empty: then there is no answer.
-    """
-    text = remove_thinking(text)
-    answer = None
-    start = text.rfind("<answer>", 0, max(text.rfind("</answer>"), 0))
-    if start >= 0:
-        answer = text = text[start + len("<answer>") : text.find("</answer>", start)]
-    boxed = last_boxed(text)
-    if boxed is not None:
-        answer = boxed
-    elif "####" in text:
-        answer = text[text.rfind("####") + len("####") :].partition("\n")[0]
-    return (answer or "").strip() or None
-
-
-# ---------------------------------------------------------------- comparison
-
-# Words that make "18 <words>" something else than 18 of a unit: other answers, other numbers, functions.
-NOT_A_UNIT = (
-    r"(?i:\b(?:and|or|plus|minus|times|over|mod|half|halves|thirds?|hundred|thousand|million|billion"
-    r"|trillion|dozen|squared|cubed|sqrt|sin|cos|tan|log|exp)\b)"
-)
-TEXT_COMMAND = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*"
-# Short units by name and any word of three letters, of four where no space stands before it. A letter or two
-# may be variables: 2k and 2ab are not 2.
-UNIT = (
-    rf"(?!.*{NOT_A_UNIT})"
-    r"(?:\s*%|\s*(?:cm|mm|km|kg|mg|ml|lbs?|oz|ft|in|mi|mph|hrs?|mins?|secs?)(?![A-Za-z])|\s+[A-Za-z]{3}|[A-Za-z]{4})"
-    r"(?:[A-Za-z .,'()/-]|\^\{?[23]\}?)*"
-)
-LATEX_UNIT = rf"(?<=[0-9}})])\s*{TEXT_COMMAND}\{{(?!.*{NOT_A_UNIT})[A-Za-z ./]*\}}(?:\^\{{?[23]\}}?)?$"  # 5\text{ m}^2
-# [0-9] and not \d, which takes the digits of all scripts. Fraction("1e999999999") would fill the memory: three
-# digits of exponent at most.
-DECIMAL = (
-    r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"  # 1,234.50  18.  .5
-    r"(?:[eE][+-]?[0-9]{1,3})?"
-)
-NUMBER = re.compile(
-    r"(?P<sign>[+-]?)\s*(?:(?P<whole>[0-9]+)\s+(?=[0-9]+\s*/))?"  # the 1 of 1 1/2
-    rf"(?P<top>{DECIMAL})(?:\s*/\s*(?P<bottom>{DECIMAL}))?\s*(?:{UNIT})?"
-)
-TEXT = re.compile(TEXT_COMMAND + r"\{([^{}]*)\}")
-FRACTION = re.compile(r"\\frac\s*\{\s*(-?[0-9.,]+)\s*\}\s*(?:\{\s*([0-9.,]+)\s*\}|([0-9]))")
-# In order. A backslash after a backslash belongs to a line break \\ and not to what follows.
-CLEANING = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
-        (r"[\u2010-\u2015\u2212]", "-"),  # unicode minus and dashes
-        (r"(?<!\\)\\!\s*", ""),
-        (r"(?<=[0-9])(?:\{,\}|\\,)(?=[0-9]{3})", ","),  # 10{,}080 and 10\,080
-        (r"(?<!\\)\\[,;: ()\[\]]|\\?\$|[€£¥₹~]", " "),
-        (r"\\(?:left|right)\.?(?![A-Za-z])|\\displaystyle(?![A-Za-z])", ""),
-        (r"\\[dt]frac(?![A-Za-z])", r"\\frac"),
-        (r"\\frac\s*([0-9])\s*(?=[0-9{])", r"\\frac{\1}"),  # \frac12 and \frac1{2}
-        (r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r"\\%", "%"),
-        (r"\^\s*\{?\s*\\circ\s*\}?|°", ""),
-        (r"\s+", " "),
-        (r"^[ *\"'`“‘]+|[ *\"'`”’.,;:]+$", ""),  # no dot at the front: .5
-        (LATEX_UNIT, ""),
-    ]
-]
-
-
-def clean(text: str) -> str:
-    """Takes an answer, returns it without what carries no meaning: $, quotes, final dot, thin spaces, LaTeX units."""
-    for pattern, replacement in CLEANING:
-        text = pattern.sub(replacement, text)
-    return text
-
-
-def parse_number(text: str) -> Fraction | None:
-    """Takes a cleaned answer, returns its exact value if it is one plain number, with or without a unit, else None."""
-    text = FRACTION.sub(r" \1/\2\3 ", TEXT.sub(r" \1 ", text)).strip()
-    match = NUMBER.fullmatch(text)
-    if match is None:
-        return None
-    top, bottom = (Fraction((match[name] or "1").replace(",", "")) for name in ("top", "bottom"))
-    if bottom == 0:
-        return None
-    value = int(match["whole"] or 0) + top / bottom
-    return -value if match["sign"] == "-" else value
-
-
-@functools.lru_cache(maxsize=10_000)  # a group of completions gives the same answer many times
-def read_answer(text: str) -> tuple[str, Fraction | None]:
-    """Takes an answer, returns it cleaned and its value if it is one plain number."""
-    text = clean(text)
-    return text, parse_number(text)
-
-
-def normalise(text: str) -> str:
-    r"""Takes a cleaned answer, returns it for comparison as a string: without case, \text{} and needless spaces."""
-    text = TEXT.sub(r" \1 ", text).lower()
-    text = re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
-    text = re.sub(r"\s*([^\w\s])\s*", r"\1", " ".join(text.split()))  # the space of "1 2" stays: it is not 12
-    return re.sub(r"^\(([a-z])\)$", r"\1", text)  # the choice (C)
-
-
-def answers_match(predicted: str | None, gold: str) -> bool:
-    r"""Takes an extracted answer (or None) and the gold answer, returns whether they are the same answer.
-
-    Plain numbers are compared exactly (1,000 = 1000, 1 1/2 = 1.5 = \frac{3}{2}, 0.333 is not 1/3). A unit is
-    ignored, also where the two differ: the number decides. Percent is a unit as well: 50% = 50, not 0.5.
-    "5 million" and "10 or 18" are not plain numbers. Other answers match as normalised strings, else, where there is
-    mathematics in them, if math-verify (where it is installed) finds them equal, to 12 decimals where one of them
-    is a decimal number. A number in another base (52_8) only matches as a string. None, "", nan and inf match nothing.
-    """
-    return matched_by(predicted, gold) is not None
-
-
-def matched_by(predicted: str | None, gold: str) -> str | None:
-    """As answers_match: "rule" or "symbolic" (math-verify), whichever found them equal, else None."""
-    if not predicted or not gold or max(len(predicted), len(gold)) > MAX_ANSWER_CHARS:
-        return None
-    (predicted, number), (gold, gold_number) = read_answer(predicted), read_answer(gold)
-    if number is not None and gold_number is not None:
-        return "rule" if number == gold_number else None
-    strings = normalise(predicted), normalise(gold)
-    if any(string.lstrip("+-") in ("", "nan", "inf", "infinity") for string in strings):
-        return None
-    if strings[0] == strings[1]:
-        return "rule"
-    return "symbolic" if is_mathematics(predicted, gold) and math_verify_match(predicted, gold) else None
-
-
-# ---------------------------------------------------------------- math-verify
-
-
-# What math-verify would misread. It leaves out the base of 52_8 and all that follows \approx, adds up two numbers side
-# by side (10 \quad 8, (10)(8) and {10}{8} would be 18), and reads only a part of a text that ends in a backslash or
-# holds the word answer.
-MISREAD = re.compile(
-    r"[0-9]\s*_|\\approx|[0-9](?:[\s(){'\"]|\\q?quad|\\l?dots)+[0-9]|(?:^|[\s(])\{[^{}]*\}\s*[({0-9]|\\$|(?i:answer)"
-)
-# What would only run into the time limit: powers as in 9^{9^9} and 9^{99999999}, factorials of factorials, ten
-# brackets open at once.
-TOO_LARGE = re.compile(r"\^[\s{(]*-?[\s{(]*(?:[0-9]{4}|[0-9]+[\s})]*\^)|![\s)}]*!|(?:[({\[][^(){}\[\]]*){10}")
-MATHEMATICS = re.compile(r"[\\^=+*/(\[{<>,-]|sqrt")
-
-
-def is_mathematics(predicted: str, gold: str) -> bool:
-    """Takes two cleaned answers, returns whether math-verify should compare them."""
-    if any(pattern.search(text) for pattern in (MISREAD, TOO_LARGE) for text in (predicted, gold)):
-        return False
-    return any(MATHEMATICS.search(text) for text in (predicted, gold))
-
-
-math_verify_process: subprocess.Popen | None = None
-math_verify_lock = threading.Lock()
-
-
-@functools.lru_cache(maxsize=10_000)
-def math_verify_match(predicted: str, gold: str) -> bool:
-    """Takes two cleaned answers, returns whether math-verify finds them equal; False on any failure or without it.
-
-    It runs in a process of its own (serve_math_verify below). Sympy can be made to hang, or to fill the memory, in
-    ways that no filter foresees, and the package's own time limit is an alarm signal, for the main thread only.
-    A process can be given its limits from any thread, and they count its own time, not that of a busy machine.
-    """
-    global math_verify_process
-    if os.name != "posix" or find_spec("math_verify") is None:
-        return False
-    with math_verify_lock:
-        reply = ""
-        try:
-            if math_verify_process is None:
-                # -P: the modules of this folder must not shadow those that sympy imports
-                math_verify_process = subprocess.Popen(
-                    [sys.executable, "-P", __file__],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    start_new_session=True,  # Ctrl-C is for the training process
-                )
-            math_verify_process.stdin.write(json.dumps([predicted, gold]) + "\n")
-            math_verify_process.stdin.flush()
-            reply = math_verify_process.stdout.readline()
-        except OSError:
-            pass
-        finally:
-            # Also after an interrupt: a reply that is left in the pipe would answer the next question.
-            if not reply and math_verify_process is not None:
-                math_verify_process.kill()
-                math_verify_process.wait()
-                math_verify_process = None
-        return reply == "true\n"
-
-
-def serve_math_verify() -> None:
-    """Reads [predicted, gold] from stdin, a JSON list a line, and writes true or false for each, until stdin closes."""
-    import logging
-    import resource
-
-    import math_verify
-    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
-
-    replies, sys.stdout, sys.stderr = sys.stdout, open(os.devnull, "w"), open(os.devnull, "w")
-    logging.disable(logging.CRITICAL)
-    try:
-        resource.setrlimit(resource.RLIMIT_AS, (MATH_VERIFY_BYTES, MATH_VERIFY_BYTES))
-    except (ValueError, OSError):  # macOS has no such limit
-        pass
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # its default is to end the process, inside C code as well
-    # LaTeX only: the package's other reader hands the text to sympy's parse_expr, which evaluates it. Without
-    # units: it counts letters such as m, s and ab among them, and 5m would equal 5.
-    latex = math_verify.LatexExtractionConfig(
-        normalization_config=NormalizationConfig(
-            basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
-        )
-    )
-
-    def parse(text: str) -> list:
-        return math_verify.parse(f"${text}$", [latex], fallback_mode="no_fallback", parsing_timeout=None)
-
-    for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, MATH_VERIFY_SECONDS)
-        try:
-            predicted, gold = (parse(text) for text in json.loads(line))
-            matched = math_verify.verify(gold, predicted, float_rounding=12, timeout_seconds=None)
-        except Exception:
-            matched = False
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps(bool(matched)), file=replies, flush=True)
-
-
-# ---------------------------------------------------------------- rewards
+# ---- Reward functions: of a completion's text, 1.0 or 0.0 unless they say otherwise
+# ------------------------------------
 
 
 def accuracy_reward(text: str, gold: str) -> float:
@@ -331,23 +150,6 @@ def format_reward(text: str, style: str = "answer-tags") -> float:
     else:
         raise ValueError(f"unknown format style {style!r}, choose one of {', '.join(FORMAT_STYLES)}")
     return 1.0 if answer.strip() and not outside.strip() else 0.0
-
-
-# Of each language the scripts that it is written in, as they begin the names of Unicode's letters.
-LANGUAGES = {
-    **dict.fromkeys(("de", "en", "es", "fr", "it", "nl", "pl", "pt", "tr", "vi"), ("LATIN",)),
-    **dict.fromkeys(("bg", "ru", "uk"), ("CYRILLIC",)),
-    **dict.fromkeys(("ar", "fa", "ur"), ("ARABIC",)),
-    **dict.fromkeys(("hi", "mr", "ne"), ("DEVANAGARI",)),
-    "zh": ("CJK",),
-    "ja": ("CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA"),
-    "ko": ("HANGUL",),
-    "el": ("GREEK",),
-    "he": ("HEBREW",),
-    "th": ("THAI",),
-    "bn": ("BENGALI",),
-    "ta": ("TAMIL",),
-}
 
 
 @functools.lru_cache(maxsize=65_536)
@@ -385,19 +187,6 @@ def language_reward(text: str, language: str) -> float:
     return inside / words if words else 1.0
 
 
-# Words of a model that goes back over what it wrote: R1's "aha moments" (arXiv:2501.12948, table 3), which others found
-# in its base model too (arXiv:2503.20783, section 2.3). Counted from before the first step on.
-REFLECTION = re.compile(
-    r"\b(?:wait|hmm+|however|alternatively|actually|re-?check|re-?examine|re-?evaluate|double[- ]check|verify|"
-    r"mistake|let me (?:check|verify|re\w+)|let's check|check again)\b",
-    re.IGNORECASE,
-)
-
-
-def count_reflection_words(text: str) -> int:
-    return sum(1 for _ in REFLECTION.finditer(text))
-
-
 def overlong_penalty(lengths, max_new_tokens: int, buffer: int):
     """Takes lengths, a tensor, returns 0 for those up to max_new_tokens - buffer, falling linearly to -1 at
     max_new_tokens (DAPO, arXiv:2503.14476, eq. 13)."""
@@ -413,5 +202,101 @@ def length_reward(lengths, correct):
     return bonus.where(correct > 0, bonus.clamp(max=0.0))
 
 
-if __name__ == "__main__":
-    serve_math_verify()
+# ---- Is the answer right?
+# ----------------------------------------------------------------------------------------------
+
+
+class Verifier:
+    """Decides whether completions are right: by rule (numbers and strings), else symbolically (math-verify), else, if
+    there is one, by a model. `--judge-model` is a causal LM that is asked for yes or no, `--verifier-model` a reward
+    model (train_rm.py) that scores the answer above 0. `counts`: completions found right by each, and wrong.
+
+    flags: with judge_model and verifier_model. is_right: a function (text, problem) -> bool that decides instead.
+    """
+
+    def __init__(self, flags=None, device="cpu", dtype=torch.float32, is_right: Callable | None = None):
+        self.counts: Counter = Counter()
+        self.is_right = is_right
+        judge, verifier = getattr(flags, "judge_model", None), getattr(flags, "verifier_model", None)
+        if judge and verifier:
+            fail("--judge-model and --verifier-model: only one of them")
+        self.model = None
+        if path := judge or verifier:
+            flag = "--judge-model" if judge else "--verifier-model"
+            self.tokenizer = common.load_tokenizer(path, flag)
+            self.yes, self.no = self.replies(path) if judge else ([], [])
+            if judge and opens_thinking(self.tokenizer, encode_prompts(self.tokenizer, ["?"]))[0]:
+                fail(f"{flag} {path}: its chat template opens a think block, so its next token is no yes or no")
+            self.context = common.context_length(common.load_config(path, flag))
+            if judge:
+                self.model = common.load_policy(path, device, dtype)
+            else:
+                self.model = common.load_reward_model(path, device, dtype, flag=flag)
+
+    def replies(self, path: str) -> tuple[list[int], list[int]]:
+        """The single tokens with which the judge may begin its yes, and its no."""
+        tokens = []
+        for word in ("yes", "no"):
+            spellings = (word, word.capitalize(), " " + word, " " + word.capitalize())
+            ids = [self.tokenizer(text, add_special_tokens=False).input_ids for text in spellings]
+            tokens.append([i[0] for i in ids if len(i) == 1 and i[0] != self.tokenizer.unk_token_id])
+        if not all(tokens):
+            fail(f"--judge-model {path}: its tokenizer has no single tokens for yes and no, so it can't be asked")
+        return tuple(sorted(set(ids)) for ids in tokens)
+
+    def __call__(self, texts: list[str], problems: list[Problem]) -> list[float]:
+        """(B,) 1.0 where the text's answer is right, else 0.0."""
+        if self.is_right is not None:
+            return [float(self.is_right(text, problem)) for text, problem in zip(texts, problems, strict=True)]
+        answers = [extract_answer(text) for text in texts]
+        stages = [matched_by(answer, p.answer) for answer, p in zip(answers, problems, strict=True)]
+        if self.model is not None:  # each answer that the rules don't match is asked about once
+            rows = {(p, a): None for a, p, s in zip(answers, problems, stages, strict=True) if a and not s}
+            open_questions = [(p, a) for p, a in rows if len(a) <= MAX_ANSWER_CHARS]
+            right = dict(zip(open_questions, self.ask(open_questions), strict=True))
+            for row, pair in enumerate(zip(problems, answers, strict=True)):
+                if stages[row] is None and right.get(pair):
+                    stages[row] = "model"
+        self.counts.update(stage or "wrong" for stage in stages)
+        return [float(stage is not None) for stage in stages]
+
+    @torch.no_grad()
+    def ask(self, pairs: list[tuple[Problem, str]]) -> list[bool]:
+        if not pairs:
+            return []
+        for token in self.tokenizer.all_special_tokens:  # an answer may not end its turn and begin another
+            pairs = [(problem, answer.replace(token, " ")) for problem, answer in pairs]
+        texts = [f"Question: {problem.question}\nReference answer: {problem.answer}" for problem, _ in pairs]
+        if self.yes:
+            ask = "Is the given answer the same as the reference answer? Reply with yes or no."
+            texts = [f"{text}\nGiven answer: {answer}\n{ask}" for text, (_, answer) in zip(texts, pairs, strict=True)]
+        prompts = encode_prompts(self.tokenizer, texts)
+        if self.yes:
+            completions = [[[token] for token in self.yes + self.no]] * len(pairs)
+        else:
+            completions = [[ids] for ids in encode_completions(self.tokenizer, [a for _, a in pairs], prompts)]
+        right = [False] * len(pairs)  # an answer too long to be asked about is wrong
+        fits = [i for i in range(len(pairs)) if len(prompts[i]) + len(completions[i][-1]) <= self.context]
+        if fits:
+            replies = [ids for i in fits for ids in completions[i]]
+            values = self.values([prompts[i] for i in fits], replies, len(completions[0])).view(len(fits), -1)
+            if self.yes:
+                yes, no = values.exp().split([len(self.yes), len(self.no)], 1)
+                values = yes.sum(1) - no.sum(1)
+            for i, value in zip(fits, values.flatten().tolist(), strict=True):
+                right[i] = value > 0
+        return right
+
+    def values(self, prompts: list[list[int]], replies: list[list[int]], group_size: int) -> Tensor:
+        """(B,) logprobs of the judge's replies, or the verifier's scores of the answers."""
+        rollout = common.make_rollout(prompts, replies, group_size, self.model.device)
+        if self.yes:
+            return common.rollout_logprobs(self.model, rollout, 8192)[:, 0].cpu()
+        return common.rollout_scores(self.model, rollout, 8192).cpu()
+
+    def summary(self) -> dict[str, float]:
+        """Shares of the completions since the last call that each found right; {} without a model."""
+        counts, self.counts = self.counts, Counter()
+        if self.model is None or not counts:
+            return {}
+        return {f"verifier/{name}": counts[name] / counts.total() for name in ("rule", "symbolic", "model")}

@@ -1,5 +1,5 @@
-"""Direct Preference Optimization (DPO; Rafailov et al. 2023, arXiv:2305.18290): a policy from preference pairs, without
-a reward model and without sampling. Of a prompt's completions y+ was preferred to y-:
+r"""Direct Preference Optimization (DPO), Rafailov et al. 2023, arXiv:2305.18290: a policy from preference pairs,
+without a reward model and without sampling. Each pair has a chosen completion y+ and a rejected one y-:
 
     L = - mean of log sigmoid(beta * Delta)                                                                      (eq. 7)
     Delta = (log pi(y+) - log pi_ref(y+)) - (log pi(y-) - log pi_ref(y-)),  log pi(y) summed over y's tokens, EOS too
@@ -21,8 +21,8 @@ in memory: its logprobs of the pairs are computed once and kept on disk; only an
 
     python train_dpo.py                                   # pairs of the embedded model's own samples
     python evaluate.py --split all --num-samples 8 --output samples.jsonl && python train_dpo.py --data samples.jsonl
-    python train_dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl --problems openai/gsm8k:main \\
-        --learning-rate 1e-6 --minibatch-size 32 --beta 0.1 --max-new-tokens 512  # with a GPU, not run on one yet
+    python train_dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl --problems openai/gsm8k:main \
+        --learning-rate 1e-6 --minibatch-size 32 --beta 0.1 --max-new-tokens 512  # needs a GPU; untested
 
 What you should see from the first command, in 47 s on 2 cores (AMD EPYC): held-out pairs ranked right from 0.50 to
 0.93, logps/rejected falling by nats while logps/chosen moves little, accuracy sampled at temperature 1 from 0.37 to
@@ -34,7 +34,7 @@ nothing stops it in time here: the pairs are ranked better still, and accuracy f
 import hashlib
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -44,25 +44,34 @@ from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 
 import common
-import evaluate
-from common import derive_seed, fail
-from data import (
-    SYSTEM_PROMPT,
-    ProblemSampler,
-    check_context,
-    check_flags,
-    check_memory,
-    context_length,
-    decode,
+from common import derive_seed
+from data import ProblemSampler, decode, encode_problems, is_held_out, load_eval_problems
+from plumbing.evaluation import comparison_table, evaluate_policy
+from plumbing.flags import (
+    AtLeast0,
+    AtLeast1,
+    Group,
+    NonNegative,
+    OptimizationFlags,
+    Positive,
+    RunFlags,
+    SetupFlags,
+    check_folder,
+    fail,
+    parse_args,
+)
+from plumbing.metrics import Clock, Health, Metrics, log_iteration, log_scalars, token_metrics
+from plumbing.pairs import (
+    Pair,
+    PairFlags,
     encode_pairs,
-    encode_prompts,
-    is_held_out,
-    load_eval_problems,
     load_preference_pairs,
     pair_micro_batches,
     pair_rollout,
+    pair_table,
+    ranked_right,
 )
-from evaluate import Clock, Metrics, comparison_table, evaluate_policy, pair_table, ranked_right
+from plumbing.runs import Run
 from rewards import accuracy_reward
 
 
@@ -71,80 +80,44 @@ class Args:
     model: str = "models/tiny-arithmetic"
     """the policy to start from, and the reference: local model directory or hub name"""
     data: str = "arithmetic-pairs"
-    """"arithmetic-pairs" (N-best samples of the embedded model, made at the start), a .jsonl file (prompt, chosen,
-    rejected), or a samples file of evaluate.py; a tenth of the prompts, chosen by hash, is held out"""
-    pair_problems: int = 1500
-    """arithmetic-pairs: how many problems are sampled, eight times each"""
-    pair_weight: Literal["uniform", "gap"] = "uniform"
-    """weight of a pair in the loss; gap: proportional to the difference of its scores (samples files)"""
-    min_gap: float = 0.5
-    """scores of a samples file that differ by less are a near tie, no pair; where a right answer counts 1 and format
-    0.2, as in arithmetic-pairs, 0.5 leaves pairs of a right and a wrong one"""
-    max_pairs_per_prompt: int = 4
-    """at most so many pairs of one prompt, chosen at random"""
-    balance_topics: bool = False
-    """as many pairs of every topic as there are of the rarest"""
+    """the embedded model's pairs, a .jsonl file (prompt, chosen, rejected), or a samples file; a tenth is held out"""
     problems: str = "arithmetic"
     """its held-out problems are evaluated: "arithmetic", a .jsonl file (question, answer), or a hub dataset"""
-    eval_data: str | None = None
-    """held-out problems; without it a tenth of --problems, chosen by hash, is held out"""
-    system_prompt: str = SYSTEM_PROMPT
-    """system turn of the chat template ('' for none); the embedded model's template ignores it"""
     seed: int = 1
-    device: str = "auto"
-    """auto | cpu | cuda | cuda:1 ..."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the weights; auto: bfloat16 on a GPU (with fp32 master weights), float32 on a CPU"""
-    iterations: int = 200
+    """random seed"""
+    iterations: AtLeast0 = 200
     """optimizer steps, and the length of the learning rate's cosine (so changing it on --resume bends that)"""
-    minibatch_size: int = 64
+    minibatch_size: AtLeast1 = 64
     """pairs in one optimizer step"""
-    max_new_tokens: int = 40
+    max_new_tokens: AtLeast1 = 40
     """length limit of a completion in evaluations, tokens"""
     format_style: Literal["answer-tags", "think"] = "answer-tags"
-    """answer-tags: <think>..</think><answer>..</answer>; think: <think>..</think> and then text with the answer in
-    \\boxed{} or after #### (ask for that with --system-prompt)"""
-    learning_rate: float = 1e-4
-    """of AdamW at its peak, for the embedded model; 5e-7 to 5e-6 for real ones"""
-    weight_decay: float = 0.0
-    """of AdamW, on all weights"""
-    warmup_iterations: int = 20
-    """iterations over which the learning rate rises linearly"""
-    micro_batch_tokens: int = 4096
-    """tokens (prompt and completion of each row) in a forward and backward pass, at least a pair; not the result"""
-    gradient_checkpointing: bool = False
-    """keep only each layer's input for the backward pass and compute the layer again there: less memory, slower"""
-    max_grad_norm: float = 1.0
-    """gradients are clipped to this norm"""
-    max_bad_updates: int = 10
-    """updates with a non-finite loss or gradient are skipped; so many of them in a row end the run"""
-    eval_every: int = 0
-    """iterations between evaluations; 0: only before and after"""
-    eval_problems: int = 300
-    """held-out problems, and held-out pairs, in an evaluation"""
-    save_every: int = 0
-    """iterations between checkpoints; 0: none but final/"""
-    keep_checkpoints: int = 0
-    """so many of the newest checkpoints are kept; 0: all"""
-    run_root: str = "runs"
-    """where run directories are made"""
-    resume: str | None = None
-    """run directory to go on in, from its newest checkpoint, with its arguments"""
+    """<think>..</think><answer>..</answer> | <think>..</think>, then text with \\boxed{} or #### (--system-prompt)"""
+    learning_rate: Positive = 1e-4
+    """AdamW's highest learning rate, for the embedded model; 5e-7 to 5e-6 for real ones"""
+    weight_decay: NonNegative = 0.0
+    """AdamW's weight decay, on all weights"""
+    setup: Group[SetupFlags] = field(default_factory=SetupFlags)
+    pairs: Group[PairFlags] = field(default_factory=PairFlags)
+    optimization: Group[OptimizationFlags] = field(
+        default_factory=lambda: OptimizationFlags(warmup_iterations=20, micro_batch_tokens=4096)
+    )
+    run: Group[RunFlags] = field(default_factory=lambda: RunFlags(eval_every=0, save_every=0))
 
     loss: Literal["sigmoid", "ipo", "simpo"] = "sigmoid"
     """DPO's | IPO's square | SimPO's without a reference"""
-    beta: float | None = None
+    beta: Positive | None = None
     """beta; None: 1 on sums (for the embedded model, 0.1 for real ones), 5 on means, 2 for SimPO, 0.1 for IPO"""
-    gamma: float = 1.0
+    gamma: NonNegative = 1.0
     """gamma, SimPO's target margin; the other losses have none"""
     length_normalize: bool = False
     """a completion's logp is the mean over its tokens, not the sum; SimPO's always is"""
-    label_smoothing: float = 0.0
+    label_smoothing: NonNegative = 0.0
     """probability that a pair is labelled the wrong way round (sigmoid and simpo)"""
-    kl_coef: float = 0.0
+    kl_coef: NonNegative = 0.0
     """weight of (log pi - log pi_ref)^2 / 2, the mean over the tokens of the pairs"""
     ref_cache: str | None = None
-    """directory for the reference's logprobs, to share them among runs; without it each run directory has its own"""
+    """directory for the reference's logprobs, to share them among runs; None: the run directory"""
 
 
 def dpo_loss(
@@ -190,9 +163,11 @@ def sequence_logps(logprobs: Tensor, mask: Tensor, mean: bool) -> Tensor:
 
 
 @torch.no_grad()
-def reference_logprobs(ref, prompts, completions, max_tokens: int, cache: Path) -> Tensor:
+def reference_logprobs(ref, pairs: list[Pair], max_tokens: int, cache: Path) -> Tensor:
     """(2N, T) logprobs of N pairs' tokens under the reference, 0 on padding; row 2i is pair i's chosen completion, row
-    2i + 1 its rejected one. Read from `cache` where the same weights have met the same tokens before."""
+    2i + 1 its rejected one. Read from `cache` if the same weights have met the same tokens before."""
+    prompts = [list(pair.prompt_ids) for pair in pairs]
+    completions = [(list(pair.chosen_ids), list(pair.rejected_ids)) for pair in pairs]
     key = hashlib.sha256(repr((prompts, completions)).encode())
     for name, tensor in ref.state_dict().items():
         key.update(name.encode() + tensor.cpu().flatten().view(torch.uint8).numpy().tobytes())
@@ -200,10 +175,9 @@ def reference_logprobs(ref, prompts, completions, max_tokens: int, cache: Path) 
     if file.exists():
         return torch.load(file, weights_only=True)
     longest = max(len(ids) for pair in completions for ids in pair)
-    logprobs = torch.zeros(2 * len(prompts), longest)
-    for start in tqdm(range(0, len(prompts), 256), desc="reference"):
-        chunk = slice(start, start + 256)
-        rollout = pair_rollout(prompts[chunk], completions[chunk], ref.device)
+    logprobs = torch.zeros(2 * len(pairs), longest)
+    for start in tqdm(range(0, len(pairs), 256), desc="reference"):
+        rollout = pair_rollout(pairs[start : start + 256], ref.device)
         for micro in pair_micro_batches(rollout, max_tokens):
             rows = [2 * start + row for row in micro]
             logprobs[rows, : rollout.mask.shape[1]] = common.completion_logprobs(ref, rollout, micro)[0].cpu()
@@ -213,98 +187,90 @@ def reference_logprobs(ref, prompts, completions, max_tokens: int, cache: Path) 
     return logprobs
 
 
-@torch.no_grad()
-def judge_samples(policy, ref, tokenizer, problems, prompts, args: Args) -> tuple[list[float], float]:
+def judge_samples(policy, ref, tokenizer, problems, args: Args) -> tuple[list[float], float]:
     """A completion of each problem, sampled at temperature 1, from the same random numbers each time: the verifier's
     rewards, and with `ref` the KL to it: the mean over completions of sum_t log pi - log pi_ref, unbiased since they
     are the policy's own."""
     rewards, log_ratio = [], 0.0
-    for start in range(0, len(prompts), args.minibatch_size):
-        chunk = slice(start, start + args.minibatch_size)
-        seed = derive_seed(args.seed, "judge", start)
-        rollout = common.sample_groups(policy, prompts[chunk], 1, args.max_new_tokens, seed=seed)
+    for start in range(0, len(problems), args.minibatch_size):
+        chunk, seed = problems[start : start + args.minibatch_size], derive_seed(args.seed, "judge", start)
+        prompts = [problem.prompt_ids for problem in chunk]
+        rollout = common.sample_groups(policy, prompts, 1, args.max_new_tokens, seed=seed)
         texts = decode(tokenizer, rollout)
-        rewards += [accuracy_reward(text, p.answer) for text, p in zip(texts, problems[chunk], strict=True)]
-        rows = list(range(len(texts)))
-        for micro in common.micro_batches(rollout, rows, args.micro_batch_tokens) if ref is not None else []:
-            logprobs, ref_logprobs = (common.completion_logprobs(m, rollout, micro)[0] for m in (policy, ref))
+        rewards += [accuracy_reward(text, p.answer) for text, p in zip(texts, chunk, strict=True)]
+        if ref is not None:
+            budget = args.optimization.micro_batch_tokens
+            logprobs, ref_logprobs = (common.rollout_logprobs(model, rollout, budget) for model in (policy, ref))
             log_ratio += (logprobs - ref_logprobs).sum().item()
-    return rewards, log_ratio / len(prompts)
+    return rewards, log_ratio / len(problems)
 
 
 def main(args: Args) -> None:
-    # ------------------------------------------------------------------------------------------------------- Setup
-    check_flags(args)
+    # ------------------------------------------------------------------------------------------------------------ Setup
     simpo, mean = args.loss == "simpo", args.loss == "simpo" or args.length_normalize
     if simpo and (args.kl_coef > 0 or args.ref_cache):
         fail("--loss simpo has no reference: --kl-coef and --ref-cache don't go with it")
     if args.label_smoothing >= 0.5 or (args.label_smoothing and args.loss == "ipo"):
         fail(f"--label-smoothing {args.label_smoothing}: must be under 0.5, and 0 with --loss ipo")
+    if args.ref_cache:
+        check_folder("--ref-cache", args.ref_cache)
     beta = args.beta or {"sigmoid": 5.0 if mean else 1.0, "ipo": 0.1, "simpo": 2.0}[args.loss]
 
-    device = common.resolve_device(args.device)
-    dtype = common.resolve_dtype(args.dtype, device)
-    tokenizer = common.load_tokenizer(args.model)
-    eval_problems = load_eval_problems(args.problems, args.eval_data, args.eval_problems)
-    eval_prompts = encode_prompts(tokenizer, [p.question for p in eval_problems], args.system_prompt)
-    config = common.load_config(args.model)
-    check_context(eval_prompts, [p.id for p in eval_problems], config, args.max_new_tokens)
-
-    options = args.seed, args.pair_problems, args.pair_weight, args.min_gap, args.max_pairs_per_prompt
-    pairs = load_preference_pairs(args.data, *options, args.balance_topics)
-    pairs, prompts, completions = encode_pairs(tokenizer, pairs, args.system_prompt, context_length(config))
-    held_out = [i for i, pair in enumerate(pairs) if is_held_out(pair.question)][: args.eval_problems]
+    device = common.resolve_device(args.setup.device)
+    dtype = common.resolve_dtype(args.setup.dtype, device)
+    tokenizer, config = common.load_tokenizer(args.model), common.load_config(args.model)
+    eval_problems = load_eval_problems(args.problems, args.setup.eval_data, args.run.eval_problems)
+    eval_problems = encode_problems(tokenizer, eval_problems, args.setup.system_prompt, config, args.max_new_tokens)
+    evaluation = tokenizer, eval_problems, args.max_new_tokens, args.format_style, args.minibatch_size, args.seed
+    pairs = load_preference_pairs(args.data, args.seed, args.pairs)
+    pairs = encode_pairs(tokenizer, pairs, args.setup.system_prompt, common.context_length(config))
+    held_out = [i for i, pair in enumerate(pairs) if is_held_out(pair.question)][: args.run.eval_problems]
     train = [i for i, pair in enumerate(pairs) if not is_held_out(pair.question)]
     if len(train) < args.minibatch_size:
         fail(f"--minibatch-size {args.minibatch_size}: only {len(train)} pairs are left to train on")
-    check_memory(args, config, [len(prompts[i]) + sum(map(len, completions[i])) for i in train], device, dtype)
+    sampler = ProblemSampler(train, seed=args.seed)
 
-    state = common.load_checkpoint(args.resume)  # {} unless a run is resumed
-    run_dir, writer = common.start_run(args, state)
-    stop = common.StopSignal()
-    health = evaluate.Health(run_dir, tokenizer, args.max_bad_updates)
-    policy = common.load_policy(state.get("model", args.model), device, dtype, tokenizer.eos_token_id)
-    if args.gradient_checkpointing:
+    run = Run(args, tokenizer)
+    policy = common.load_policy(run.start_from, device, dtype, tokenizer.eos_token_id)
+    if args.optimization.gradient_checkpointing:
         common.checkpoint_layers(policy)
     optimizer = common.MasterAdamW(policy, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay)
-
-    ref_logprobs = None
+    run.restore(optimizer=optimizer, sampler=sampler)  # checkpointed besides the policy
+    budget, ref_logprobs = args.optimization.micro_batch_tokens, None
     if not simpo:  # before the first update the policy is the reference
-        ref = common.load_policy(args.model, device, dtype) if state else policy
-        cache = Path(args.ref_cache or run_dir / "ref_logprobs")
-        ref_logprobs = reference_logprobs(ref, prompts, completions, args.micro_batch_tokens, cache)
+        ref = policy if run.start_from == args.model else common.load_policy(args.model, device, dtype)
+        cache = Path(args.ref_cache or run.dir / "ref_logprobs")
+        ref_logprobs = reference_logprobs(ref, pairs, budget, cache)
         del ref
 
-    def make_batch(batch: list[int]) -> tuple[common.Rollout, Tensor | None, Tensor]:
+    def make_batch(indices: list[int]) -> tuple[common.Rollout, Tensor | None, Tensor]:
         """The pairs as a Rollout, the reference's logprobs of its tokens (2B, T), and the pairs' weights (B,)."""
-        rollout = pair_rollout([prompts[i] for i in batch], [completions[i] for i in batch], device)
-        row_weights = torch.tensor([pairs[i].weight / len(batch) for i in batch], device=device)
+        rollout = pair_rollout([pairs[i] for i in indices], device)  # rows chosen, rejected, chosen, ...
+        row_weights = torch.tensor([pairs[i].weight / len(indices) for i in indices], device=device)
         if simpo:
             return rollout, None, row_weights
-        rows = [2 * i + side for i in batch for side in (0, 1)]
+        rows = [2 * i + side for i in indices for side in (0, 1)]
         return rollout, ref_logprobs[rows][:, : rollout.mask.shape[1]].to(device), row_weights
 
     def pair_loss(rollout, micro, ref, row_weights, logprobs) -> tuple[Tensor, dict[str, float]]:
         """dpo_loss of the pairs in `micro`, whose rows are chosen, rejected, chosen, ..."""
         logps = sequence_logps(logprobs, rollout.mask[micro], mean)  # (R,)
-        sides = [None, None]
-        if ref is not None:
-            ref_logps = sequence_logps(ref[micro], rollout.mask[micro], mean)
-            sides = [ref_logps[0::2], ref_logps[1::2]]
+        ref_logps = None if ref is None else sequence_logps(ref[micro], rollout.mask[micro], mean)
+        sides = (None, None) if ref is None else (ref_logps[0::2], ref_logps[1::2])
         weights = row_weights[[row // 2 for row in micro[0::2]]]
         options = beta, args.loss, args.gamma, args.label_smoothing, weights
         return dpo_loss(logps[0::2], logps[1::2], *sides, *options)
 
     @torch.no_grad()
-    def evaluate_all() -> dict[str, float]:
-        scores = evaluate_policy(policy, tokenizer, eval_problems, eval_prompts, args, args.minibatch_size)
+    def evaluate_now() -> dict[str, float]:
+        scores = evaluate_policy(policy, *evaluation)
         ref = None if simpo else common.load_policy(args.model, device, dtype)  # for the KL, and gone again after it
-        rewards, kl = judge_samples(policy, ref, tokenizer, eval_problems, eval_prompts, args)
+        rewards, kl = judge_samples(policy, ref, tokenizer, eval_problems, args)
         wins = [(1 + ours - theirs) / 2 for ours, theirs in zip(rewards, start_rewards, strict=True)]  # a tie: 0.5
         scores |= {"eval/win_rate": sum(wins) / len(wins)} | ({} if simpo else {"eval/kl": kl})
         if held_out:
             held, (rollout, ref_held, row_weights) = Metrics(), make_batch(held_out)
-            for micro in pair_micro_batches(rollout, args.micro_batch_tokens):
+            for micro in pair_micro_batches(rollout, budget):
                 logprobs, _ = common.completion_logprobs(policy, rollout, micro)
                 loss, values = pair_loss(rollout, micro, ref_held, row_weights, logprobs)
                 share = row_weights[[row // 2 for row in micro[0::2]]].sum().item()
@@ -312,37 +278,32 @@ def main(args: Args) -> None:
                 values = {f"eval/pair_{name}": values[f"rewards/{name}"] for name in ("accuracy", "margin")}
                 held.add(values, weight=len(micro))
             scores |= held.means()
-        evaluate.log_scalars(writer, scores, x)
         return scores
 
-    sampler = ProblemSampler(train, seed=args.seed)
-    iteration, x = 0, 0  # x: pairs seen so far, the x-axis of every event
-    if state:
-        common.restore_optimizer(optimizer, state)
-        sampler.load_state_dict(state["sampler"])
-        iteration, x, before, scores = state["iteration"], state["x"], state["before"], state["scores"]
-        start_rewards = state["start_rewards"]
-    else:
-        start_rewards, _ = judge_samples(policy, None, tokenizer, eval_problems, eval_prompts, args)
-        before = scores = evaluate_all()
+    iteration, global_step = run.progress["iteration"], run.progress["global_step"]  # global_step: pairs seen
+    before, scores = run.progress.get("before"), run.progress.get("scores")
+    start_rewards = run.progress.get("start_rewards") or judge_samples(policy, None, tokenizer, eval_problems, args)[0]
+    if before is None:  # a new run
+        before = scores = evaluate_now()
+        log_scalars(run.writer, scores, global_step)
 
     bar = tqdm(total=args.iterations, initial=iteration, desc="DPO", unit="it")
+    health = Health(run.dir, tokenizer, args.optimization.max_bad_updates)
     while iteration < args.iterations:
         metrics, clock = Metrics(), Clock(device)
-        # ------------------------------------------------------------------------------------------------ 1 sample
-        batch = [train[i] for i in sampler.draw(args.minibatch_size)]
-        rollout, batch_ref_logprobs, row_weights = make_batch(batch)
-        x += len(batch)
+        # ----------------------------------------------------------------------------------------------------- 1 sample
+        rollout, batch_ref_logprobs, row_weights = make_batch(sampler.draw(args.minibatch_size))
+        global_step += args.minibatch_size
         clock.lap("sample")
 
-        # ------------------------------------------------------------------------------------------------ 5 update
-        rise = min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
+        # ----------------------------------------------------------------------------------------------------- 5 update
+        rise = min(1.0, (iteration + 1) / max(1, args.optimization.warmup_iterations))
         learning_rate = args.learning_rate * rise * (0.55 + 0.45 * math.cos(math.pi * iteration / args.iterations))
         common.set_learning_rate(optimizer, learning_rate)
         kl_weights = common.token_weights(rollout.mask, "token", args.max_new_tokens)
         policy_loss = 0.0
-        for micro in pair_micro_batches(rollout, args.micro_batch_tokens):
-            logprobs, entropy = common.completion_logprobs(policy, rollout, micro)
+        for micro in pair_micro_batches(rollout, budget):
+            logprobs, entropy = common.completion_logprobs(policy, rollout, micro)  # (R, T)
             loss, loss_metrics = pair_loss(rollout, micro, batch_ref_logprobs, row_weights, logprobs)
             tokens = rollout.mask[micro].sum().item()
             if not simpo:
@@ -352,8 +313,8 @@ def main(args: Args) -> None:
             loss.backward()
             policy_loss += loss.item()
             metrics.add(loss_metrics, weight=len(micro))
-            metrics.add({"loss/entropy": entropy.sum().item() / tokens}, weight=tokens)
-        grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.masters, args.max_grad_norm).item()
+            metrics.add(token_metrics(rollout, micro, entropy), weight=tokens)
+        grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.masters, args.optimization.max_grad_norm).item()
         finite = health.is_finite(policy_loss, grad_norm, rollout, range(len(rollout.mask)))
         if finite:
             optimizer.step()
@@ -361,36 +322,20 @@ def main(args: Args) -> None:
         metrics.add({"loss/policy": policy_loss, "loss/grad_norm": grad_norm, "loss/skipped": not finite})
         clock.lap("update")
 
-        # --------------------------------------------------------------------------------------------------- 6 log
+        # -------------------------------------------------------------------------------------------------------- 6 log
         iteration += 1
         metrics.add({"loss/learning_rate": learning_rate})
-        logged = evaluate.log_iteration(writer, metrics, clock, x)
-        health.watch(logged)
-        bar.set_postfix_str(f"loss {logged['loss/policy']:.3f} acc {logged['rewards/accuracy']:.3f}")
-        bar.update()
+        health.watch(log_iteration(run.writer, metrics, clock, global_step, bar))
 
-        # ------------------------------------------------------------------------------------- 7 evaluate and save
-        last = iteration == args.iterations
-        if last or (args.eval_every and iteration % args.eval_every == 0):
-            scores = evaluate_all()
-        if stop.number or (args.save_every and (last or iteration % args.save_every == 0)):
-            state = {"iteration": iteration, "x": x, "before": before, "scores": scores}
-            state["sampler"] = sampler.state_dict()
-            state["start_rewards"] = start_rewards
-            writer.flush()
-            target = run_dir / "checkpoints" / f"step_{iteration:06d}"
-            common.save_checkpoint(target, policy, tokenizer, optimizer, state, args.keep_checkpoints)
-        if stop.number:
-            stop.leave(run_dir)
+        # ------------------------------------------------------------------------------------------ 7 evaluate and save
+        if iteration == args.iterations or (args.run.eval_every and iteration % args.run.eval_every == 0):
+            scores = evaluate_now()
+            log_scalars(run.writer, scores, global_step)
+        run.checkpoint(policy, iteration, global_step, before=before, scores=scores, start_rewards=start_rewards)
 
-    bar.close()
-    writer.close()
-    common.save_checkpoint(run_dir / "final", policy, tokenizer)
-    stop.restore()
     ranked = pair_table(before, scores, [pairs[i].question for i in held_out])
-    print(f"\n{comparison_table(before, scores)}\n\n{ranked}\n\nmodel: {run_dir / 'final'}")
-    print(f"curves: tensorboard --logdir {run_dir}")
+    run.finish(policy, f"{comparison_table(before, scores)}\n\n{ranked}")
 
 
 if __name__ == "__main__":
-    main(common.parse_args(Args))
+    main(parse_args(Args))

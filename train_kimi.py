@@ -1,4 +1,4 @@
-"""Policy mirror descent of Kimi K1.5, arXiv:2501.12599, section 2.3.2.
+r"""Policy mirror descent of Kimi K1.5, arXiv:2501.12599, section 2.3.2.
 
 In every iteration the policy at its start is the anchor. The iteration's problem, relative to it,
 
@@ -20,8 +20,8 @@ Also from the report: the length reward (--length-weight, late in training: --le
 prioritized sampling (--problem-sampling). Departure: the report gives no tau; ours is for the embedded model.
 
     python train_kimi.py                                                # the embedded model, no GPU needed
-    python train_kimi.py --model Qwen/Qwen2.5-0.5B-Instruct --problems openai/gsm8k:main --learning-rate 1e-6 \\
-        --max-new-tokens 512                                                # with a GPU, not run on one yet
+    python train_kimi.py --model Qwen/Qwen2.5-0.5B-Instruct --problems openai/gsm8k:main --learning-rate 1e-6 \
+        --max-new-tokens 512                                                # needs a GPU; untested
 
 What you should see from the first command, in 60 s on 2 cores (AMD EPYC): held-out accuracy, sampled at temperature 1,
 from 0.38 to 0.93, greedy accuracy at the hardest difficulty from 0.06 to 1.0; loss/kl, half the
@@ -29,7 +29,7 @@ squared log-ratio to the iteration's start, mean over its updates, well below 0.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -37,12 +37,35 @@ from torch import Tensor
 from tqdm import tqdm
 
 import common
-import data
-import evaluate
-from common import derive_seed, fail, load_config
-from data import SYSTEM_PROMPT, ProblemSampler, check_context, encode_prompts, load_eval_problems, load_train_problems
-from evaluate import Clock, Metrics, comparison_table, evaluate_policy
-from rewards import format_reward, language_reward, length_reward, overlong_penalty
+from common import derive_seed
+from data import ProblemSampler, decode, encode_problems, load_eval_problems, load_train_problems
+from plumbing.evaluation import comparison_table, evaluate_policy
+from plumbing.flags import (
+    AtLeast0,
+    AtLeast1,
+    Group,
+    NonNegative,
+    OptimizationFlags,
+    Positive,
+    RunFlags,
+    SamplingFlags,
+    SetupFlags,
+    check_minibatch,
+    fail,
+    parse_args,
+)
+from plumbing.metrics import (
+    Clock,
+    Health,
+    Metrics,
+    add_rollout_metrics,
+    log_iteration,
+    log_samples,
+    log_scalars,
+    token_metrics,
+)
+from plumbing.runs import Run
+from rewards import RewardFlags, Verifier, check_rewards, reward_weights, score_completions
 
 
 @dataclass
@@ -51,85 +74,32 @@ class Args:
     """the policy to start from: local model directory or hub name"""
     problems: str = "arithmetic"
     """training problems: "arithmetic", a .jsonl file (question, answer), or a hub dataset (name or name:config)"""
-    eval_data: str | None = None
-    """held-out problems; without it a tenth of --problems, chosen by hash, is held out"""
-    problem_sampling: Literal["uniform", "curriculum", "prioritized"] = "uniform"
-    """which problems come next: each once per epoch | easy to hard | the more often failed the likelier"""
-    system_prompt: str = SYSTEM_PROMPT
-    """system turn of the chat template ('' for none); the embedded model's template ignores it"""
     seed: int = 1
-    device: str = "auto"
-    """auto | cpu | cuda | cuda:1 ..."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the weights in sampling and training; auto: bfloat16 on a GPU (with fp32 master weights), float32 on a CPU"""
-    iterations: int = 100
-    """how often to sample a batch and learn from it"""
-    prompts_per_step: int = 32
+    """random seed"""
+    iterations: AtLeast0 = 100
+    """number of iterations: sample a batch, then update"""
+    prompts_per_step: AtLeast1 = 32
     """P, prompts in an iteration"""
-    group_size: int = 8
+    group_size: AtLeast1 = 8
     """G, completions sampled for each prompt"""
-    max_new_tokens: int = 40
+    max_new_tokens: AtLeast1 = 40
     """length limit of a completion, tokens"""
-    temperature: float = 1.0
-    """of sampling, and of every logprob"""
-    accuracy_weight: float = 1.0
-    """weight of the reward for the right answer (0 or 1)"""
-    format_weight: float = 0.2
-    """weight of the reward for the right format (0 or 1)"""
-    length_weight: float = 0.0
-    """weight of the length reward (Kimi K1.5): shorter right answers of a group get more, up to +-0.5"""
-    length_reward_start: int = 0
-    """iteration from which the length reward counts"""
-    language_weight: float = 0.0
-    """weight of the language reward (DeepSeek-R1): the share of the reasoning's words in --language's script"""
-    language: str = "en"
-    """code of the language that the reasoning should be written in"""
-    overlong_weight: float = 0.0
-    """weight of the soft overlong penalty (DAPO): down to -1 at --max-new-tokens"""
-    overlong_buffer: int = 8
-    """tokens before --max-new-tokens over which that penalty sets in"""
-    truncated: Literal["score", "wrong", "mask"] = "score"
-    """a completion cut by the length limit: scored like any other | never right | advantage 0"""
-    judge_model: str | None = None
-    """a causal LM that is asked whether an answer that the rules don't match is the reference answer"""
-    verifier_model: str | None = None
-    """a reward model (train_rm.py) that scores such an answer instead: above 0 is right"""
-    format_style: Literal["answer-tags", "think"] = "answer-tags"
-    """answer-tags: <think>..</think><answer>..</answer>; think: <think>..</think> and then text with the answer in
-    \\boxed{} or after #### (ask for that with --system-prompt)"""
-    learning_rate: float = 5e-5
-    """of AdamW, for the embedded model; 1e-6 to 5e-6 for real ones"""
-    warmup_iterations: int = 10
-    """iterations over which the learning rate rises linearly; constant afterwards"""
-    update_epochs: int = 1
+    learning_rate: Positive = 5e-5
+    """AdamW's learning rate, for the embedded model; 1e-6 to 5e-6 for real ones"""
+    update_epochs: AtLeast1 = 1
     """passes over each iteration's completions"""
-    minibatch_size: int | None = None
+    minibatch_size: AtLeast1 | None = None
     """completions in one optimizer step, whole groups; None: a quarter of the iteration's batch"""
-    micro_batch_tokens: int = 8192
-    """tokens (prompt and completion of each row) in one forward and backward pass; changes memory only"""
-    gradient_checkpointing: bool = False
-    """keep only each layer's input for the backward pass and compute the layer again there: less memory, slower"""
-    max_grad_norm: float = 1.0
-    """gradients are clipped to this norm"""
-    max_bad_updates: int = 10
-    """updates with a non-finite loss or gradient are skipped; so many of them in a row end the run"""
-    eval_every: int = 25
-    """iterations between evaluations; 0: only before and after"""
-    eval_problems: int = 300
-    """held-out problems in an evaluation"""
-    save_every: int = 50
-    """iterations between checkpoints; 0: none but final/"""
-    keep_checkpoints: int = 0
-    """so many of the newest checkpoints are kept; 0: all"""
-    run_root: str = "runs"
-    """where run directories are made"""
-    resume: str | None = None
-    """run directory to go on in, from its newest checkpoint, with its arguments"""
+    setup: Group[SetupFlags] = field(default_factory=SetupFlags)
+    sampling: Group[SamplingFlags] = field(default_factory=SamplingFlags)
+    rewards: Group[RewardFlags] = field(default_factory=RewardFlags)
+    optimization: Group[OptimizationFlags] = field(default_factory=OptimizationFlags)
+    run: Group[RunFlags] = field(default_factory=RunFlags)
 
-    tau: float = 0.05
+    tau: NonNegative = 0.05
     """strength of the KL to the iteration's anchor"""
     baseline: Literal["mean", "log-z"] = "mean"
-    """of the advantages: the group's mean reward | tau log Z estimated from the group"""
+    """baseline of the advantages: the group's mean reward | tau log Z estimated from the group"""
     keep_optimizer: bool = False
     """keep the optimizer's state from one iteration to the next (the report resets it)"""
 
@@ -172,131 +142,104 @@ def kimi_loss(
 
 
 def main(args: Args) -> None:
-    # ------------------------------------------------------------------------------------------------------- Setup
-    data.check_flags(args)
+    # ------------------------------------------------------------------------------------------------------------ Setup
     batch_size = args.prompts_per_step * args.group_size
     minibatch_size = args.minibatch_size or max(1, args.prompts_per_step // 4) * args.group_size
     if args.group_size < 2:
         fail(f"--group-size {args.group_size}: must be at least 2: the group is the baseline")
-    if minibatch_size % args.group_size or not args.group_size <= minibatch_size <= batch_size:
-        allowed = f"a multiple of --group-size {args.group_size}, at most {batch_size} (prompts x group size)"
-        fail(f"--minibatch-size {minibatch_size}: must be {allowed}")
+    check_minibatch(minibatch_size, args.group_size, batch_size)
+    check_rewards(args.rewards, args.max_new_tokens)
     if args.update_epochs == 1 and minibatch_size == batch_size:
         fail(f"--minibatch-size {minibatch_size}: with one epoch at most half the batch: tau acts from the 2nd update")
     if args.baseline == "log-z" and args.tau == 0:
         fail("--baseline log-z: needs --tau above 0")
 
-    device = common.resolve_device(args.device)
-    dtype = common.resolve_dtype(args.dtype, device)
-    tokenizer = common.load_tokenizer(args.model)
-    problems = load_train_problems(args.problems, args.eval_data)
-    eval_problems = load_eval_problems(args.problems, args.eval_data, args.eval_problems)
-    prompts = encode_prompts(tokenizer, [p.question for p in problems], args.system_prompt)
-    eval_prompts = encode_prompts(tokenizer, [p.question for p in eval_problems], args.system_prompt)
-    names = [p.id for p in problems + eval_problems]
-    config = load_config(args.model)
-    check_context(prompts + eval_prompts, names, config, args.max_new_tokens)
-    data.check_memory(args, config, list(map(len, prompts)), device, dtype)
-    verify = evaluate.Verifier(args, device, dtype)
+    device = common.resolve_device(args.setup.device)
+    dtype = common.resolve_dtype(args.setup.dtype, device)
+    tokenizer, config = common.load_tokenizer(args.model), common.load_config(args.model)
+    problems = load_train_problems(args.problems, args.setup.eval_data)
+    problems = encode_problems(tokenizer, problems, args.setup.system_prompt, config, args.max_new_tokens)
+    eval_problems = load_eval_problems(args.problems, args.setup.eval_data, args.run.eval_problems)
+    eval_problems = encode_problems(tokenizer, eval_problems, args.setup.system_prompt, config, args.max_new_tokens)
+    sampler = ProblemSampler(problems, args.sampling.problem_sampling, args.seed)
+    verify = Verifier(args.rewards, device, dtype)
+    evaluation = tokenizer, eval_problems, args.max_new_tokens, args.rewards.format_style, batch_size, args.seed, verify
 
-    state = common.load_checkpoint(args.resume)  # {} unless a run is resumed
-    run_dir, writer = common.start_run(args, state)
-    stop = common.StopSignal()
-    health = evaluate.Health(run_dir, tokenizer, args.max_bad_updates)
-    policy = common.load_policy(state.get("model", args.model), device, dtype, tokenizer.eos_token_id)
-    if args.gradient_checkpointing:
+    run = Run(args, tokenizer)
+    policy = common.load_policy(run.start_from, device, dtype, tokenizer.eos_token_id)
+    if args.optimization.gradient_checkpointing:
         common.checkpoint_layers(policy)
     optimizer = common.MasterAdamW(policy, lr=args.learning_rate)
-    sampler = ProblemSampler(problems, args.problem_sampling, args.seed)
-    iteration, x = 0, 0  # x: completions sampled so far, the x-axis of every event
-    if state:
-        common.restore_optimizer(optimizer, state)
-        sampler.load_state_dict(state["sampler"])
-        iteration, x, before, scores = state["iteration"], state["x"], state["before"], state["scores"]
-    else:
-        before = scores = evaluate_policy(policy, tokenizer, eval_problems, eval_prompts, args, batch_size, verify)
-        evaluate.log_scalars(writer, scores, x)
+    run.restore(optimizer=optimizer, sampler=sampler)  # checkpointed besides the policy
+    iteration, global_step = run.progress["iteration"], run.progress["global_step"]  # global_step: completions sampled
+    before, scores = run.progress.get("before"), run.progress.get("scores")
+    if before is None:  # a new run
+        before = scores = evaluate_policy(policy, *evaluation)
+        log_scalars(run.writer, scores, global_step)
 
     bar = tqdm(total=args.iterations, initial=iteration, unit="it")
+    health = Health(run.dir, tokenizer, args.optimization.max_bad_updates)
     metrics, clock = Metrics(), Clock(device)
     while iteration < args.iterations:
-        # ------------------------------------------------------------------------------------------------ 1 sample
-        indices = sampler.draw(args.prompts_per_step)
+        # ----------------------------------------------------------------------------------------------------- 1 sample
+        batch = sampler.draw(args.prompts_per_step)
         rollout = common.sample_groups(
             policy,
-            [prompts[i] for i in indices],
+            [problem.prompt_ids for problem in batch],
             args.group_size,
             args.max_new_tokens,
-            args.temperature,
-            derive_seed(args.seed, "sample", x),
+            args.sampling.temperature,
+            derive_seed(args.seed, "sample", global_step),
         )
-        x += batch_size
+        global_step += batch_size
         clock.lap("sample")
 
-        # ------------------------------------------------------------------------------------------------ 2 reward
-        texts = data.decode(tokenizer, rollout)
-        components = {
-            "accuracy": torch.tensor(verify(texts, [problems[i] for i in indices for _ in range(args.group_size)])),
-            "format": torch.tensor([format_reward(t, args.format_style) for t in texts]),
-        }
-        if args.truncated == "wrong":
-            components["accuracy"] *= rollout.finished.cpu()
-        if args.language_weight > 0:
-            components["language"] = torch.tensor([language_reward(t, args.language) for t in texts])
-        if args.overlong_weight > 0:
-            components["overlong"] = overlong_penalty(rollout.lengths.cpu(), args.max_new_tokens, args.overlong_buffer)
-        components = {name: values.view(-1, args.group_size) for name, values in components.items()}  # (P, G)
-        if args.length_weight > 0:
-            lengths = rollout.lengths.view(-1, args.group_size).cpu()
-            components["length"] = length_reward(lengths, components["accuracy"])
-        reward_weights = {name: getattr(args, f"{name}_weight") for name in components}
-        if iteration < args.length_reward_start:
-            reward_weights["length"] = 0.0
-        rewards = sum(reward_weights[name] * values for name, values in components.items())  # (P, G)
-        success = components["accuracy"].mean(1)  # (P,)
-        for index, rate in zip(indices, success.tolist(), strict=True):
-            sampler.record(index, rate)
-        evaluate.add_rollout_metrics(metrics, rollout, rewards, components)
+        # ----------------------------------------------------------------------------------------------------- 2 reward
+        texts = decode(tokenizer, rollout)
+        components = score_completions(texts, batch, rollout, args.rewards, args.max_new_tokens, verify)  # name: (P, G)
+        weights = reward_weights(args.rewards, iteration)  # name: float; a new component needs a weight too
+        rewards = sum(weights[name] * values for name, values in components.items())  # (P, G)
+        sampler.record(batch, components["accuracy"].mean(1).tolist())
+        add_rollout_metrics(metrics, rollout, rewards, components)
         samples = rollout, texts, components
         clock.lap("reward")
 
-        # ---------------------------------------------------------------------------------------------- 3 logprobs
-        rows = list(range(rollout.mask.shape[0]))
-        anchor_logprobs = torch.zeros_like(rollout.sampler_logprobs)  # (B, T)
-        with torch.no_grad():
-            for micro in common.micro_batches(rollout, rows, args.micro_batch_tokens):
-                anchor_logprobs[micro] = common.completion_logprobs(policy, rollout, micro, args.temperature)[0]
+        # --------------------------------------------------------------------------------------------------- 3 logprobs
+        budget, temperature = args.optimization.micro_batch_tokens, args.sampling.temperature
+        anchor_logprobs = common.rollout_logprobs(policy, rollout, budget, temperature)  # (B, T)
         clock.lap("logprobs")
 
-        # -------------------------------------------------------------------------------------------- 4 advantages
+        # ------------------------------------------------------------------------------------------------- 4 advantages
         advantages = group_advantages(rewards, args.tau, args.baseline).flatten().to(device)  # (B,)
-        if args.truncated == "mask":
+        if args.rewards.truncated == "mask":
             advantages = advantages.where(rollout.finished, 0.0)
 
-        # ------------------------------------------------------------------------------------------------ 5 update
-        learning_rate = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
+        # ----------------------------------------------------------------------------------------------------- 5 update
+        learning_rate = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.optimization.warmup_iterations))
         common.set_learning_rate(optimizer, learning_rate)
         if not args.keep_optimizer:  # a new anchor makes a new problem
             optimizer.state.clear()
         for epoch in range(args.update_epochs):
-            for minibatch in common.minibatches(rollout, minibatch_size, derive_seed(args.seed, "update", x, epoch)):
+            seed = derive_seed(args.seed, "update", global_step, epoch)
+            for minibatch in common.minibatches(rollout, minibatch_size, seed):
+                row_weights = torch.full_like(advantages, 1 / len(minibatch))  # (B,)
                 policy_loss = 0.0
-                for micro in common.micro_batches(rollout, minibatch, args.micro_batch_tokens):
-                    logprobs, entropy = common.completion_logprobs(policy, rollout, micro, args.temperature)
+                for micro in common.micro_batches(rollout, minibatch, budget):
+                    logprobs, entropy = common.completion_logprobs(policy, rollout, micro, temperature)  # (R, T)
                     loss, loss_metrics = kimi_loss(
                         logprobs,
                         anchor_logprobs[micro],
                         advantages[micro],
-                        rollout.mask[micro],
+                        rollout.trained[micro],
                         tau=args.tau,
-                        row_weights=torch.full((len(micro),), 1 / len(minibatch), device=device),
+                        row_weights=row_weights[micro],
                     )
                     loss.backward()
                     policy_loss += loss.item()
-                    tokens = rollout.mask[micro].sum().item()
-                    metrics.add({"loss/entropy": entropy.sum().item() / tokens}, weight=tokens)
+                    values = token_metrics(rollout, micro, entropy, anchor_logprobs[micro])
+                    metrics.add(values, weight=rollout.trained[micro].sum().item())
                     metrics.add({f"loss/{name}": value for name, value in loss_metrics.items()}, weight=len(micro))
-                grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.masters, args.max_grad_norm).item()
+                grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.masters, args.optimization.max_grad_norm).item()
                 finite = health.is_finite(policy_loss, grad_norm, rollout, minibatch, advantages=advantages)
                 if finite:
                     optimizer.step()
@@ -304,41 +247,21 @@ def main(args: Args) -> None:
                 metrics.add({"loss/policy": policy_loss, "loss/grad_norm": grad_norm, "loss/skipped": not finite})
         clock.lap("update")
 
-        # --------------------------------------------------------------------------------------------------- 6 log
+        # -------------------------------------------------------------------------------------------------------- 6 log
         iteration += 1
-        metrics.add({"loss/learning_rate": learning_rate})
-        metrics.add(sampler.summary() | verify.summary())
-        evaluate.add_logprob_gap(metrics, rollout, anchor_logprobs)
-        logged = evaluate.log_iteration(writer, metrics, clock, x)
-        health.watch(logged)
-        bar.set_postfix_str(
-            "reward {reward/total:.3f} acc {reward/accuracy:.3f} tok/s {rollout/tokens_per_second:.0f}".format(**logged)
-        )
-        bar.update()
+        metrics.add({"loss/learning_rate": learning_rate} | sampler.summary() | verify.summary())
+        health.watch(log_iteration(run.writer, metrics, clock, global_step, bar))
 
-        # ------------------------------------------------------------------------------------- 7 evaluate and save
-        last = iteration == args.iterations
-        if last or (args.eval_every and iteration % args.eval_every == 0):
-            scores = evaluate_policy(policy, tokenizer, eval_problems, eval_prompts, args, batch_size, verify)
-            evaluate.log_scalars(writer, scores, x)
-            evaluate.log_samples(writer, tokenizer, *samples, x)
-        if stop.number or (args.save_every and (last or iteration % args.save_every == 0)):
-            state = {"iteration": iteration, "x": x, "before": before, "scores": scores}
-            state["sampler"] = sampler.state_dict()
-            writer.flush()
-            target = run_dir / "checkpoints" / f"step_{iteration:06d}"
-            common.save_checkpoint(target, policy, tokenizer, optimizer, state, args.keep_checkpoints)
-        if stop.number:
-            stop.leave(run_dir)
+        # ------------------------------------------------------------------------------------------ 7 evaluate and save
+        if iteration == args.iterations or (args.run.eval_every and iteration % args.run.eval_every == 0):
+            scores = evaluate_policy(policy, *evaluation)
+            log_scalars(run.writer, scores, global_step)
+            log_samples(run.writer, tokenizer, *samples, global_step)
+        run.checkpoint(policy, iteration, global_step, before=before, scores=scores)
         metrics, clock = Metrics(), Clock(device)
 
-    bar.close()
-    writer.close()
-    common.save_checkpoint(run_dir / "final", policy, tokenizer)
-    stop.restore()
-    print(f"\n{comparison_table(before, scores)}\n\nmodel: {run_dir / 'final'}")
-    print(f"curves: tensorboard --logdir {run_dir}")
+    run.finish(policy, comparison_table(before, scores))
 
 
 if __name__ == "__main__":
-    main(common.parse_args(Args))
+    main(parse_args(Args))

@@ -1,4 +1,4 @@
-"""A reward model from preference pairs, after Bradley and Terry: the chance that y+ is preferred to y- is the sigmoid
+r"""A reward model from preference pairs, after Bradley and Terry: the chance that y+ is preferred to y- is the sigmoid
 of the difference of their scores (Stiennon et al. 2020, arXiv:2009.01325; Ouyang et al. 2022, arXiv:2203.02155, eq. 1).
 
     L = - mean of log sigmoid(r(x, y+) - r(x, y-) - margin)
@@ -14,8 +14,8 @@ one label, which transformers loads.
 
     python train_rm.py                                    # pairs of the embedded model's samples
     python evaluate.py --split all --num-samples 8 --output samples.jsonl && python train_rm.py --data samples.jsonl
-    python train_rm.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl --learning-rate 1e-5 \\
-        --minibatch-size 64                                            # with a GPU, not run on one yet
+    python train_rm.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl --learning-rate 1e-5 \
+        --minibatch-size 64                                            # needs a GPU; untested
 
 What you should see from the first command, in 41 s on 2 cores (AMD EPYC): held-out pairs ranked right from 0.50 to
 0.74, with a calibration error of 0.05. The margin goes on growing when the training pairs are known by heart;
@@ -24,7 +24,7 @@ eval/pair_loss then turns up again.
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -33,21 +33,31 @@ from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 
 import common
-import evaluate
-from common import fail
-from data import (
+from data import ProblemSampler, is_held_out
+from plumbing.flags import (
     SYSTEM_PROMPT,
-    ProblemSampler,
-    check_flags,
-    check_memory,
-    context_length,
+    AtLeast0,
+    AtLeast1,
+    Group,
+    NonNegative,
+    OptimizationFlags,
+    Positive,
+    RunFlags,
+    fail,
+    parse_args,
+)
+from plumbing.metrics import Clock, Health, Metrics, log_iteration, log_scalars
+from plumbing.pairs import (
+    Pair,
+    PairFlags,
     encode_pairs,
-    is_held_out,
     load_preference_pairs,
     pair_micro_batches,
     pair_rollout,
+    pair_table,
+    ranked_right,
 )
-from evaluate import Clock, Metrics, pair_table, ranked_right
+from plumbing.runs import Run
 
 
 @dataclass
@@ -55,58 +65,30 @@ class Args:
     model: str = "models/tiny-arithmetic"
     """the policy whose backbone is trained on: local model directory or hub name"""
     data: str = "arithmetic-pairs"
-    """"arithmetic-pairs" (N-best samples of the embedded model, made at the start), a .jsonl file (prompt, chosen,
-    rejected), or a samples file of evaluate.py; a tenth of the prompts, chosen by hash, is held out"""
-    pair_problems: int = 1500
-    """arithmetic-pairs: how many problems are sampled, eight times each"""
-    pair_weight: Literal["uniform", "gap"] = "uniform"
-    """weight of a pair in the loss; gap: proportional to the difference of its scores (samples files)"""
-    min_gap: float = 0.5
-    """scores of a samples file that differ by less are a near tie, no pair; where a right answer counts 1 and format
-    0.2, as in arithmetic-pairs, 0.5 leaves pairs of a right and a wrong one"""
-    max_pairs_per_prompt: int = 4
-    """at most so many pairs of one prompt, chosen at random"""
-    balance_topics: bool = False
-    """as many pairs of every topic as there are of the rarest"""
+    """the embedded model's pairs, a .jsonl file (prompt, chosen, rejected), or a samples file; a tenth is held out"""
+    seed: int = 1
+    """random seed"""
+    iterations: AtLeast0 = 200
+    """optimizer steps, and the length of the learning rate's cosine (so changing it on --resume bends that)"""
+    minibatch_size: AtLeast1 = 64
+    """pairs in one optimizer step"""
+    learning_rate: Positive = 3e-4
+    """AdamW's highest learning rate, for the embedded model; 1e-5 for real ones"""
+    weight_decay: NonNegative = 0.0
+    """AdamW's weight decay, on all weights"""
     system_prompt: str = SYSTEM_PROMPT
     """system turn of the chat template ('' for none); the embedded model's template ignores it"""
-    seed: int = 1
     device: str = "auto"
     """auto | cpu | cuda | cuda:1 ..."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the weights; auto: bfloat16 on a GPU (with fp32 master weights), float32 on a CPU"""
-    iterations: int = 200
-    """optimizer steps, and the length of the learning rate's cosine (so changing it on --resume bends that)"""
-    minibatch_size: int = 64
-    """pairs in one optimizer step"""
-    learning_rate: float = 3e-4
-    """of AdamW at its peak, for the embedded model; 1e-5 for real ones"""
-    weight_decay: float = 0.0
-    """of AdamW, on all weights"""
-    warmup_iterations: int = 20
-    """iterations over which the learning rate rises linearly"""
-    micro_batch_tokens: int = 4096
-    """tokens (prompt and completion of each row) in a forward and backward pass, at least a pair; not the result"""
-    gradient_checkpointing: bool = False
-    """keep only each layer's input for the backward pass and compute the layer again there: less memory, slower"""
-    max_grad_norm: float = 1.0
-    """gradients are clipped to this norm"""
-    max_bad_updates: int = 10
-    """updates with a non-finite loss or gradient are skipped; so many of them in a row end the run"""
-    eval_every: int = 0
-    """iterations between evaluations; 0: only before and after"""
-    eval_problems: int = 300
-    """held-out pairs in an evaluation"""
-    save_every: int = 0
-    """iterations between checkpoints; 0: none but final/"""
-    keep_checkpoints: int = 0
-    """so many of the newest checkpoints are kept; 0: all"""
-    run_root: str = "runs"
-    """where run directories are made"""
-    resume: str | None = None
-    """run directory to go on in, from its newest checkpoint, with its arguments"""
+    """dtype of the weights; auto: bfloat16 on a GPU (with fp32 master weights), float32 on a CPU"""
+    pairs: Group[PairFlags] = field(default_factory=PairFlags)
+    optimization: Group[OptimizationFlags] = field(
+        default_factory=lambda: OptimizationFlags(warmup_iterations=20, micro_batch_tokens=4096)
+    )
+    run: Group[RunFlags] = field(default_factory=lambda: RunFlags(eval_every=0, save_every=0))
 
-    margin: float = 0.0
+    margin: NonNegative = 0.0
     """the scores of a pair should differ by more than this"""
 
 
@@ -137,90 +119,76 @@ def calibration_error(margins: Tensor, bins: int = 10) -> float:
     return gaps.abs().sum().item() / len(margins)
 
 
-@torch.no_grad()
-def pair_scores(reward_model, prompts: list[list[int]], completions: list, max_tokens: int) -> Tensor:
+def pair_scores(reward_model, pairs: list[Pair], max_tokens: int) -> Tensor:
     """(N, 2) scores of N pairs: chosen, rejected."""
-    scores = torch.zeros(2 * len(prompts))
-    for start in range(0, len(prompts), 256):
-        chunk = slice(start, start + 256)
-        rollout = pair_rollout(prompts[chunk], completions[chunk], reward_model.device)
-        for micro in pair_micro_batches(rollout, max_tokens):
-            rows = [2 * start + row for row in micro]
-            scores[rows] = common.completion_scores(reward_model, rollout, micro).cpu()
-    return scores.view(-1, 2)
+    scores = []
+    for start in range(0, len(pairs), 256):
+        rollout = pair_rollout(pairs[start : start + 256], reward_model.device)
+        scores.append(common.rollout_scores(reward_model, rollout, max_tokens).cpu())
+    return torch.cat(scores).view(-1, 2)
 
 
 def main(args: Args) -> None:
-    # ------------------------------------------------------------------------------------------------------- Setup
-    check_flags(args)
+    # ------------------------------------------------------------------------------------------------------------ Setup
     device = common.resolve_device(args.device)
     dtype = common.resolve_dtype(args.dtype, device)
-    tokenizer = common.load_tokenizer(args.model)
-    config = common.load_config(args.model)
-    options = args.seed, args.pair_problems, args.pair_weight, args.min_gap, args.max_pairs_per_prompt
-    pairs = load_preference_pairs(args.data, *options, args.balance_topics)
-    pairs, prompts, completions = encode_pairs(tokenizer, pairs, args.system_prompt, context_length(config))
-    held_out = [i for i, pair in enumerate(pairs) if is_held_out(pair.question)][: args.eval_problems]
-    train = [i for i, pair in enumerate(pairs) if not is_held_out(pair.question)]
+    tokenizer, config = common.load_tokenizer(args.model), common.load_config(args.model)
+    pairs = load_preference_pairs(args.data, args.seed, args.pairs)
+    pairs = encode_pairs(tokenizer, pairs, args.system_prompt, common.context_length(config))
+    held_out = [pair for pair in pairs if is_held_out(pair.question)][: args.run.eval_problems]
+    train = [pair for pair in pairs if not is_held_out(pair.question)]
     if len(train) < args.minibatch_size:
         fail(f"--minibatch-size {args.minibatch_size}: only {len(train)} pairs are left to train on")
-    check_memory(args, config, [len(prompts[i]) + sum(map(len, completions[i])) for i in train], device, dtype)
+    sampler = ProblemSampler(train, seed=args.seed)
 
-    state = common.load_checkpoint(args.resume)  # {} unless a run is resumed
-    run_dir, writer = common.start_run(args, state)
-    stop = common.StopSignal()
-    health = evaluate.Health(run_dir, tokenizer, args.max_bad_updates)
-    rm = common.load_reward_model(state.get("model", args.model), device, dtype, new_head=not state)
+    run = Run(args, tokenizer)
+    rm = common.load_reward_model(run.start_from, device, dtype, new_head=run.start_from == args.model)
     rm.config.pad_token_id = tokenizer.pad_token_id  # by which its own forward finds the last token
     rm.config.score_mean = 0.0  # found at the end
-    if args.gradient_checkpointing:
+    if args.optimization.gradient_checkpointing:
         common.checkpoint_layers(rm)
     optimizer = common.MasterAdamW(rm, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    run.restore(optimizer=optimizer, sampler=sampler)  # checkpointed besides the model
 
-    def evaluate_all() -> dict[str, float]:
-        scores = {}
-        if held_out:
-            data = [prompts[i] for i in held_out], [completions[i] for i in held_out]
-            chosen, rejected = pair_scores(rm, *data, args.micro_batch_tokens).unbind(1)
-            loss, values = reward_model_loss(chosen, rejected, args.margin)
-            values = {name: values[f"rewards/{name}"] for name in ("accuracy", "margin")} | {"loss": loss.item()}
-            scores = {f"eval/pair_{name}": value for name, value in values.items()}
-            scores["eval/calibration"] = calibration_error(chosen - rejected)
-        evaluate.log_scalars(writer, scores, x)
-        return scores
+    def evaluate_now() -> dict[str, float]:
+        if not held_out:
+            return {}
+        chosen, rejected = pair_scores(rm, held_out, args.optimization.micro_batch_tokens).unbind(1)
+        loss, values = reward_model_loss(chosen, rejected, args.margin)
+        values = {name: values[f"rewards/{name}"] for name in ("accuracy", "margin")} | {"loss": loss.item()}
+        scores = {f"eval/pair_{name}": value for name, value in values.items()}
+        return scores | {"eval/calibration": calibration_error(chosen - rejected)}
 
-    sampler = ProblemSampler(train, seed=args.seed)
-    iteration, x = 0, 0  # x: pairs seen so far, the x-axis of every event
-    if state:
-        common.restore_optimizer(optimizer, state)
-        sampler.load_state_dict(state["sampler"])
-        iteration, x, before, scores = state["iteration"], state["x"], state["before"], state["scores"]
-    else:
-        before = scores = evaluate_all()
+    iteration, global_step = run.progress["iteration"], run.progress["global_step"]  # global_step: pairs seen
+    before, scores = run.progress.get("before"), run.progress.get("scores")
+    if before is None:  # a new run
+        before = scores = evaluate_now()
+        log_scalars(run.writer, scores, global_step)
 
     bar = tqdm(total=args.iterations, initial=iteration, desc="RM", unit="it")
+    health = Health(run.dir, tokenizer, args.optimization.max_bad_updates)
     while iteration < args.iterations:
         metrics, clock = Metrics(), Clock(device)
-        # ------------------------------------------------------------------------------------------------ 1 sample
-        batch = [train[i] for i in sampler.draw(args.minibatch_size)]
-        rollout = pair_rollout([prompts[i] for i in batch], [completions[i] for i in batch], device)
-        row_weights = torch.tensor([pairs[i].weight / len(batch) for i in batch], device=device)
-        x += len(batch)
+        # ----------------------------------------------------------------------------------------------------- 1 sample
+        batch = sampler.draw(args.minibatch_size)
+        rollout = pair_rollout(batch, device)  # rows chosen, rejected, chosen, ...
+        row_weights = torch.tensor([pair.weight / len(batch) for pair in batch], device=device)  # of the pairs
+        global_step += len(batch)
         clock.lap("sample")
 
-        # ------------------------------------------------------------------------------------------------ 5 update
-        rise = min(1.0, (iteration + 1) / max(1, args.warmup_iterations))
+        # ----------------------------------------------------------------------------------------------------- 5 update
+        rise = min(1.0, (iteration + 1) / max(1, args.optimization.warmup_iterations))
         learning_rate = args.learning_rate * rise * (0.55 + 0.45 * math.cos(math.pi * iteration / args.iterations))
         common.set_learning_rate(optimizer, learning_rate)
         policy_loss = 0.0
-        for micro in pair_micro_batches(rollout, args.micro_batch_tokens):
+        for micro in pair_micro_batches(rollout, args.optimization.micro_batch_tokens):
             pair = common.completion_scores(rm, rollout, micro)  # chosen, rejected, chosen, ...
             weights = row_weights[[row // 2 for row in micro[0::2]]]
             loss, loss_metrics = reward_model_loss(pair[0::2], pair[1::2], args.margin, weights)
             loss.backward()
             policy_loss += loss.item()
             metrics.add(loss_metrics, weight=len(micro))
-        grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.masters, args.max_grad_norm).item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.masters, args.optimization.max_grad_norm).item()
         finite = health.is_finite(policy_loss, grad_norm, rollout, range(len(rollout.mask)))
         if finite:
             optimizer.step()
@@ -228,37 +196,21 @@ def main(args: Args) -> None:
         metrics.add({"loss/policy": policy_loss, "loss/grad_norm": grad_norm, "loss/skipped": not finite})
         clock.lap("update")
 
-        # --------------------------------------------------------------------------------------------------- 6 log
+        # -------------------------------------------------------------------------------------------------------- 6 log
         iteration += 1
         metrics.add({"loss/learning_rate": learning_rate})
-        logged = evaluate.log_iteration(writer, metrics, clock, x)
-        health.watch(logged)
-        bar.set_postfix_str(f"loss {logged['loss/policy']:.3f} acc {logged['rewards/accuracy']:.3f}")
-        bar.update()
+        health.watch(log_iteration(run.writer, metrics, clock, global_step, bar))
 
-        # ------------------------------------------------------------------------------------- 7 evaluate and save
-        last = iteration == args.iterations
-        if last or (args.eval_every and iteration % args.eval_every == 0):
-            scores = evaluate_all()
-        if stop.number or (args.save_every and (last or iteration % args.save_every == 0)):
-            state = {"iteration": iteration, "x": x, "before": before, "scores": scores}
-            state["sampler"] = sampler.state_dict()
-            writer.flush()
-            target = run_dir / "checkpoints" / f"step_{iteration:06d}"
-            common.save_checkpoint(target, rm, tokenizer, optimizer, state, args.keep_checkpoints)
-        if stop.number:
-            stop.leave(run_dir)
+        # ------------------------------------------------------------------------------------------ 7 evaluate and save
+        if iteration == args.iterations or (args.run.eval_every and iteration % args.run.eval_every == 0):
+            scores = evaluate_now()
+            log_scalars(run.writer, scores, global_step)
+        run.checkpoint(rm, iteration, global_step, before=before, scores=scores)
 
-    bar.close()
-    writer.close()
     some = random.Random(args.seed).sample(train, min(1024, len(train)))  # their mean is close enough
-    data = [prompts[i] for i in some], [completions[i] for i in some]
-    rm.config.score_mean = pair_scores(rm, *data, args.micro_batch_tokens).mean().item()
-    common.save_checkpoint(run_dir / "final", rm, tokenizer)
-    stop.restore()
-    print(f"\n{pair_table(before, scores, [pairs[i].question for i in held_out])}\n\nmodel: {run_dir / 'final'}")
-    print(f"curves: tensorboard --logdir {run_dir}")
+    rm.config.score_mean = pair_scores(rm, some, args.optimization.micro_batch_tokens).mean().item()
+    run.finish(rm, pair_table(before, scores, [pair.question for pair in held_out]))
 
 
 if __name__ == "__main__":
-    main(common.parse_args(Args))
+    main(parse_args(Args))

@@ -21,15 +21,14 @@ from pathlib import Path
 
 import tyro
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from hostile import resident_mb  # noqa: E402
-from learning import machine, read_scalars  # noqa: E402
-
-import common  # noqa: E402
 import train_grpo  # noqa: E402
-from evaluate import format_table  # noqa: E402
+from benchmarks.hostile import resident_mb  # noqa: E402
+from benchmarks.learning import ROOT, machine, read_scalars  # noqa: E402
+from plumbing.evaluation import format_table  # noqa: E402
+from plumbing.flags import from_flat  # noqa: E402
+from plumbing.runs import load_checkpoint  # noqa: E402
 
 RL = "--prompts-per-step 4 --group-size 4 --problem-sampling prioritized"
 PAIRS = "--pair-problems 60 --minibatch-size 8"
@@ -61,7 +60,7 @@ def start(script: str, *flags: str) -> subprocess.Popen:
 def same(first: Path, second: Path) -> bool:
     """Of two runs the final weights, the sampler ledger, and the events, times and memory apart."""
     weights = [(run / "final" / "model.safetensors").read_bytes() for run in (first, second)]
-    ledgers = [common.load_checkpoint(str(run))["sampler"] for run in (first, second)]
+    ledgers = [load_checkpoint(str(run))["stateful"]["sampler"] for run in (first, second)]
     scalars = [read_scalars(run) for run in (first, second)]
     for values in scalars:
         for tag in [tag for tag in values if tag.startswith(("time/", "memory/")) or tag.endswith("per_second")]:
@@ -112,7 +111,8 @@ def soak(args: Args) -> None:
     while time.time() < end:
         seed, printed = len(rows) + 1, io.StringIO()
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
-            train_grpo.main(train_grpo.Args(seed=seed, run_root=str(root), keep_checkpoints=1))
+            flags = {"seed": seed, "run_root": str(root), "keep_checkpoints": 1}
+            train_grpo.main(from_flat(train_grpo.Args(), flags))
         (run,) = root.iterdir()
         scalars = read_scalars(run)
         warned = printed.getvalue().lower().count("warning")

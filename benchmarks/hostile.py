@@ -18,13 +18,12 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from learning import machine  # noqa: E402
-
-from evaluate import format_table  # noqa: E402
-from rewards import accuracy_reward, answers_match, extract_answer, format_reward, language_reward  # noqa: E402
+from benchmarks.learning import machine  # noqa: E402
+from plumbing.answers import answers_match, extract_answer  # noqa: E402
+from plumbing.evaluation import format_table  # noqa: E402
+from rewards import accuracy_reward, format_reward, language_reward  # noqa: E402
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>", "####", "#### ", r"\boxed{", r"\fbox {", "}", "{", "<", "</"]
 NUMBERS = ["0", "9", "18", "1,000", "1e999", "1e-999", "9" * 50, "0." + "3" * 40, "1/0", "-", "+", ".", ",", "%", "$"]

@@ -144,7 +144,7 @@ def save_figure(figure, path: Path) -> None:
 
 
 def main(args: Args) -> None:
-    from evaluate import format_table
+    from plumbing.evaluation import format_table
 
     costs, runs = {}, list(args.runs)
     if not runs:

@@ -16,14 +16,13 @@ import torch
 import tyro
 from torch.nn.utils.rnn import pad_sequence
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from learning import machine  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import common  # noqa: E402
+from benchmarks.learning import machine  # noqa: E402
 from data import encode_prompts, load_problems  # noqa: E402
-from evaluate import format_table, peak_memory_gb  # noqa: E402
+from plumbing.evaluation import format_table  # noqa: E402
+from plumbing.metrics import peak_memory_gb  # noqa: E402
 
 
 @dataclass
@@ -54,7 +53,8 @@ def measure(args: Args) -> None:
     device = common.resolve_device(args.device)
     model = common.load_policy(args.model, device, getattr(torch, args.dtype))
     tokenizer = common.load_tokenizer(args.model)
-    prompts = encode_prompts(tokenizer, [p.question for p in load_problems(args.problems, "train")[: args.prompts]])
+    problems = load_problems(args.problems, "train")[: args.prompts]
+    prompts = encode_prompts(tokenizer, [p.messages or p.question for p in problems])
     torch.manual_seed(0)
     total = args.prompts * args.group_size
     completions = torch.randint(3, len(tokenizer) - 1, (total, args.completion_tokens)).tolist()

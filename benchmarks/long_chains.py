@@ -12,13 +12,11 @@ from pathlib import Path
 
 import tyro
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from learning import curve, machine, new_figure, read_scalars, run_script, save_figure  # noqa: E402
-
+from benchmarks.learning import curve, machine, new_figure, read_scalars, run_script, save_figure  # noqa: E402
 from data import load_problems  # noqa: E402
-from evaluate import format_table  # noqa: E402
+from plumbing.evaluation import format_table  # noqa: E402
 
 RUNS = (
     ("train_ppo.py", "--kl-coef 0"),

@@ -1,33 +1,39 @@
-"""What fits where: memory of a GRPO run by model and GPU size, computed by data.memory_needs; and that function against
-measured peaks on this machine.
+"""What a run takes, under which flags it fits, and which model fits where. Computed; on no GPU measured.
 
-    python benchmarks/memory.py                                              # the table; nothing is run
-    python benchmarks/memory.py --measure DIR --problems gsm8k/train.jsonl   # a real model, in several settings
+    python benchmarks/memory.py train_grpo.py --model NAME --max-new-tokens 512   # with its flags, on this machine
+    python benchmarks/memory.py                                                   # the table of models and GPUs
+    python benchmarks/memory.py --measure DIR --problems gsm8k/train.jsonl        # the estimate against measured peaks
 
-The models are those of Qwen2.5 by their configs, in bfloat16 with fp32 masters, as on any GPU; 5% of its memory are
-left for what an allocator can't use. The flags are those that `train_grpo.py` names where a run doesn't fit: first
-those that change the time only, then --prompts-per-step.
+The flags that are named change the time only; where those don't help, --prompts-per-step too. The table's models are
+those of Qwen2.5 by their configs, in bfloat16 with fp32 masters, as on any GPU; 5% of its memory are left for what an
+allocator can't use.
 """
 
+import importlib
+import math
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import tyro
-from transformers import Qwen2Config
+from transformers import AutoModelForCausalLM, Qwen2Config
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from learning import machine, read_scalars, run_script  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import common  # noqa: E402
-import data  # noqa: E402
 import train_grpo  # noqa: E402
 import train_pg  # noqa: E402
-from evaluate import format_table  # noqa: E402
+from benchmarks.learning import machine, read_scalars, run_script  # noqa: E402
+from curate import encode_demonstrations, load_demonstrations  # noqa: E402
+from data import encode_problems, load_train_problems  # noqa: E402
+from plumbing.evaluation import format_table  # noqa: E402
+from plumbing.flags import as_flag, fail, from_flat, parse_args, reason, to_flat  # noqa: E402
+from plumbing.pairs import encode_pairs, load_preference_pairs  # noqa: E402
+
+RL = "train_pg", "train_ppo", "train_grpo", "train_kimi"
+SCRIPTS = *RL, "train_sft", "train_dpo", "train_rm"
 
 # hidden size, width of the MLP, layers, heads, key heads, tied embeddings; from the models' config.json
 QWEN = {
@@ -38,6 +44,7 @@ QWEN = {
 }
 GPUS = 24, 48, 80, 141  # GB
 SETTINGS = "", "--gradient-checkpointing", "--micro-batch-tokens 1024", "--micro-batch-tokens 8192", "--baseline value"
+LIBRARIES = 0.6e9  # bytes that Python, torch and, on a GPU, CUDA take for themselves
 
 
 @dataclass
@@ -48,14 +55,196 @@ class Args:
     prompt: int = 256
     """tokens of the longest prompt"""
     measure: str | None = None
-    """model directory or hub name: run train_grpo.py with it in several settings, and compare"""
+    """model directory or hub name: run train_pg.py with it in several settings, and compare"""
     problems: str = "arithmetic"
     """with --measure: its problems"""
 
 
+@dataclass(frozen=True)
+class Case:
+    """A run on a machine."""
+
+    script: str  # one of SCRIPTS
+    args: object  # the script's
+    config: object  # of --model
+    size: int  # its parameters
+    prompt: int  # tokens, and of the completion, in the longest row of the data
+    completion: int
+    dtype: torch.dtype
+    cpu: bool
+
+
+# ---- What each script holds ------------------------------------------------------------------------------------------
+
+
+def trained_models(script: str, args) -> int:
+    """The policy (or the reward model), and the critic."""
+    return 1 + (script == "train_ppo" or (script == "train_pg" and args.baseline == "value"))
+
+
+def frozen_models(script: str, args) -> list[str]:
+    """The paths of the models that are only passed forward: reference, reward model, judge, verifier."""
+    reference = script in ("train_ppo", "train_grpo") and args.kl_coef > 0
+    paths = [args.model if reference else None, args.reward_model if script == "train_ppo" else None]
+    if script in RL:
+        paths += [args.rewards.judge_model, args.rewards.verifier_model]
+    return [path for path in paths if path]
+
+
+def batch_shape(script: str, args) -> tuple[int, int, int]:
+    """P and G of an iteration's batch, and the completions in one update."""
+    if script not in RL:
+        G = 1 if script == "train_sft" else 2  # a demonstration, or a pair
+        return args.minibatch_size, G, args.minibatch_size * G
+    P, G = args.prompts_per_step, args.group_size
+    if script == "train_pg":
+        return P, G, P * G
+    return P, G, args.minibatch_size or (P if script == "train_grpo" else max(1, P // 4)) * G
+
+
+def longest_row(script: str, args, tokenizer, config) -> tuple[int, int]:
+    """Tokens of the prompt and of the completion in the longest row of the script's data."""
+    if script in RL:
+        problems = load_train_problems(args.problems, args.setup.eval_data)
+        problems = encode_problems(tokenizer, problems, args.setup.system_prompt, config, args.max_new_tokens)
+        return max(len(problem.prompt_ids) for problem in problems), args.max_new_tokens
+    context = common.context_length(config)
+    if script == "train_sft":
+        demonstrations = load_demonstrations(args.data, args.demonstrations, keep=args.keep)
+        demonstrations = encode_demonstrations(tokenizer, demonstrations, args.setup.system_prompt, context)
+        return max(((len(d.prompt_ids), len(d.completion_ids)) for d in demonstrations), key=sum)
+    system_prompt = args.system_prompt if script == "train_rm" else args.setup.system_prompt
+    flags = replace(args.pairs, pair_problems=min(40, args.pairs.pair_problems))  # those of arithmetic-pairs are alike
+    pairs = encode_pairs(tokenizer, load_preference_pairs(args.data, args.seed, flags), system_prompt, context)
+    return max(((len(p.prompt_ids), max(len(p.chosen_ids), len(p.rejected_ids))) for p in pairs), key=sum)
+
+
+# ---- What that takes -------------------------------------------------------------------------------------------------
+
+
+def attention_widths(config) -> tuple[int, int]:
+    """Of a token's queries and of its keys, all heads together; values are as wide as keys."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads * head_dim, (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+
+
+def cache_bytes(config, dtype: torch.dtype) -> int:
+    """Of one token's keys and values in all layers."""
+    config = config.get_text_config()
+    return 2 * config.num_hidden_layers * attention_widths(config)[1] * dtype.itemsize
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes; inf where it can't be known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
+    return next((int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable")), math.inf)
+
+
+def parameters(config) -> int:
+    """Of the causal LM; no weight is made."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+
+
+def memory_needs(case: Case) -> dict[str, float]:
+    """Bytes that a run takes, by what they are for."""
+    script, args, size, config = case.script, case.args, case.size, case.config.get_text_config()
+    heads, hidden, layers = config.num_attention_heads, config.hidden_size, config.num_hidden_layers
+    queries, keys = attention_widths(config)
+    width = next((w for w in (getattr(config, n, None) for n in ("intermediate_size", "n_inner")) if w), 4 * hidden)
+    trained, (P, G, minibatch), item = trained_models(script, args), batch_shape(script, args), case.dtype.itemsize
+    frozen = [size if p == args.model else parameters(common.load_config(p)) for p in frozen_models(script, args)]
+
+    # What autograd keeps of a token in a Llama-like layer: of the MLP four times its width, queries twice, keys and
+    # values three times, and of the layer's own width four in the dtype and two, in the norms, in fp32.
+    row, together = case.prompt + case.completion, 2 if script in ("train_dpo", "train_rm") else 1  # a pair stays whole
+    tokens = min(max(args.optimization.micro_batch_tokens, together * row), minibatch * row)
+    tokens *= (case.completion + case.prompt / G) / row  # a group's prompt is computed once, see engine.py
+    layer = tokens * (item * (4 * width + 2 * queries + 3 * keys + 4 * hidden) + 8 * hidden)
+    kept = layers * tokens * hidden * item + layer if args.optimization.gradient_checkpointing else layers * layer
+    scores = 3 * 4 * tokens * heads * row if case.cpu else 0  # of one layer; a GPU's kernel keeps none
+    head = 3 * 4 * min(tokens * config.vocab_size, common.LOGITS_AT_ONCE) + 4 * config.vocab_size * hidden
+    sampling = 0.0
+    if script != "train_rm":  # SFT and DPO sample in their evaluations, one completion of a prompt
+        rows = P * G if script in RL else P
+        cached = P * case.prompt + rows * args.max_new_tokens
+        sampling = cached * cache_bytes(config, case.dtype) + 3 * 4 * rows * config.vocab_size
+    if script == "train_dpo" and args.loss != "simpo":
+        sampling += size * item  # an evaluation loads the reference
+    return {
+        "weights": (size * trained + sum(frozen)) * item,
+        "optimizer": size * trained * (8 if item == 4 else 12),  # Adam's two moments, and fp32 masters
+        "sampling": sampling,
+        "training": size * trained * 4 + kept + scores + (0 if script == "train_rm" else head),  # gradients, in fp32
+    }
+
+
+def peak(case: Case) -> float:
+    """Bytes, with what the libraries take. On a CPU sampling and training take turns, and an allocator that keeps
+    pieces of what is freed takes a seventh more (measured); on a GPU the sampler's graphs keep their buffers."""
+    needs = memory_needs(case)
+    turns = needs["sampling"], needs["training"]
+    total = LIBRARIES + needs["weights"] + needs["optimizer"] + (max(turns) if case.cpu else sum(turns))
+    return total * 1.15 if case.cpu else total
+
+
+def flags_that_fit(case: Case, memory: float) -> dict | None:
+    """The first change of flags, from those that change the time only to those that change the run, under which it
+    fits into `memory` bytes; {} where it fits as it is, None where nothing helps."""
+    flags = to_flat(case.args)
+    P, budget = flags.get("prompts_per_step", 1), flags["micro_batch_tokens"]
+    budgets = [budget, *(2**n for n in range(14, 9, -1) if 2**n < budget)]
+    for prompts in (P // 2**n for n in range(20)):
+        if prompts < P and (prompts < 2 or prompts * flags["group_size"] < (flags.get("minibatch_size") or 0)):
+            return None
+        for checkpointing in (True,) if flags["gradient_checkpointing"] else (False, True):
+            for budget in budgets:
+                change = {"micro_batch_tokens": budget, "gradient_checkpointing": checkpointing}
+                change |= {"prompts_per_step": prompts} if case.script in RL else {}
+                change = {name: value for name, value in change.items() if value != flags[name]}
+                if peak(replace(case, args=from_flat(case.args, change))) <= memory:
+                    return change
+    return None
+
+
+def as_flags(change: dict) -> str:
+    return " ".join(as_flag(name) + ("" if value is True else f" {value}") for name, value in change.items())
+
+
+# ---- The three commands ----------------------------------------------------------------------------------------------
+
+
+def report(script: str, argv: list[str]) -> str:
+    """What the script takes with these flags on this machine, and flags under which it fits."""
+    if script not in SCRIPTS:
+        fail(f"{script}.py: one of {', '.join(f'{name}.py' for name in SCRIPTS)} is expected")
+    args = parse_args(importlib.import_module(script).Args, argv)
+    setup = args if script == "train_rm" else args.setup
+    device = common.resolve_device(setup.device)
+    dtype, cpu, free = common.resolve_dtype(setup.dtype, device), device.type == "cpu", free_memory(device)
+    tokenizer, config = common.load_tokenizer(args.model), common.load_config(args.model)
+    prompt, completion = longest_row(script, args, tokenizer, config)
+    try:
+        case = Case(script, args, config, parameters(config), prompt, completion, dtype, cpu)
+        needs, total, change = memory_needs(case), peak(case), flags_that_fit(case, free)
+    except (AttributeError, ValueError, TypeError) as error:  # no transformer, or no causal LM
+        fail(f"--model {args.model}: nothing is known of this architecture ({reason(error)})")
+    what = f"{script}.py: {case.size / 1e6:.1f}e6 parameters, {str(dtype).removeprefix('torch.')}, "
+    what += f"at most {prompt} tokens of prompt and {completion} of completion"
+    rows = [[name, value / 1e9] for name, value in (needs | {"libraries": LIBRARIES}).items()]
+    rows += [["all, about", total / 1e9], ["free now", free / 1e9]]
+    turns = "the larger of sampling and training counts, and a seventh more" if cpu else "all at the same time"
+    advice = f"it would fit with {as_flags(change)}" if change else "no flags make it fit; take a smaller model"
+    return f"{what}\n\n{format_table(['', 'GB'], rows)}\n({turns})\n\n{'it fits' if change == {} else advice}"
+
+
 def table(args: Args) -> list[list]:
     same = {name: getattr(args, name) for name in ("prompts_per_step", "group_size", "max_new_tokens")}
-    run, rows = train_grpo.Args(**same), []
+    run, rows = from_flat(train_grpo.Args(), same), []
     for name, (hidden, width, layers, heads, keys, tied) in QWEN.items():
         config = Qwen2Config(
             vocab_size=151_936 if tied else 152_064,
@@ -66,12 +255,12 @@ def table(args: Args) -> list[list]:
             num_key_value_heads=keys,
             tie_word_embeddings=tied,
         )
-        size = data.parameters(config)
-        as_is = data.peak(data.memory_needs(config, size, run, torch.bfloat16, args.prompt, False), False)
-        row = [f"{name} ({size / 1e9:.2f}e9)", f"{as_is / 1e9:.0f} GB"]
+        size = parameters(config)
+        case = Case("train_grpo", run, config, size, args.prompt, args.max_new_tokens, torch.bfloat16, cpu=False)
+        row = [f"{name} ({size / 1e9:.2f}e9)", f"{peak(case) / 1e9:.0f} GB"]
         for memory in GPUS:
-            change = data.flags_that_fit(config, size, run, torch.bfloat16, args.prompt, memory * 0.95e9, False)
-            row.append("doesn't fit" if change is None else data.as_flags(change) or "as it is")
+            change = flags_that_fit(case, memory * 0.95e9)
+            row.append("doesn't fit" if change is None else as_flags(change) or "as it is")
         rows.append(row)
     return rows
 
@@ -80,29 +269,25 @@ def measure(args: Args) -> list[list]:
     """One row a setting: computed and measured peak of two small iterations of train_pg.py, which takes what
     train_grpo.py does, but passes backward through every row, whatever the rewards; the last setting adds a critic."""
     rows, tokenizer, config = [], common.load_tokenizer(args.measure), common.load_config(args.measure)
-    small = {"prompts_per_step": 4, "max_new_tokens": 64, "micro_batch_tokens": 4096, "baseline": "batch-mean"}
-    problems = data.load_train_problems(args.problems, None)
-    prompts = data.encode_prompts(tokenizer, [p.question for p in problems], data.SYSTEM_PROMPT)
-    device, size = common.resolve_device("auto"), data.parameters(config)
-    cpu = device.type == "cpu"
-    dtype, longest = common.resolve_dtype("auto", device), max(map(len, prompts))
+    device, size = common.resolve_device("auto"), parameters(config)
+    cpu, dtype = device.type == "cpu", common.resolve_dtype("auto", device)
+    small = f"--model {args.measure} --problems {args.problems} --prompts-per-step 4 --max-new-tokens 64"
+    small += " --micro-batch-tokens 4096 --baseline batch-mean"
     for setting in SETTINGS:
-        run = train_pg.Args(**small, model=args.measure, problems=args.problems)
-        run = tyro.cli(train_pg.Args, args=setting.split(), default=run)
-        computed = data.peak(data.memory_needs(config, size, run, dtype, longest, cpu), cpu) / 1e9
-        computed -= 0 if cpu else 0.6  # a GPU's peak is of tensors alone
-        flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in small.items()) + f" {setting}"
+        run = parse_args(train_pg.Args, f"{small} {setting}".split())
+        longest = longest_row("train_pg", run, tokenizer, config)
+        computed = peak(Case("train_pg", run, config, size, *longest, dtype, cpu)) / 1e9
+        computed -= 0 if cpu else LIBRARIES / 1e9  # a GPU's peak is of tensors alone
         with tempfile.TemporaryDirectory() as directory:
-            flags += f" --model {args.measure} --problems {args.problems} --run-root {directory} --iterations 2"
-            run_dir, _, _ = run_script("train_pg.py", 1, f"{flags} --eval-every 0 --eval-problems 4 --save-every 0")
-            peak = read_scalars(run_dir)["memory/peak_gb"][-1][1]
-        rows.append([setting or "4 x 8 x 64", computed, peak, computed / peak])
+            flags = f"{small} {setting} --run-root {directory} --iterations 2 --eval-every 0 --eval-problems 4"
+            run_dir, _, _ = run_script("train_pg.py", 1, f"{flags} --save-every 0")
+            measured = read_scalars(run_dir)["memory/peak_gb"][-1][1]
+        rows.append([setting or "4 x 8 x 64", computed, measured, computed / measured])
         print(*rows[-1], file=sys.stderr)
     return rows
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args)
+def main(args: Args) -> None:
     if args.measure:
         print(f"{args.measure}, {args.problems}\n{machine()}\n")
         print(format_table(["setting", "computed GB", "measured GB", "ratio"], measure(args)))
@@ -110,3 +295,10 @@ if __name__ == "__main__":
         sizes = f"{args.prompts_per_step} x {args.group_size} completions of {args.max_new_tokens} tokens"
         print(f"train_grpo.py, {sizes}, prompts of up to {args.prompt} tokens, bfloat16\n")
         print(format_table(["", "as it is", *(f"{memory} GB" for memory in GPUS)], table(args)))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] and sys.argv[1].endswith(".py"):
+        print(report(Path(sys.argv[1]).stem, sys.argv[2:]))
+    else:
+        main(tyro.cli(Args, description=__doc__))

@@ -8,19 +8,20 @@ Beside it /no_think, and /think without a budget.
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import tyro
 from tqdm import tqdm
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from learning import machine, new_figure, save_figure  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import common  # noqa: E402
-from data import SYSTEM_PROMPT, encode_prompts, load_problems, mode_question  # noqa: E402
-from evaluate import evaluate, format_table, interval, summarize  # noqa: E402
+from benchmarks.learning import machine, new_figure, save_figure  # noqa: E402
+from data import encode_problems, load_problems  # noqa: E402
+from evaluate import sample_within_budget  # noqa: E402
+from plumbing.evaluation import evaluate, format_table, interval, summarize  # noqa: E402
+from plumbing.flags import SYSTEM_PROMPT, fail  # noqa: E402
 
 
 @dataclass
@@ -40,16 +41,20 @@ class Args:
 
 def main(args: Args) -> None:
     if min(args.budgets) < 1:
-        common.fail(f"--budgets {min(args.budgets)}: must be 1 or more")
+        fail(f"--budgets {min(args.budgets)}: must be 1 or more")
     tokenizer, device = common.load_tokenizer(args.model), common.resolve_device("auto")
     policy = common.load_policy(args.model, device, common.resolve_dtype("auto", device), tokenizer.eos_token_id)
     problems = load_problems(args.problems, "eval", args.eval_problems)
 
     def measure(mode: str, budget: int | None) -> tuple:
-        prompts = encode_prompts(tokenizer, [mode_question(p.question, mode) for p in problems], SYSTEM_PROMPT)
-        options = {"seed": args.seed, "think_budget": budget, "stop_sentence": args.stop_sentence}
-        records = evaluate(policy, tokenizer, problems, prompts, args.num_samples, args.max_new_tokens, **options)
-        summary = summarize(records)
+        room, sample = args.max_new_tokens, common.sample_groups
+        if budget:
+            room += budget + len(tokenizer(args.stop_sentence, add_special_tokens=False).input_ids)
+            options = {"tokenizer": tokenizer, "budget": budget, "stop_sentence": args.stop_sentence}
+            sample = partial(sample_within_budget, **options)
+        encoded = encode_problems(tokenizer, problems, SYSTEM_PROMPT, policy.config, room, mode=mode)
+        limits = args.num_samples, args.max_new_tokens
+        summary = summarize(evaluate(policy, tokenizer, encoded, *limits, seed=args.seed, sample=sample))
         return summary["accuracy"], interval(summary["accuracy"], len(problems)), summary["length"], summary["format"]
 
     cases = [("/no_think", "no_think", None)]

@@ -20,15 +20,16 @@ from pathlib import Path
 import torch
 import tyro
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from learning import machine, read_scalars  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import common  # noqa: E402
+import rewards  # noqa: E402
 import train_grpo  # noqa: E402
-from data import SYSTEM_PROMPT, load_problems  # noqa: E402
-from evaluate import format_table, peak_memory_gb  # noqa: E402
+from benchmarks.learning import machine, read_scalars  # noqa: E402
+from data import as_dicts, load_problems  # noqa: E402
+from plumbing.evaluation import format_table  # noqa: E402
+from plumbing.flags import SYSTEM_PROMPT, from_flat  # noqa: E402
+from plumbing.metrics import peak_memory_gb  # noqa: E402
 
 CHECKPOINTING = "gradient checkpointing"
 WAYS = "ours", "trl", "trl, our precision", f"trl, no {CHECKPOINTING}", f"ours, {CHECKPOINTING}"
@@ -57,16 +58,12 @@ def reward_of(text: str) -> float:
 
 
 def measure_ours(args: Args, directory: str) -> list[list[float]]:
-    train_grpo.format_reward = lambda text, style: reward_of(text)
-    flags = {"prompts_per_step": args.prompts, "iterations": args.steps, "eval_problems": 1, "eval_every": 0}
-    flags |= {
-        name: getattr(args, name)
-        for name in ("model", "problems", "group_size", "max_new_tokens", "micro_batch_tokens")
-    }
-    flags["gradient_checkpointing"] = CHECKPOINTING in args.way
-    train_grpo.main(
-        train_grpo.Args(**flags, learning_rate=args.learning_rate, save_every=0, run_root=directory, dtype="float32")
-    )
+    rewards.format_reward = lambda text, style: reward_of(text)
+    same = "model", "problems", "group_size", "max_new_tokens", "micro_batch_tokens", "learning_rate"
+    flags = {name: getattr(args, name) for name in same} | {"prompts_per_step": args.prompts, "iterations": args.steps}
+    flags |= {"gradient_checkpointing": CHECKPOINTING in args.way, "dtype": "float32", "run_root": directory}
+    flags |= {"eval_problems": 1, "eval_every": 0, "save_every": 0}
+    train_grpo.main(from_flat(train_grpo.Args(), flags))
     scalars = read_scalars(next(Path(directory).iterdir()))
     parts = [scalars[f"time/{name}"] for name in ("sample", "reward", "logprobs", "update")]
     return [[sum(part[i][1] for part in parts), *(part[i][1] for part in parts)] for i in range(args.steps)]
@@ -77,9 +74,10 @@ def measure_trl(args: Args, directory: str) -> list[list[float]]:
     from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    system = {"role": "system", "content": SYSTEM_PROMPT}
     problems = load_problems(args.problems, "train")[: args.prompts * args.steps]
-    rows = [{"prompt": [system, {"role": "user", "content": p.question}]} for p in problems]
+    turns = [p.messages or (("user", p.question),) for p in problems]
+    system = ("system", SYSTEM_PROMPT)
+    rows = [{"prompt": as_dicts(m if m[0][0] == "system" else (system, *m))} for m in turns]
     if "our precision" in args.way:
         common.load_policy("models/tiny-arithmetic")  # sets it
     config = GRPOConfig(

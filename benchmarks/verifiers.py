@@ -21,13 +21,12 @@ from pathlib import Path
 
 import tyro
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from real_data import model_solutions  # noqa: E402
-
+from benchmarks.real_data import model_solutions  # noqa: E402
 from data import read_jsonl  # noqa: E402
-from rewards import accuracy_reward, answers_match, extract_answer, last_boxed  # noqa: E402
+from plumbing.answers import answers_match, extract_answer, last_boxed  # noqa: E402
+from rewards import accuracy_reward  # noqa: E402
 
 
 @dataclass

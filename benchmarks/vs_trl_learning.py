@@ -1,6 +1,6 @@
 """The same GRPO run here and in TRL's GRPOTrainer: same base, problems in the same order, group size, learning rate and
-its schedule, clip range, optimizer, rewards, no KL, float32. Both read the problems from a JSONL file that data.py
-wrote, both start from the same directory, and evaluate.py scores both ends on the same held-out problems.
+its schedule, clip range, optimizer, rewards, no KL, float32. Both read the problems from a JSONL file that
+curate.py wrote, both start from the same directory, and evaluate.py scores both ends on the same held-out problems.
 
     pip install trl==1.16.0 datasets                # for this benchmark only
     python benchmarks/vs_trl_learning.py            # the embedded base, three seeds
@@ -20,13 +20,11 @@ from pathlib import Path
 
 import tyro
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from learning import machine, run_script  # noqa: E402
-
+from benchmarks.learning import ROOT, machine, run_script  # noqa: E402
 from data import ProblemSampler  # noqa: E402
-from evaluate import format_table, interval  # noqa: E402
+from plumbing.evaluation import format_table, interval  # noqa: E402
 from rewards import accuracy_reward, format_reward  # noqa: E402
 
 FORMAT_WEIGHT = 0.2
@@ -57,7 +55,7 @@ def train_trl(args: Args) -> None:
     from trl import GRPOConfig, GRPOTrainer
 
     rows = load_dataset("json", data_files=str(args.problems), split="train")
-    order = ProblemSampler(list(rows), seed=args.seeds[0]).draw(args.iterations * args.prompts)
+    order = ProblemSampler(list(range(len(rows))), seed=args.seeds[0]).draw(args.iterations * args.prompts)
     rows = rows.select(order).rename_columns({"question": "prompt", "answer": "gold"})
     config = GRPOConfig(
         output_dir=str(args.trl),
@@ -137,7 +135,7 @@ def main(args: Args) -> None:
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
         problems = scratch / "problems.jsonl"
-        command = [sys.executable, "data.py", "--problems", "arithmetic", "--output", str(problems)]
+        command = [sys.executable, "curate.py", "--problems", "arithmetic", "--output", str(problems)]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         held_out = f"--problems {problems} --eval-data arithmetic --eval-problems 20 --eval-every 0 --save-every 0"
         flags = f"--model {args.model} --iterations {args.iterations} --prompts-per-step {args.prompts} {held_out}"

@@ -17,12 +17,12 @@ sample() { # MODEL PROBLEMS FILE: eight tries at each
 }
 QUICK="--eval-every 0 --save-every 0"
 mkdir -p "$OUT"
-python data.py --problems "$PROBLEMS" --split eval --output "$OUT/held_out.jsonl"
+python curate.py --problems "$PROBLEMS" --split eval --output "$OUT/held_out.jsonl"
 
 sample "$MODEL" "$LONG" "$OUT/long.jsonl"
 train sft sft --model "$MODEL" --data "$OUT/long.jsonl" --keep best $SFT
 sample "$(final sft)" "$PROBLEMS" "$OUT/samples.jsonl"
-python data.py --samples "$OUT/samples.jsonl" --label-difficulty --exclude-multiple-choice --remove-duplicates \
+python curate.py --samples "$OUT/samples.jsonl" --label-difficulty --exclude-multiple-choice --remove-duplicates \
     --decontaminate "$OUT/held_out.jsonl" --output "$OUT/problems.jsonl"
 
 CURRICULUM="--problems $OUT/problems.jsonl --problem-sampling curriculum --iterations $PHASE $RL $QUICK"

@@ -17,17 +17,17 @@ sample() { # MODEL COUNT FILE ...: of training problems
 }
 QUICK="--eval-every 0 --save-every 0"
 mkdir -p "$OUT"
-for split in train eval; do python data.py --problems "$PROBLEMS" --split $split --output "$OUT/$split.jsonl"; done
+for split in train eval; do python curate.py --problems "$PROBLEMS" --split $split --output "$OUT/$split.jsonl"; done
 
 sample "$MODEL" "$COLD_PROBLEMS" "$OUT/cold.jsonl"
 train sft sft --model "$MODEL" --data "$OUT/cold.jsonl" --keep best $SFT
 for few in $FEW; do
-    python data.py --problems "$OUT/train.jsonl" --split all --limit "$few" --output "$OUT/$few.jsonl"
+    python curate.py --problems "$OUT/train.jsonl" --split all --limit "$few" --output "$OUT/$few.jsonl"
     train "rl-$few" grpo --model "$(final sft)" --problems "$OUT/$few.jsonl" $RL $QUICK
 done
 train rl-all grpo --model "$(final sft)" --problems "$OUT/train.jsonl" $RL $QUICK
 sample "$(final rl-all)" "$SAMPLED" "$OUT/thoughts.jsonl"
-python data.py --samples "$OUT/thoughts.jsonl" --make fusion --output "$OUT/fusion.jsonl"
+python curate.py --samples "$OUT/thoughts.jsonl" --make fusion --output "$OUT/fusion.jsonl"
 train fusion sft --model "$(final rl-all)" --data "$OUT/fusion.jsonl" $FUSION
 for mode in think no_think; do sample "$(final fusion)" "$SAMPLED" "$OUT/$mode.jsonl" --modes $mode; done
 cat "$OUT/think.jsonl" "$OUT/no_think.jsonl" >"$OUT/preferences.jsonl"

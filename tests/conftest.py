@@ -4,8 +4,14 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on a network
 
+import atexit
+import functools
+import gc
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,6 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 import common
+import data
+import train_grpo
+from plumbing.flags import from_flat
 
 EMBEDDED = "models/tiny-arithmetic"
 VOCABULARY, EOS = 40, 1
@@ -60,18 +69,29 @@ def fixed_settings():
     torch.set_float32_matmul_precision("highest")
 
 
+@pytest.fixture(autouse=True)
+def process_as_before():
+    """A run takes over Ctrl-C, the excepthook and the garbage collector; one that doesn't end well keeps them."""
+    handlers, excepthook = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], sys.excepthook
+    yield
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+        signal.signal(number, handler)
+    sys.excepthook = excepthook
+    gc.unfreeze()
+
+
 def ragged_prompts() -> list[list[int]]:
     return [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]]
 
 
 def run(main, args) -> Path:
     """Runs main and returns the run directory it made (or went on in)."""
-    if args.resume:
+    if args.run.resume:
         main(args)
-        return Path(args.resume)
-    before = set(Path(args.run_root).glob("*"))
+        return Path(args.run.resume)
+    before = set(Path(args.run.run_root).glob("*"))
     main(args)
-    (made,) = set(Path(args.run_root).glob("*")) - before
+    (made,) = set(Path(args.run.run_root).glob("*")) - before
     return made
 
 
@@ -102,7 +122,7 @@ def weights(directory: Path) -> bytes:
 
 
 def small(module, root: Path, **changes):
-    """Args of a run of seconds, of any train script."""
+    """Args of a run of seconds, of any train script. changes: flags by name, those of the groups too."""
     shared = {"model": EMBEDDED, "device": "cpu", "run_root": str(root), "iterations": 2, "eval_problems": 6}
     shared |= {"eval_every": 0, "save_every": 0}
     if module.__name__ in ("train_sft", "train_dpo", "train_rm"):
@@ -110,7 +130,41 @@ def small(module, root: Path, **changes):
         shared |= {"demonstrations": 200} if module.__name__ == "train_sft" else {"pair_problems": 40}
     else:
         shared |= {"prompts_per_step": 4, "group_size": 4}
-    return module.Args(**(shared | changes))
+    return from_flat(module.Args(), shared | changes)
+
+
+def refusal(main, args, capsys) -> str:
+    """The one line on stderr with which main ends, with exit code 2. (Progress bars apart.)"""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(args)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("error: ") == 1 and "Traceback" not in error
+    line = error[error.index("error: ") :]
+    assert line.count("\n") == 1, line
+    return line
+
+
+@functools.cache
+def few_problems() -> str:
+    """A file of 240 easy problems: to draw and encode the 6,000 of "arithmetic" takes longer than a short run."""
+    file = Path(tempfile.mkdtemp()) / "few.jsonl"
+    atexit.register(shutil.rmtree, file.parent)
+    data.write_jsonl(str(file), [problem.to_row() for problem in data.load_problems("arithmetic:1-3", "train", 240)])
+    return str(file)
+
+
+def quick(module, root: Path, **changes):
+    """`small` for an RL script, with few problems, short completions and two problems in an evaluation."""
+    few = {"problems": few_problems(), "eval_data": "arithmetic", "eval_problems": 2, "max_new_tokens": 18}
+    return small(module, root, **few | changes)
+
+
+@pytest.fixture(scope="session")
+def saved_run(tmp_path_factory) -> Path:
+    """A GRPO run of four iterations with two checkpoints, to read or to copy."""
+    args = quick(train_grpo, tmp_path_factory.mktemp("saved"), iterations=4, eval_every=2, save_every=2)
+    return run(train_grpo.main, args)
 
 
 def start(*flags: str, **options) -> subprocess.Popen:

@@ -1,34 +1,34 @@
 """Problems, prompts and samplers."""
 
 import json
-import subprocess
+import runpy
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import EMBEDDED
 
 import common
+from curate import decontaminate, drop_duplicates, load_demonstrations
 from data import (
     Problem,
     ProblemSampler,
-    arithmetic_demonstrations,
-    conversation,
-    decontaminate,
-    drop_duplicates,
+    add_mode,
     encode_completions,
+    encode_problems,
     encode_prompts,
+    follow_up_ids,
     is_held_out,
-    load_demonstrations,
     load_eval_problems,
-    load_preference_pairs,
     load_problems,
     load_train_problems,
-    mode_question,
-    plain_text,
+    write_jsonl,
 )
+from plumbing.pairs import load_preference_pairs
 from rewards import accuracy_reward, format_reward
+from tasks.arithmetic import demonstrations
 
 
 def test_generated_problems_are_right_and_balanced():
@@ -59,11 +59,11 @@ def test_a_seed_fixes_the_problems_and_a_smaller_limit_takes_the_first():
 
 
 def test_demonstrations_are_sloppy_but_not_random():
-    texts = [completion for _, completion in arithmetic_demonstrations(2000)]
+    texts = [completion for _, completion in demonstrations(2000)]
     right_format = sum(format_reward(text) for text in texts) / 2000
     assert 0.7 < right_format < 0.9
     right = 0
-    for question, text in arithmetic_demonstrations(2000):
+    for question, text in demonstrations(2000):
         terms = question.rstrip("=").replace("-", "+-").split("+")
         right += accuracy_reward(text, str(sum(map(int, terms))))
     assert 0.25 < right / 2000 < 0.55
@@ -87,6 +87,33 @@ def test_jsonl_problems(tmp_path):
     assert (a.question, a.answer, a.difficulty) == ("a?", "1,072", None)
     assert (b.question, b.answer, b.id, b.topic, b.difficulty) == ("b?", "18", "b", "t", 3)
     assert a.id == f"{path}:1" and c.id == f"{path}:4"
+
+
+def test_a_row_keeps_its_columns_on_the_way_through_a_file(embedded, tmp_path):
+    """Pins: columns that a filter loses; a pass rate or turns that come back as something else; token ids in a file."""
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "b"}]
+    rows = [
+        {"question": "1+1=", "answer": "2", "id": "a", "topic": "t", "difficulty": 3, "pass_rate": 0.25}
+        | {"source": "gsm8k", "tests": [{"in": 1}], "nothing": None, "meta": {"level": 5}},
+        {"question": turns, "answer": "1", "id": "b", "topic": "", "difficulty": None},
+        {"question": "c", "answer": "1", "id": "c", "topic": "", "difficulty": None, "pass_rate": 0.0},
+    ]
+    path = write(tmp_path / "p.jsonl", *rows)
+    problems = load_problems(path, "all")
+    first, second, third = problems
+    assert first.columns == {"source": "gsm8k", "tests": [{"in": 1}], "nothing": None, "meta": {"level": 5}}
+    assert (first.pass_rate, second.pass_rate, third.pass_rate) == (0.25, None, 0.0)
+    assert second.messages == (("system", "s"), ("user", "b")) and second.question == "b"
+    assert first.messages is None and second.columns == {}
+    encoded = encode_problems(embedded[1], problems, "", embedded[0].config, 8)
+    assert all(problem.prompt_ids and isinstance(problem.prompt_ids, tuple) for problem in encoded)
+    assert encoded == problems  # the ids are no part of what a problem is
+    assert [problem.to_row() for problem in encoded] == rows
+    write_jsonl(str(tmp_path / "again.jsonl"), [problem.to_row() for problem in encoded])
+    again = load_problems(str(tmp_path / "again.jsonl"), "all")
+    assert again == problems and [problem.columns for problem in again] == [problem.columns for problem in problems]
+    assert len({*problems, *encoded, *again}) == 3  # hashable, columns or not
+    assert replace(first, pass_rate=0.5) != first and replace(second, messages=None) != second
 
 
 def test_a_jsonl_file_is_split_by_hash_unless_eval_data_is_given(tmp_path):
@@ -126,6 +153,9 @@ BAD_ROWS = [
     ('{"question": "a", "answer": "1", "difficulty": NaN}', "p.jsonl:2: field 'difficulty' is 'nan', a number"),
     ('{"question": "a", "answer": "1", "difficulty": 1e999}', "p.jsonl:2: field 'difficulty' is 'inf', a number"),
     ('{"question": "a", "answer": ' + "9" * 5000 + "}", "p.jsonl:2: "),
+    ({"question": "a", "answer": "1", "pass_rate": 1.5}, "p.jsonl:2: field 'pass_rate' is 1.5, a number from 0 to 1"),
+    ({"question": "a", "answer": "1", "pass_rate": -0.1}, "p.jsonl:2: field 'pass_rate' is -0.1, a number from 0 to 1"),
+    ({"question": "a", "answer": "1", "pass_rate": "high"}, "p.jsonl:2: field 'pass_rate' is 'high', a number"),
 ]
 
 
@@ -233,10 +263,9 @@ def test_conversations_are_understood(tmp_path):
         {"messages": asked, "answer": "3", "id": "x"},
     )
     first, second, third = load_problems(path, "all")
-    assert first.question == "plain" and second.question == third.question
-    assert conversation(second.question) == asked and plain_text(second.question) == "a\n\nb\n\nc"
-    assert conversation("[not a list") == [turn("user", "[not a list")]
-    assert conversation('[{"role": broken') == [turn("user", '[{"role": broken')]
+    turns = tuple((message["role"], message["content"]) for message in asked)
+    assert (first.question, first.messages) == ("plain", None)
+    assert (second.question, second.messages) == (third.question, third.messages) == ("a\n\nb\n\nc", turns)
 
     answer = [turn("assistant", "d")]
     path = write(
@@ -246,7 +275,8 @@ def test_conversations_are_understood(tmp_path):
         {"prompt": "q", "completion": "d"},
         {"messages": [turn("user", "q"), turn("assistant", "d")]},
     )
-    assert load_demonstrations(path, 0) == [(second.question, "d")] * 2 + [("q", "d")] * 2
+    made = [(d.question, d.messages, d.completion) for d in load_demonstrations(path, 0)]
+    assert made == [(second.question, turns, "d")] * 2 + [("q", None, "d")] * 2
 
     worse = [turn("assistant", "e")]
     path = write(
@@ -257,34 +287,69 @@ def test_conversations_are_understood(tmp_path):
     )
     pairs = load_preference_pairs(path)
     assert [(p.question, p.chosen, p.rejected) for p in pairs] == [(q, "d", "e") for q in (second.question, "q", "r")]
+    assert [p.messages for p in pairs] == [turns, None, None]
+
+
+def test_turns_as_json_text_in_an_old_file_are_still_turns(tmp_path):
+    """Files of the version before hold a conversation as text in `question`; a text that only looks like one is a
+    text."""
+    asked = [turn("system", "s"), turn("user", "a"), turn("assistant", "b"), turn("user", "c")]
+    texts = ["[not a list", '[{"role": broken', '["a"]']
+    rows = [{"question": text, "answer": "1"} for text in (json.dumps(asked), json.dumps(asked[1:2]), *texts)]
+    long, short, *others = load_problems(write(tmp_path / "p.jsonl", *rows), "all")
+    assert long.question == "a\n\nb\n\nc" and [list(m) for m in long.messages] == [list(m.values()) for m in asked]
+    assert (short.question, short.messages) == ("a", None)
+    assert [(p.question, p.messages) for p in others] == [(text, None) for text in texts]
+    assert long.to_row()["question"] == asked
+    samples = [{"question": json.dumps(asked), "completions": [{"text": "d", "reward": 1.0, "correct": True}]}]
+    (made,) = load_demonstrations(write(tmp_path / "s.jsonl", *samples), 0)
+    assert (made.question, made.messages, made.completion) == (long.question, long.messages, "d")
+    assert made.to_row() == {"prompt": asked, "completion": "d"}
+
+
+def test_a_mode_stands_at_the_end_of_the_users_last_turn():
+    """In the text, by which the sample is found again, and in the turn, which the model reads; "" and None change
+    nothing."""
+    turns = (("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"))
+    for mode in ("", None):
+        assert add_mode("a\n\nb\n\nc", turns, mode) == ("a\n\nb\n\nc", turns)
+    asked = add_mode("a\n\nb\n\nc", turns, "no_think")
+    assert asked == ("a\n\nb\n\nc /no_think", (*turns[:3], ("user", "c /no_think")))
+    assert add_mode("1+1=", None, "think") == ("1+1= /think", None)
 
 
 def test_a_system_turn_or_a_mode_makes_no_other_problem(tmp_path):
     """The same split, and one of two duplicates, whichever way a question is written; decontamination does not look at
     what all problems have in common."""
-    for i in range(50):
-        chat = json.dumps([turn("system", "s"), turn("user", f"q{i}")])
-        assert is_held_out(f"q{i}") == is_held_out(chat) == is_held_out(mode_question(f"q{i}", "no_think"))
-        assert is_held_out(chat) == is_held_out(mode_question(chat, "think"))
+    rows = [{"prompt": [turn("system", "s"), turn("user", f"q{i}")], "answer": "1"} for i in range(50)]
+    for i, chat in enumerate(load_problems(write(tmp_path / "p.jsonl", *rows), "all")):
+        assert chat.messages[0] == ("system", "s")
+        assert is_held_out(f"q{i}") == is_held_out(chat.question) == is_held_out(add_mode(f"q{i}", None, "no_think")[0])
+        assert is_held_out(chat.question) == is_held_out(add_mode(chat.question, chat.messages, "think")[0])
     system = " ".join(f"word{i}" for i in range(20))
-    ours, theirs = (json.dumps([turn("system", system), turn("user", f"{who} has 7 apples")]) for who in "ab")
-    problems, dropped = [Problem(ours, "7", "1"), Problem("a has 7 apples", "7", "2")], Counter()
+    rows = [{"prompt": [turn("system", system), turn("user", f"{who} has 7 apples")], "answer": "7"} for who in "ab"]
+    ours, theirs = load_problems(write(tmp_path / "q.jsonl", *rows), "all")
+    problems, dropped = [ours, Problem("a has 7 apples", "7", "2")], Counter()
     assert drop_duplicates(problems, 1.0, dropped) == problems[:1]
-    assert decontaminate(problems, [Problem(theirs, "7")], 13, dropped) == problems
+    assert decontaminate(problems, [theirs], 13, dropped) == problems
 
 
 def test_conversations_reach_the_template(embedded):
     """All turns, in order; a system turn of their own stays; a mode stands at the end of the last user's turn."""
     tokenizer = common.load_tokenizer(EMBEDDED)
     tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }}[{{ m.content }}]{% endfor %}"
-    short, long = (json.dumps([turn("user", "1"), turn("assistant", "2"), turn("user", "3")]), "4")
-    own = json.dumps([turn("system", "5"), turn("user", "6")])
+    short, long = (("user", "1"), ("assistant", "2"), ("user", "3")), "4"
+    own = ("system", "5"), ("user", "6")
     assert [tokenizer.decode(ids) for ids in encode_prompts(tokenizer, [short, long, own], "S")] == [
         "s[S]u[1]a[2]u[3]",
         "s[S]u[4]",
         "s[5]u[6]",
     ]
-    assert conversation(mode_question(short, "think"))[-1]["content"] == "3 /think"
+    _, asked = add_mode("1\n\n2\n\n3", short, "think")
+    assert tokenizer.decode(encode_prompts(tokenizer, [asked])[0]) == "u[1]a[2]u[3 /think]"
+    problem = Problem("1\n\n2\n\n3", "4", messages=short)
+    (encoded,) = encode_problems(tokenizer, [problem], "S", embedded[0].config, 8, mode="think")
+    assert tokenizer.decode(encoded.prompt_ids) == "s[S]u[1]a[2]u[3 /think]" and encoded == problem
     tokenizer.chat_template = SYSTEM_REFUSED
     assert [tokenizer.decode(ids) for ids in encode_prompts(tokenizer, [short, long, own], "S")] == [
         "[S\n\n1][2][3]",
@@ -293,6 +358,40 @@ def test_conversations_reach_the_template(embedded):
     ]
     tokenizer.chat_template = None
     assert tokenizer.decode(encode_prompts(tokenizer, [own])[0]) == "5\n\n6"
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def test_a_follow_up_is_the_rest_of_the_conversation(embedded):
+    """Prompt, completion and follow-up together are what the template writes of the whole conversation: the end of the
+    turn once, whether the completion ended or was cut."""
+    tokenizer = common.load_tokenizer(EMBEDDED)
+    assert tokenizer.decode(follow_up_ids(tokenizer, "2+2=")) == "2+2="
+    assert tokenizer.decode(follow_up_ids(tokenizer, "2+2=", finished=False)) == "<eos>2+2="
+    tokenizer.chat_template = None
+    assert tokenizer.decode(follow_up_ids(tokenizer, "2+2=")) == "\n\n2+2="
+
+    tokenizer = common.load_tokenizer(EMBEDDED)
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = CHATML
+    head = tokenizer.decode(follow_up_ids(tokenizer, "Check it."))
+    assert head == "\n<|im_start|>user\nCheck it.<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(follow_up_ids(tokenizer, "Check it.", finished=False)) == "<|im_end|>" + head
+    whole = (("user", "1+1="), ("assistant", "2"), ("user", "Check it."))
+    (prompt,), (expected,) = encode_prompts(tokenizer, ["1+1="]), encode_prompts(tokenizer, [whole])
+    (completion,) = encode_completions(tokenizer, ["2"], [prompt])
+    assert prompt + completion + follow_up_ids(tokenizer, "Check it.") == expected
+    assert prompt + completion[:-1] + follow_up_ids(tokenizer, "Check it.", finished=False) == expected
+
+
+def test_a_follow_up_may_hold_any_text(embedded):
+    """Pins: a marker that is looked for behind the user's text too."""
+    for text in ("50%% of 8", "%%", "%%%"):
+        assert embedded[1].decode(follow_up_ids(embedded[1], text)) == text
 
 
 BAD_CONVERSATIONS = [
@@ -313,8 +412,10 @@ BAD_DEMONSTRATIONS = [
 @pytest.mark.parametrize("row,message", BAD_CONVERSATIONS + BAD_DEMONSTRATIONS)
 def test_a_bad_conversation_is_named(row, message, tmp_path, capsys):
     load = load_problems if "answer" in row else load_demonstrations
-    with pytest.raises(SystemExit):
-        load(write(tmp_path / "p.jsonl", row), "all" if "answer" in row else 0)
+    path = write(tmp_path / "p.jsonl", row)
+    with pytest.raises(SystemExit) as stopped:
+        load(path, "all" if "answer" in row else 0)
+    assert stopped.value.code == 2
     assert f"p.jsonl:1: {message}" in capsys.readouterr().err
 
 
@@ -330,24 +431,55 @@ def test_sampler_shows_every_problem_once_an_epoch_and_resumes_exactly():
     sampler, same, other = (ProblemSampler(problems, seed=seed) for seed in (1, 1, 2))
     draws = [sampler.draw(20) for _ in range(10)]
     flat = sum(draws, [])
-    assert all(sorted(flat[i : i + 50]) == list(range(50)) for i in (0, 50, 100, 150))
+    assert all(Counter(flat[i : i + 50]) == Counter(problems) for i in (0, 50, 100, 150))
     assert flat[:50] != flat[50:100]
     assert other.draw(20) != draws[0]
     first = [same.draw(20) for _ in range(4)]
-    same.record(3, 0.5)
+    same.record(first[3], [0.5] * 20)
     with pytest.raises(SystemExit):  # the problem file has changed since
         ProblemSampler(problems[:-1], seed=1).load_state_dict(same.state_dict())
     resumed = ProblemSampler(problems, seed=1)
     resumed.load_state_dict(json.loads(json.dumps(same.state_dict())))
     assert first + [resumed.draw(20) for _ in range(6)] == draws
-    assert resumed.attempts[3] == 1 and resumed.successes[3] == 0.5
+    for i, problem in enumerate(problems):
+        assert resumed.attempts[i] == (problem in first[3]) and resumed.successes[i] == 0.5 * (problem in first[3])
+
+
+@pytest.mark.parametrize("mode", ["uniform", "curriculum", "prioritized"])
+def test_a_rate_is_recorded_for_the_place_in_the_last_draw(mode):
+    """Pins: the ledger entry of another problem: of equal items, of an item that a draw holds twice (where an epoch
+    ends, or where there are fewer items than asked for), of the draw before."""
+    problems = [Problem("same", str(i), difficulty=i % 2) for i in range(2)] * 2  # items 0 and 2 are equal, 1 and 3 too
+    sampler = ProblemSampler(problems, mode, seed=3)
+    attempts, successes = [0] * 4, [0.0] * 4
+    for step in range(6):
+        drawn = sampler.draw(6)  # of four: two or more come twice
+        assert all(item is problems[i] for item, i in zip(drawn, sampler.last_draw, strict=True))
+        rates = [(step + place) / 20 for place in range(6)]
+        for i, rate in zip(sampler.last_draw, rates, strict=True):
+            attempts[i] += 1
+            successes[i] += rate
+        sampler.record(drawn, rates)
+        assert sampler.attempts == attempts and sampler.successes == pytest.approx(successes)
+    assert len(set(sampler.last_draw)) == 4 < len(sampler.last_draw) and sum(attempts) == 36
+    rates = [s / n for s, n in zip(successes, attempts, strict=True)]
+    assert sampler.summary() == pytest.approx({"sampler/seen": 1.0, "sampler/success_rate": sum(rates) / 4})
+    with pytest.raises(ValueError):
+        sampler.record(drawn[:5], rates[:5])  # not what was drawn
+
+
+def test_a_sampler_takes_any_items():
+    """Demonstrations and pairs as well as problems; only a curriculum asks what they are."""
+    assert sorted(ProblemSampler(["a", "b", "c"], seed=1).draw(3)) == ["a", "b", "c"]
+    with pytest.raises(SystemExit):
+        ProblemSampler([Problem("a", "1")], "curriculum")
 
 
 def test_curriculum_goes_from_easy_to_hard_within_an_epoch():
     problems = load_problems("arithmetic", "train", 60)
     sampler = ProblemSampler(problems, "curriculum", seed=1)
     for _ in range(2):
-        epoch = [problems[i] for i in sampler.draw(60)]
+        epoch = sampler.draw(60)
         assert [p.difficulty for p in epoch] == sorted(p.difficulty for p in problems)
         assert len({p.id for p in epoch}) == 60
     assert ProblemSampler(problems, "curriculum", seed=2).draw(10) != ProblemSampler(
@@ -359,14 +491,15 @@ def test_prioritized_prefers_what_fails_and_loses_nothing_for_good():
     """Chance proportional to 1 - success rate with a floor of 0.05: of ten problems always solved and ten solved half
     the time, the latter come about ten times as often; the same again after a resume."""
     problems = load_problems("arithmetic", "train", 20)
-    sampler = ProblemSampler(problems, "prioritized", seed=1)
-    for i in range(20):
-        sampler.record(i, 1.0 if i < 10 else 0.5)
+    sampler, solved = ProblemSampler(problems, "prioritized", seed=1), set(problems[:10])
+    everything = sampler.draw(20)
+    assert set(everything) == set(problems)
+    sampler.record(everything, [1.0 if problem in solved else 0.5 for problem in everything])
     state = json.loads(json.dumps(sampler.state_dict()))
     draws = [sampler.draw(1)[0] for _ in range(4000)]
-    solved = sum(i < 10 for i in draws) / 4000
-    assert 0.05 / 0.55 - 0.02 < solved < 0.05 / 0.55 + 0.02
-    assert set(draws) == set(range(20))
+    share = sum(problem in solved for problem in draws) / 4000
+    assert 0.05 / 0.55 - 0.02 < share < 0.05 / 0.55 + 0.02
+    assert set(draws) == set(problems)
     assert len(set(sampler.draw(20))) == 20 and len(sampler.draw(50)) == 50
     resumed = ProblemSampler(problems, "prioritized", seed=1)
     resumed.load_state_dict(state)
@@ -378,14 +511,15 @@ def test_prioritized_prefers_what_fails_and_loses_nothing_for_good():
 
 def test_demonstrations_from_jsonl(tmp_path, capsys):
     path = write(tmp_path / "d.jsonl", {"prompt": "a", "completion": "b"}, {"question": "c", "completion": "d"})
-    assert load_demonstrations(path, 0) == [("a", "b"), ("c", "d")]
+    assert [(d.question, d.completion) for d in load_demonstrations(path, 0)] == [("a", "b"), ("c", "d")]
     with pytest.raises(SystemExit):
         load_demonstrations(write(tmp_path / "e.jsonl", {"prompt": "a", "answer": "b"}), 0)
     assert "e.jsonl:1: no field 'completion'" in capsys.readouterr().err
 
 
-def test_make_tiny_writes_the_shipped_tokenizer(tmp_path):
-    subprocess.run([sys.executable, "models/make_tiny.py", str(tmp_path)], check=True, capture_output=True)
+def test_make_tiny_writes_the_shipped_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["make_tiny.py", str(tmp_path)])
+    runpy.run_path("models/make_tiny.py", run_name="__main__")
     for name in ("tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / name).read_text() == Path(EMBEDDED, name).read_text()
     made, shipped = (json.loads(Path(d, "config.json").read_text()) for d in (tmp_path, EMBEDDED))

@@ -3,27 +3,24 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import EMBEDDED, assert_same_events, make_model, run, scalars, weights
+from conftest import EMBEDDED, assert_same_events, make_model, run, scalars, small, weights
 from test_bad_input import no_model, refuse  # noqa: F401  (a fixture)
 from test_runs import StopAtIterationThree
 from torch.nn.functional import logsigmoid
 
 import common
 import evaluate
+import plumbing.runs
 import train_dpo
-from data import (
-    Pair,
-    encode_pairs,
-    encode_prompts,
-    is_held_out,
-    load_preference_pairs,
-    pair_micro_batches,
-    pair_rollout,
-)
-from rewards import accuracy_reward
+from data import encode_prompts, is_held_out
+from plumbing.engine import PaddedRows
+from plumbing.flags import parse_args
+from plumbing.pairs import Pair, PairFlags, encode_pairs, load_preference_pairs, pair_micro_batches, pair_rollout
+from rewards import accuracy_reward, format_reward
 from train_dpo import dpo_loss, reference_logprobs, sequence_logps
 
 
@@ -34,6 +31,10 @@ def double(*shape) -> torch.Tensor:
 def four(rows: int = 5) -> list[torch.Tensor]:
     """chosen, rejected, ref_chosen, ref_rejected"""
     return list(double(4, rows))
+
+
+def pair_of(prompt: list[int], chosen: list[int], rejected: list[int]) -> Pair:
+    return Pair("", "", "", prompt_ids=tuple(prompt), chosen_ids=tuple(chosen), rejected_ids=tuple(rejected))
 
 
 # ---- The loss --------------------------------------------------------------------------------------------------------
@@ -138,7 +139,11 @@ def test_the_gradient_does_not_depend_on_micro_batches():
     model = make_model("llama").double()
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
     completions = [([14, 15, 16, 17, 1], [18, 1]), ([19, 1], [20, 21, 22, 23, 24, 1]), ([25, 1], [26, 27, 1])]
-    rollout = pair_rollout(prompts, completions, "cpu")
+    rollout = pair_rollout([pair_of(prompt, *sides) for prompt, sides in zip(prompts, completions, strict=True)], "cpu")
+    assert rollout.prompt_ids == prompts and rollout.group_size == 2
+    assert [ids[m].tolist() for ids, m in zip(rollout.completion_ids, rollout.mask, strict=True)] == sum(
+        map(list, completions), []
+    )
     row_weights = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
     gradients = []
     for budget in (1, 28, 1000):
@@ -183,39 +188,69 @@ def test_all_pairs_of_a_samples_file(tmp_path, capsys):
         {"question": "3+3=", "completions": [sample("h", 1.0), sample("i", 1.0)]},
     ]
     file = write(tmp_path / "s.jsonl", rows)
-    pairs = load_preference_pairs(file, min_gap=0.05)
+    pairs = load_preference_pairs(file, flags=PairFlags(min_gap=0.05))
     assert {(p.chosen, p.rejected) for p in pairs} == {("b", "a"), ("b", "c"), ("c", "a")}
     assert {p.chosen_finished for p in pairs if p.chosen == "b"} == {False} and all(p.rejected_finished for p in pairs)
     assert all(p.topic == "add" and p.weight == 1.0 for p in pairs)
     printed = capsys.readouterr().out
     for text in ("3 of 1 prompts", "1 duplicate texts", "1 duplicate prompts", "1 near ties"):
         assert text in printed
-    weighted = {(p.chosen, p.rejected): p.weight for p in load_preference_pairs(file, min_gap=0.05, pair_weight="gap")}
+    by_gap = load_preference_pairs(file, flags=PairFlags(min_gap=0.05, pair_weight="gap"))
+    weighted = {(p.chosen, p.rejected): p.weight for p in by_gap}
     assert weighted["b", "a"] == pytest.approx(1.2 / 0.8) and weighted["c", "a"] == pytest.approx(0.2 / 0.8)
     assert sum(weighted.values()) == pytest.approx(3)
-    assert len(load_preference_pairs(file, min_gap=0.05, max_pairs_per_prompt=2)) == 2
+    assert len(load_preference_pairs(file, flags=PairFlags(min_gap=0.05, max_pairs_per_prompt=2))) == 2
     assert "1 over --max-pairs-per-prompt" in capsys.readouterr().out
+
+
+def test_the_turns_and_the_mode_of_a_sample_reach_its_pair(tmp_path):
+    """Pins: pairs trained on other prompts than those that the completions were sampled for; the second mode of a
+    problem taken for a duplicate of the first."""
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "1+1="}]
+    row = {"question": turns, "completions": [sample("a", 0.0), sample("b", 1.0)]}
+    rows = [row, row | {"mode": "think"}, row | {"mode": "no_think"}, {**row, "question": "1+1=", "mode": "think"}]
+    pairs = load_preference_pairs(write(tmp_path / "s.jsonl", rows[:3]))
+    assert [(p.question, p.messages) for p in pairs] == [
+        (asked, (("system", "s"), ("user", asked))) for asked in ("1+1=", "1+1= /think", "1+1= /no_think")
+    ]
+    (pair,) = load_preference_pairs(write(tmp_path / "t.jsonl", rows[3:]))
+    assert (pair.question, pair.messages) == ("1+1= /think", None)
+
+
+def test_a_system_turn_makes_another_prompt(tmp_path):
+    """Pins: pairs dropped as duplicates, or counted as one prompt's, because only their system turns differ."""
+    rows = []
+    for system in ("be brief", "be kind"):
+        prompt = [{"role": "system", "content": system}, {"role": "user", "content": "1+1="}]
+        rows += [{"prompt": prompt, "chosen": chosen, "rejected": "3"} for chosen in ("2", "two")]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    pairs = load_preference_pairs(str(file), flags=PairFlags(max_pairs_per_prompt=1))
+    assert sorted(pair.messages[0][1] for pair in pairs) == ["be brief", "be kind"]
+    assert len(load_preference_pairs(str(file))) == 4
 
 
 def test_topics_are_balanced_by_dropping(tmp_path, capsys):
     rows = [{"prompt": f"{i}", "chosen": "a", "rejected": "b", "topic": "xyy"[i % 3]} for i in range(30)]
-    pairs = load_preference_pairs(write(tmp_path / "p.jsonl", rows), balance_topics=True)
+    balanced = PairFlags(balance_topics=True)
+    pairs = load_preference_pairs(write(tmp_path / "p.jsonl", rows), flags=balanced)
     assert sorted(p.topic for p in pairs) == ["x"] * 10 + ["y"] * 10
     assert "10 to balance topics" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        load_preference_pairs(write(tmp_path / "q.jsonl", [row | {"topic": "x"} for row in rows]), balance_topics=True)
+        load_preference_pairs(write(tmp_path / "q.jsonl", [row | {"topic": "x"} for row in rows]), flags=balanced)
     assert "does not name two topics" in capsys.readouterr().err
 
 
 def test_pairs_of_the_embedded_model():
     """The same ones every time; the better completion is chosen; questions of both splits."""
-    pairs = load_preference_pairs("arithmetic-pairs", pair_problems=60)
-    assert pairs == load_preference_pairs("arithmetic-pairs", pair_problems=60)
+    few = PairFlags(pair_problems=60)
+    pairs = load_preference_pairs("arithmetic-pairs", flags=few)
+    assert pairs == load_preference_pairs("arithmetic-pairs", flags=few)
     assert len({p.question for p in pairs}) > 40 and {is_held_out(p.question) for p in pairs} == {True, False}
     for pair in pairs:
         answer = str(eval(pair.question.rstrip("=")))
         chosen, rejected = (
-            accuracy_reward(text, answer) + 0.2 * evaluate.format_reward(text) for text in (pair.chosen, pair.rejected)
+            accuracy_reward(text, answer) + 0.2 * format_reward(text) for text in (pair.chosen, pair.rejected)
         )
         assert chosen > rejected
 
@@ -257,10 +292,8 @@ def test_bad_pairs_are_refused_by_line(rows, message, tmp_path, capsys, no_model
     first = {"prompt": "0+1=", "chosen": "1", "rejected": "2"}
     if (rows, message) in BAD_SAMPLES:
         first = {"prompt": "0+1=", "completions": [sample("a", 1.0), sample("b", 1.0)]}
-    args = train_dpo.Args(
-        model=EMBEDDED, data=write(tmp_path / "p.jsonl", [first, *rows]), run_root=str(tmp_path / "r")
-    )
-    assert message in refuse(train_dpo.main, args, capsys)
+    flags = {"model": EMBEDDED, "data": write(tmp_path / "p.jsonl", [first, *rows]), "run_root": tmp_path / "r"}
+    assert message in refuse(train_dpo, flags, capsys)
     assert not (tmp_path / "r").exists()
 
 
@@ -276,11 +309,11 @@ BAD_FLAGS = [
 ]
 
 
-@pytest.mark.parametrize("changes,message", BAD_FLAGS, ids=[message for _, message in BAD_FLAGS])
-def test_bad_flags(changes, message, tmp_path, capsys, no_model):  # noqa: F811
+@pytest.mark.parametrize("flags,message", BAD_FLAGS, ids=[message for _, message in BAD_FLAGS])
+def test_bad_flags(flags, message, tmp_path, capsys, no_model):  # noqa: F811
     data = write(tmp_path / "p.jsonl", [{"prompt": "0+1=", "chosen": "1", "rejected": "2"}])
-    args = train_dpo.Args(**({"model": EMBEDDED, "data": data, "run_root": str(tmp_path / "r")} | changes))
-    assert message in refuse(train_dpo.main, args, capsys)
+    flags = {"model": EMBEDDED, "device": "cpu", "data": data, "run_root": tmp_path / "r"} | flags
+    assert message in refuse(train_dpo, flags, capsys)
     assert not (tmp_path / "r").exists()
 
 
@@ -315,10 +348,10 @@ def test_ids_are_concatenated_with_one_bos_and_an_eos():
     """Pins: prompt and completion tokenised as one text, so that tokens merge at the boundary; BOS twice; no EOS; and
     an EOS after a completion that never had one, since it was cut."""
     pairs = [Pair("1+1=", "2", "3", rejected_finished=False)]
-    _, prompts, completions = encode_pairs(Merging(), pairs, "", 100)
-    assert prompts == [[2, 6, 7, 6, 4]] and completions == [([5, 1], [8])]
-    rollout = pair_rollout(prompts, completions, "cpu")
-    ids = common.PaddedRows(rollout.prompt_ids, rollout.completion_ids, rollout.mask, torch.tensor([0, 0])).ids
+    (pair,) = encode_pairs(Merging(), pairs, "", 100)
+    assert (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) == ((2, 6, 7, 6, 4), (5, 1), (8,))
+    rollout = pair_rollout([pair], "cpu")
+    ids = PaddedRows(rollout.prompt_ids, rollout.completion_ids, rollout.mask, torch.tensor([0, 0])).ids
     assert ids.tolist() == [[2, 6, 7, 6, 4, 5, 1], [2, 6, 7, 6, 4, 8, 0]]
     assert rollout.mask.tolist() == [[True, True], [True, False]]
 
@@ -326,9 +359,10 @@ def test_ids_are_concatenated_with_one_bos_and_an_eos():
 def test_pairs_that_the_context_would_cut_are_dropped_and_counted(embedded, capsys):
     """Pins: truncation that eats a completion's end, or all of it."""
     pairs = [Pair("1+1=", "2", "3" * n) for n in (5, 300)] + [Pair("1+1=", "3" * 300, "2")]
-    kept, prompts, completions = encode_pairs(embedded[1], pairs, "", 256)
-    assert kept == pairs[:1] and len(prompts) == len(completions) == 1
-    assert all(ids[-1] == embedded[1].eos_token_id for ids in completions[0])
+    (kept,) = encode_pairs(embedded[1], pairs, "", 256)
+    assert kept == pairs[0]
+    assert all(ids[-1] == embedded[1].eos_token_id for ids in (kept.chosen_ids, kept.rejected_ids))
+    assert len(encode_pairs(embedded[1], pairs, "", 4 + 300 + 1)) == 3  # to the token
     assert "2 of 3 pairs exceed the context of 256: dropped" in capsys.readouterr().out
 
 
@@ -337,8 +371,8 @@ def test_a_think_tag_in_the_prompt_is_not_repeated(embedded):
     tokenizer = common.load_tokenizer(EMBEDDED)
     tokenizer.chat_template = "{{ messages[-1]['content'] }}<think>"
     pairs = [Pair("1+1=", "<think>2</think>2", "<think>3</think>3")]
-    _, prompts, completions = encode_pairs(tokenizer, pairs, "", 256)
-    assert tokenizer.decode(prompts[0] + completions[0][0][:-1]).replace(" ", "") == "1+1=<think>2</think>2"
+    (pair,) = encode_pairs(tokenizer, pairs, "", 256)
+    assert tokenizer.decode(pair.prompt_ids + pair.chosen_ids[:-1]).replace(" ", "") == "1+1=<think>2</think>2"
 
 
 # ---- The reference's logprobs ----------------------------------------------------------------------------------------
@@ -348,7 +382,7 @@ def test_the_reference_is_computed_once_for_the_same_weights_and_tokens(embedded
     """Pins: a cache that answers for other weights or other tokens."""
     policy, tokenizer = common.load_policy(EMBEDDED), embedded[1]
     pairs = [Pair("1+1=", "<think>2", "3"), Pair("12-5=", "7", "8</answer>")]
-    _, prompts, completions = encode_pairs(tokenizer, pairs, "", 256)
+    pairs = encode_pairs(tokenizer, pairs, "", 256)
     passes, original = [], common.completion_logprobs
 
     def counting(*args):
@@ -356,25 +390,25 @@ def test_the_reference_is_computed_once_for_the_same_weights_and_tokens(embedded
         return original(*args)
 
     monkeypatch.setattr(common, "completion_logprobs", counting)
-    first = reference_logprobs(policy, prompts, completions, 4096, tmp_path)
+    first = reference_logprobs(policy, pairs, 4096, tmp_path)
     assert len(passes) == 1
-    second = reference_logprobs(policy, prompts, completions, 4096, tmp_path)
+    second = reference_logprobs(policy, pairs, 4096, tmp_path)
     assert len(passes) == 1 and torch.equal(first, second)
-    rollout = pair_rollout(prompts, completions, "cpu")
+    rollout = pair_rollout(pairs, "cpu")
     with torch.no_grad():
         assert torch.allclose(first, original(policy, rollout, [0, 1, 2, 3])[0], atol=1e-5)
-    completions[1] = completions[1][::-1]
-    other = reference_logprobs(policy, prompts, completions, 4096, tmp_path)
+    pairs[1] = replace(pairs[1], chosen_ids=pairs[1].rejected_ids, rejected_ids=pairs[1].chosen_ids)
+    other = reference_logprobs(policy, pairs, 4096, tmp_path)
     assert len(passes) == 2 and torch.allclose(other[2], first[3], atol=1e-5)
     with torch.no_grad():
         next(policy.parameters())[5, 5] += 1e-3
-    reference_logprobs(policy, prompts, completions, 4096, tmp_path)
+    reference_logprobs(policy, pairs, 4096, tmp_path)
     assert len(passes) == 3 and len(list(tmp_path.iterdir())) == 3
 
 
 # ---- Whole runs ------------------------------------------------------------------------------------------------------
 
-SMALL = {"model": EMBEDDED, "device": "cpu", "pair_problems": 60, "minibatch_size": 8, "eval_problems": 12}
+TINY = {"pair_problems": 20, "eval_problems": 2, "max_new_tokens": 12}
 TAGS = """
     rewards/chosen rewards/rejected rewards/margin rewards/accuracy logps/chosen logps/rejected
     loss/policy loss/kl loss/entropy loss/grad_norm loss/learning_rate eval/pair_accuracy eval/pair_margin
@@ -383,6 +417,18 @@ TAGS = """
 """.split()
 
 
+def assert_begins_at_the_reference(values: dict[str, list[float]]) -> None:
+    """All tags are there, and before the first update each pair is a tie."""
+    assert not set(TAGS) - set(values)
+    assert values["loss/policy"][0] == pytest.approx(math.log(2), abs=1e-4)
+    assert abs(values["eval/pair_margin"][0]) < 1e-4 and values["eval/pair_accuracy"][0] == 0.5
+    assert values["rewards/accuracy"][0] == 0.5
+    assert values["eval/pair_loss"][0] == pytest.approx(math.log(2), abs=1e-4)
+    assert values["eval/win_rate"][0] == 0.5 and abs(values["eval/kl"][0]) < 1e-4
+    assert values["loss/kl"][0] < 1e-8
+
+
+@pytest.mark.slow
 def test_a_short_run_learns_to_rank(tmp_path, capsys):
     """At the reference each pair is a tie; then held-out pairs are ranked right, and the policy moves away."""
     changes = {
@@ -392,56 +438,52 @@ def test_a_short_run_learns_to_rank(tmp_path, capsys):
         "minibatch_size": 32,
         "warmup_iterations": 3,
     }
-    run_dir = run(train_dpo.main, train_dpo.Args(**(SMALL | changes), run_root=str(tmp_path)))
+    run_dir = run(train_dpo.main, small(train_dpo, tmp_path, **changes))
     values = {tag: [value for _, value in points] for tag, points in scalars(run_dir).items()}
-    assert not set(TAGS) - set(values)
-    assert values["loss/policy"][0] == pytest.approx(math.log(2), abs=1e-4)
-    assert abs(values["eval/pair_margin"][0]) < 1e-4 and values["eval/pair_accuracy"][0] == 0.5
-    assert values["eval/pair_accuracy"][-1] > 0.65 and values["rewards/accuracy"][0] == 0.5
-    assert values["eval/pair_loss"][-1] < values["eval/pair_loss"][0] == pytest.approx(math.log(2), abs=1e-4)
-    assert values["eval/win_rate"][0] == 0.5 and abs(values["eval/kl"][0]) < 1e-4
-    assert values["loss/kl"][0] < 1e-8 < values["loss/kl"][-1]
+    assert_begins_at_the_reference(values)
+    assert values["eval/pair_accuracy"][-1] > 0.65
+    assert values["eval/pair_loss"][-1] < values["eval/pair_loss"][0]
+    assert values["loss/kl"][-1] > 1e-8
     printed = capsys.readouterr().out
     assert "pair_accuracy" in printed and f"model: {run_dir / 'final'}" in printed
     common.load_policy(str(run_dir / "final"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"loss": "simpo"}, {"loss": "ipo"}, {"length_normalize": True, "kl_coef": 1.0}])
 def test_every_loss_runs(changes, tmp_path):
-    values = scalars(run(train_dpo.main, train_dpo.Args(**SMALL, **changes, iterations=2, run_root=str(tmp_path))))
+    values = scalars(run(train_dpo.main, small(train_dpo, tmp_path, **changes)))
     assert all(math.isfinite(value) for points in values.values() for _, value in points)
     assert ("eval/kl" in values) == ("loss/kl" in values) == (changes.get("loss") != "simpo")
 
 
 def test_simpo_loads_no_reference_and_dpo_only_for_evaluations(tmp_path, monkeypatch):
+    """And DPO's first pairs are ties."""
     loads, load = [], common.load_policy
     monkeypatch.setattr(common, "load_policy", lambda *a, **k: loads.append(a) or load(*a, **k))
-    run(train_dpo.main, train_dpo.Args(**SMALL, loss="simpo", iterations=1, run_root=str(tmp_path)))
+    run(train_dpo.main, small(train_dpo, tmp_path, **TINY, loss="simpo", iterations=1))
     assert len(loads) == 2  # the pairs' sampler and the policy
-    run(train_dpo.main, train_dpo.Args(**SMALL, iterations=1, run_root=str(tmp_path)))
+    run_dir = run(train_dpo.main, small(train_dpo, tmp_path, iterations=1))
     assert len(loads) == 2 + 4
+    assert_begins_at_the_reference({tag: [value for _, value in points] for tag, points in scalars(run_dir).items()})
 
 
 def test_the_soft_penalty_keeps_the_policy_near_the_reference(tmp_path):
     """Pins: a sign that drives it away."""
-    changes = {"iterations": 10, "learning_rate": 3e-4, "warmup_iterations": 1, "eval_problems": 6}
-    drift = [
-        scalars(run(train_dpo.main, train_dpo.Args(**(SMALL | changes), kl_coef=c, run_root=str(tmp_path))))["loss/kl"][
-            -1
-        ]
-        for c in (0.0, 30.0)
-    ]
-    assert drift[1][1] < 0.7 * drift[0][1]
+    changes = TINY | {"iterations": 10, "learning_rate": 3e-4, "warmup_iterations": 1}
+    runs = [run(train_dpo.main, small(train_dpo, tmp_path, **changes, kl_coef=c)) for c in (0.0, 30.0)]
+    free, held = (scalars(run_dir)["loss/kl"][-1][1] for run_dir in runs)
+    assert held < 0.7 * free
 
 
-@pytest.mark.parametrize("lost_work", [False, True])
+@pytest.mark.parametrize("lost_work", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_interrupted_run_equals_the_uninterrupted_one(lost_work, tmp_path, monkeypatch):
     """Pins: a resume that misses optimizer, data cursor, the start model's samples, or takes the checkpoint for the
     reference. Weights to the byte, every event but times and memory to the bit; without its cache too."""
-    args = train_dpo.Args(**SMALL, iterations=5, eval_every=3, save_every=2, kl_coef=0.1, run_root=str(tmp_path))
+    args = small(train_dpo, tmp_path, **TINY, iterations=5, eval_every=3, save_every=2, kl_coef=0.1)
     whole = run(train_dpo.main, args)
     with monkeypatch.context() as patched:
-        patched.setattr(common, "StopSignal", StopAtIterationThree)
+        patched.setattr(plumbing.runs, "StopSignal", StopAtIterationThree)
         with pytest.raises(SystemExit) as stopped:
             train_dpo.main(args)
     assert stopped.value.code == 130
@@ -449,12 +491,15 @@ def test_an_interrupted_run_equals_the_uninterrupted_one(lost_work, tmp_path, mo
     if lost_work:
         shutil.rmtree(broken / "checkpoints" / "step_000003")
         shutil.rmtree(broken / "ref_logprobs")
-    run(train_dpo.main, common.parse_args(train_dpo.Args, ["--resume", str(broken)]))
+    run(train_dpo.main, parse_args(train_dpo.Args, ["--resume", str(broken)]))
     assert weights(whole / "final") == weights(broken / "final")
     assert_same_events(whole, broken)
 
 
 def test_prompts_are_the_chat_turns(embedded):
     """The policy is trained on the prompts that it is evaluated on."""
-    _, prompts, _ = encode_pairs(embedded[1], [Pair("1+1=", "2", "3")], "", 256)
-    assert prompts == encode_prompts(embedded[1], ["1+1="])
+    (pair,) = encode_pairs(embedded[1], [Pair("1+1=", "2", "3")], "", 256)
+    assert [list(pair.prompt_ids)] == encode_prompts(embedded[1], ["1+1="])
+    turns = (("user", "1"), ("assistant", "2"), ("user", "3"))
+    (pair,) = encode_pairs(embedded[1], [Pair("1\n\n2\n\n3", "2", "3", messages=turns)], "", 256)
+    assert [list(pair.prompt_ids)] == encode_prompts(embedded[1], [turns])

@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
-from conftest import EMBEDDED, run
+from conftest import EMBEDDED, quick, run, small
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import common
@@ -24,6 +25,7 @@ def hub_cache(home: Path, name: str) -> None:
     (repository / "refs" / "main").write_text("0123456789")
 
 
+@pytest.mark.slow
 def test_a_hub_name_is_found_in_the_cache_without_a_network(tmp_path):
     """As a user with HF_HUB_OFFLINE=1 and a filled cache runs it; a name that is not there is one line."""
     hub_cache(tmp_path / "home", "someone/tiny")
@@ -45,8 +47,7 @@ def test_a_hub_name_is_found_in_the_cache_without_a_network(tmp_path):
 
 def test_final_is_a_model_like_any_other(tmp_path):
     """Plain transformers loads it, its chat pipeline writes with it, and it writes what our sampler does."""
-    quick = {"iterations": 1, "prompts_per_step": 4, "eval_problems": 2, "run_root": str(tmp_path / "runs")}
-    final = run(train_grpo.main, train_grpo.Args(model=EMBEDDED, **quick)) / "final"
+    final = run(train_grpo.main, quick(train_grpo, tmp_path, iterations=1)) / "final"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(final), AutoTokenizer.from_pretrained(final)
     ours = common.load_policy(str(final))
     prompt = encode_prompts(tokenizer, ["12+7-5="])
@@ -59,7 +60,6 @@ def test_final_is_a_model_like_any_other(tmp_path):
 
 
 def test_a_reward_model_is_a_sequence_classifier_like_any_other(tmp_path):
-    args = train_rm.Args(model=EMBEDDED, iterations=1, pair_problems=60, minibatch_size=8, run_root=str(tmp_path))
-    final = run(train_rm.main, args) / "final"
+    final = run(train_rm.main, small(train_rm, tmp_path, iterations=1, pair_problems=20)) / "final"
     model = AutoModelForSequenceClassification.from_pretrained(final)
     assert model.config.num_labels == 1 and model(torch.tensor([[5, 6, 1]])).logits.shape == (1, 1)

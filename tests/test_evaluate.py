@@ -3,21 +3,34 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
+from itertools import combinations
 
 import pytest
 import torch
-from conftest import EMBEDDED
+from conftest import EMBEDDED, EOS, make_model, ragged_prompts
+from test_bad_input import refuse
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 import common
 import evaluate
-from data import Problem, encode_prompts, load_problems
-from evaluate import interval, majority_answer, pass_at_k, summarize
+import plumbing.evaluation
+from data import Problem, encode_problems, encode_prompts, follow_up_ids, load_problems
+from evaluate import majority_accuracy, majority_answer, sample_within_budget
+from plumbing.evaluation import evaluate_policy, group_by, interval, pass_at_k, summarize
+from plumbing.runs import save_model
+from rewards import Verifier, accuracy_reward, extract_answer, format_reward
+
+
+def arithmetic(embedded, source: str, count: int) -> list[Problem]:
+    """Held-out problems with their prompts' token ids."""
+    policy, tokenizer = embedded
+    return encode_problems(tokenizer, load_problems(source, "eval", count), "", policy.config, 40)
 
 
 def test_pass_at_k_is_the_unbiased_estimate():
     """Chen et al. 2021: the mean over all subsets of k of n samples, not 1 - (1 - c/n)^k."""
-    from itertools import combinations
-
     samples = [True, True, False, False, False]
     for k in range(1, 6):
         subsets = list(combinations(samples, k))
@@ -57,21 +70,18 @@ def records() -> list[dict]:
 def test_summary_by_hand():
     s = summarize(records())
     assert (s["accuracy"], s["length"], s["length_right"], s["length_wrong"]) == (0.5, 6.0, 3.5, 8.5)
-    assert (s["truncated"], s["no_answer"], s["majority"]) == (0.25, 0.25, 1.0)
+    assert (s["truncated"], s["no_answer"], majority_accuracy(records())) == (0.25, 0.25, 1.0)
     assert (s["pass_at_1"], s["pass_at_2"]) == (0.5, 1.0)
     nobody_right = [r | {"completions": [c | {"correct": False} for c in r["completions"]]} for r in records()]
-    assert summarize(nobody_right)["majority"] == 0.0
+    assert majority_accuracy(nobody_right) == 0.0
 
 
 def test_records_match_the_texts_and_keep_their_order(embedded):
     """Batches are sorted by length inside; the records come back in the order of the problems, and every flag can be
     recomputed from the text."""
-    from rewards import accuracy_reward, extract_answer, format_reward
-
     policy, tokenizer = embedded
-    problems = load_problems("arithmetic", "eval", 40)
-    prompts = encode_prompts(tokenizer, [p.question for p in problems])
-    found = evaluate.evaluate(policy, tokenizer, problems, prompts, 3, 40, batch_size=10)
+    problems = arithmetic(embedded, "arithmetic", 40)
+    found = evaluate.evaluate(policy, tokenizer, problems, 3, 40, batch_size=10)
     assert [r["question"] for r in found] == [p.question for p in problems]
     for record in found:
         assert len(record["completions"]) == 3
@@ -79,17 +89,16 @@ def test_records_match_the_texts_and_keep_their_order(embedded):
             assert c["correct"] == bool(accuracy_reward(c["text"], record["answer"]))
             assert c["answer"] == extract_answer(c["text"]) and c["format"] == format_reward(c["text"])
             assert c["length"] == len(tokenizer(c["text"]).input_ids) + c["finished"]
+            assert c["reward"] == c["correct"]
     assert len({c["text"] for c in found[5]["completions"]}) > 1  # they are sampled
 
 
 def test_the_embedded_model_is_the_base_that_its_card_describes(embedded):
     """RL must have something to do: sampled accuracy at most 0.5, the hardest difficulty mostly wrong greedily."""
-    policy, tokenizer = embedded
-    problems = load_problems("arithmetic", "eval", 300)
-    prompts = encode_prompts(tokenizer, [p.question for p in problems])
-    sampled = summarize(evaluate.evaluate(policy, tokenizer, problems, prompts, 2, 40))
-    greedy = evaluate.evaluate(policy, tokenizer, problems, prompts, 1, 40, temperature=0.0)
-    by_difficulty = {d: summarize(group)["accuracy"] for d, group in evaluate.by(greedy, "difficulty").items()}
+    problems = arithmetic(embedded, "arithmetic", 300)
+    sampled = summarize(evaluate.evaluate(*embedded, problems, 2, 40))
+    greedy = evaluate.evaluate(*embedded, problems, 1, 40, temperature=0.0)
+    by_difficulty = {d: summarize(group)["accuracy"] for d, group in group_by(greedy, "difficulty").items()}
     assert 0.25 < sampled["accuracy"] <= 0.5
     assert 0.6 < sampled["format"] < 0.95
     assert all(by_difficulty[d] > 0.9 for d in (1, 2, 3, 4)) and by_difficulty[6] < 0.6
@@ -118,11 +127,119 @@ def test_problems_without_difficulty_have_no_such_rows(embedded, tmp_path):
     policy, tokenizer = embedded
     path = tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps({"question": f"{i}+1=", "answer": i + 1}) + "\n" for i in range(10, 20)))
-    problems = load_problems(str(path), "all")
-    prompts = encode_prompts(tokenizer, [p.question for p in problems])
-    found = evaluate.evaluate(policy, tokenizer, problems, prompts, 1, 40)
-    assert evaluate.by(found, "difficulty") == {} and evaluate.by(found, "topic") == {}
+    problems = encode_problems(tokenizer, load_problems(str(path), "all"), "", policy.config, 40)
+    found = evaluate.evaluate(policy, tokenizer, problems, 1, 40)
+    assert group_by(found, "difficulty") == {} and group_by(found, "topic") == {}
     assert common.derive_seed(1, "a") != common.derive_seed(1, "b")
+
+
+# ---- Evaluations of a task of one's own ------------------------------------------------------------------------------
+
+
+def test_a_function_says_what_is_right_and_others_are_rewards(embedded):
+    """Pins: a function that is given another problem's text, or whose verdict the rules overrule; columns of a row that
+    are lost on the way to its record."""
+    problems = arithmetic(embedded, "arithmetic", 12)
+    problems = [replace(p, answer="no number", columns={"place": i}) for i, p in enumerate(problems)]
+    seen = []
+
+    def is_right(text: str, problem: Problem) -> bool:
+        seen.append((text, problem.columns["place"]))
+        return len(text) % 2 == 0
+
+    rewards = {"place": lambda text, problem: problem.columns["place"], "tags": lambda text, _: text.count("<") / 2}
+    found = evaluate.evaluate(*embedded, problems, 3, 40, batch_size=10, is_right=is_right, rewards=rewards)
+    for i, record in enumerate(found):
+        assert {name: record[name] for name in problems[i].to_row()} == problems[i].to_row() and record["place"] == i
+        for c in record["completions"]:
+            assert c["correct"] == c["reward"] == (len(c["text"]) % 2 == 0)
+            assert c["place"] == i and c["tags"] == c["text"].count("<") / 2
+    assert sorted(seen) == sorted((c["text"], i) for i, record in enumerate(found) for c in record["completions"])
+    assert 0 < summarize(found)["accuracy"] < 1
+    verify = Verifier(is_right=is_right)  # a verifier around it says the same
+    again = evaluate.evaluate(*embedded, problems, 3, 40, batch_size=10, is_right=verify, rewards=rewards)
+    assert again == found
+
+
+def test_a_samplers_rollout_is_what_is_evaluated(embedded):
+    """Sampler, verifier and rewards reach both evaluations of a training script, sampled and greedy; a length counts
+    the policy's tokens, not those that were given to it."""
+    policy, tokenizer = embedded
+    problems, calls = arithmetic(embedded, "arithmetic", 6), []
+
+    def two_turns(policy, prompts, group_size, max_new_tokens, temperature, seed):
+        calls.append((group_size, max_new_tokens, temperature, seed))
+        rollout = common.sample_groups(policy, prompts, group_size, max_new_tokens, temperature, seed)
+        inserts = [follow_up_ids(tokenizer, "1+1=", ended) for ended in rollout.finished.tolist()]
+        return common.continue_groups(policy, rollout, inserts, max_new_tokens, temperature, seed + 1)
+
+    (record, *_) = evaluate.evaluate(policy, tokenizer, problems, 2, 20, seed=3, sample=two_turns)
+    prompts = [p.prompt_ids for p in sorted(problems, key=lambda p: len(p.prompt_ids))]
+    rollout = two_turns(policy, prompts, *calls[0])
+    first = 2 * prompts.index(problems[0].prompt_ids)
+    for row, completion in enumerate(record["completions"], first):
+        text = tokenizer.decode(rollout.completion_ids[row][rollout.mask[row]])
+        assert completion["text"] == text.replace("<eos>", "") and "1+1=" in text
+        assert completion["length"] == rollout.lengths[row] == len(tokenizer(text).input_ids) - len("1+1=")
+
+    calls.clear()
+    evaluation = tokenizer, problems, 20, "answer-tags", 256, 5
+    rewards = {"long": lambda text, problem: len(text)}
+    scores = evaluate_policy(policy, *evaluation, lambda *_: True, sample=two_turns, rewards=rewards)
+    assert [call[0::2] for call in calls] == [(plumbing.evaluation.SAMPLES, 1.0), (1, 0.0)]
+    assert scores["eval/accuracy"] == scores["eval/accuracy_greedy"] == scores["eval/pass_at_k"] == 1.0
+    found = evaluate.evaluate(policy, tokenizer, problems, 4, 20, seed=5, sample=two_turns)
+    lengths = [len(c["text"]) for record in found for c in record["completions"]]
+    assert scores["eval/long"] == pytest.approx(sum(lengths) / 24)
+    assert "eval/length_wrong" not in scores and not any(math.isnan(score) for score in scores.values())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
+def test_a_completion_goes_on_after_inserted_tokens(name):
+    """Pins: inserted tokens that are trained, scored or counted; a row that should have stayed as it is; logprobs of
+    the continuation that are not those of the whole sequence."""
+    model = make_model(name)
+    first = common.sample_groups(model, ragged_prompts(), 2, 6, 0.7, seed=4)
+    inserts = [[20, 21, 22], None, [], [23], None, [24, 25]]
+    whole = common.continue_groups(model, first, inserts, 7, 0.7, seed=5)
+    assert whole.prompt_ids == ragged_prompts() and whole.group_size == 2
+    went_on = 0
+    for row, insert in enumerate(inserts):
+        head = first.completion_ids[row][first.mask[row]].tolist()
+        ids = whole.completion_ids[row][whole.mask[row]].tolist()
+        values = whole.sampler_logprobs[row][whole.mask[row]]
+        trained = whole.trained[row][whole.mask[row]].tolist()
+        start = len(head) + len(insert or [])
+        assert ids[:start] == head + (insert or [])
+        assert torch.equal(values[: len(head)], first.sampler_logprobs[row][first.mask[row]])
+        assert (values[len(head) : start] == 0).all()
+        assert trained == [True] * len(head) + [False] * len(insert or []) + [True] * (len(ids) - start)
+        assert whole.lengths[row] == len(ids) - len(insert or [])
+        if insert is None:
+            assert ids == head and whole.finished[row] == first.finished[row]
+        else:
+            went_on += 1
+            assert 1 <= len(ids) - start <= 7 and bool(whole.finished[row]) == (ids[-1] == EOS)
+    assert went_on == 4 and len(set(whole.lengths.tolist())) > 1
+    assert torch.equal(
+        whole.mask,
+        common.make_rollout(
+            [[1]] * 6, [ids[m].tolist() for ids, m in zip(whole.completion_ids, whole.mask, strict=True)]
+        ).mask,
+    )  # no holes
+    theirs = common.rollout_logprobs(model, whole, 64, temperature=0.7)
+    assert torch.allclose(whole.sampler_logprobs[whole.trained], theirs[whole.trained], atol=1e-4)
+    assert (theirs[whole.mask & ~whole.trained] != 0).all()  # given tokens have logprobs, which no loss may use
+    assert not whole.trained[~whole.mask].any() and (whole.sampler_logprobs[~whole.trained] == 0).all()
+
+    again = common.continue_groups(model, whole, [None] * 6, 7)
+    assert torch.equal(again.trained, whole.trained) and torch.equal(again.completion_ids, whole.completion_ids)
+    assert torch.equal(again.sampler_logprobs, whole.sampler_logprobs) and torch.equal(again.finished, whole.finished)
+    third = common.continue_groups(model, whole, [[30]] + [None] * 5, 3, 0.7, seed=6)  # turn after turn
+    assert third.lengths[0] == whole.lengths[0] + third.mask[0].sum() - whole.mask[0].sum() - 1
+    assert third.lengths[1:].tolist() == whole.lengths[1:].tolist()
+    theirs = common.rollout_logprobs(model, third, 64, temperature=0.7)
+    assert torch.allclose(third.sampler_logprobs[third.trained], theirs[third.trained], atol=1e-4)
 
 
 # ---- Thinking budget and modes, stages side by side ------------------------------------------------------------------
@@ -132,10 +249,10 @@ def test_a_thinking_budget_is_kept_to_the_token(embedded):
     """Thoughts of exactly `budget` tokens, then the stop sentence, then the answer, all of it counted; what has ended
     its thoughts before is the same as without a budget."""
     policy, tokenizer = embedded
-    problems = load_problems("arithmetic:5-6", "eval", 12)
-    prompts = encode_prompts(tokenizer, [p.question for p in problems])
+    problems = arithmetic(embedded, "arithmetic:5-6", 12)
+    prompts = [list(p.prompt_ids) for p in problems]
     budget, stop = 6, tokenizer("...</think>", add_special_tokens=False).input_ids
-    rollout = evaluate.sample_within_budget(policy, prompts, 3, 10, 1.0, 5, tokenizer, budget, "...</think>")
+    rollout = sample_within_budget(policy, prompts, 3, 10, 1.0, 5, tokenizer, budget, "...</think>")
     free = common.sample_groups(policy, prompts, 3, budget, 1.0, 5)
     closing = tokenizer("</think>", add_special_tokens=False).input_ids[0]
     stopped = 0
@@ -150,16 +267,19 @@ def test_a_thinking_budget_is_kept_to_the_token(embedded):
             assert ids == head
         if rollout.finished[row]:
             assert ids[-1] == tokenizer.eos_token_id
+        assert rollout.lengths[row] == len(ids)
     assert stopped > 5 and rollout.finished.float().mean() > 0.8
-    records = evaluate.evaluate(policy, tokenizer, problems, prompts, 1, 10, think_budget=budget)
-    assert all(c["length"] <= budget + 1 + 10 for r in records for c in r["completions"])
+    sample = partial(sample_within_budget, tokenizer=tokenizer, budget=budget, stop_sentence="</think>")
+    found = evaluate.evaluate(policy, tokenizer, problems, 1, 10, sample=sample)
+    assert all(c["length"] <= budget + 1 + 10 for r in found for c in r["completions"])
+    assert any(c["length"] > budget for r in found for c in r["completions"])
 
 
 def test_the_greedy_answer_after_the_stop_is_the_models(embedded):
     """Greedy, the second call continues exactly what one sequence alone would."""
     policy, tokenizer = embedded
     prompts = encode_prompts(tokenizer, ["12+7-5+3-2+8="])
-    rollout = evaluate.sample_within_budget(policy, prompts, 1, 10, 0.0, 5, tokenizer, 4, "</think>")
+    rollout = sample_within_budget(policy, prompts, 1, 10, 0.0, 5, tokenizer, 4, "</think>")
     ids = rollout.completion_ids[0][rollout.mask[0]].tolist()
     stop = tokenizer("</think>", add_special_tokens=False).input_ids
     alone = common.sample_groups(policy, [prompts[0] + ids[: 4 + len(stop)]], 1, 10, 0.0)
@@ -167,7 +287,7 @@ def test_the_greedy_answer_after_the_stop_is_the_models(embedded):
 
 
 def test_stages_and_modes_are_rows(capsys, tmp_path):
-    args = {"eval_problems": 6, "device": "cpu", "temperatures": (0.5,)}
+    args = {"eval_problems": 6, "device": "cpu", "temperatures": (0.5,), "max_new_tokens": 12}
     evaluate.main(evaluate.Args(stages=(f"base={EMBEDDED}", f"again={EMBEDDED}"), modes="think,no_think", **args))
     device, *lines = capsys.readouterr().out.splitlines()
     assert device == "device: cpu" and "T=0.5" in lines[0]
@@ -194,15 +314,13 @@ BAD = [
 
 @pytest.mark.parametrize("changes,message", BAD, ids=[message[:40] for _, message in BAD])
 def test_bad_input(changes, message, capsys):
-    from test_bad_input import refuse
-
-    assert message in refuse(evaluate.main, evaluate.Args(model=EMBEDDED, device="cpu", **changes), capsys)
+    assert message in refuse(evaluate, {"model": EMBEDDED, "device": "cpu"} | changes, capsys)
 
 
 # ---- Who says that an answer is right --------------------------------------------------------------------------------
 
 
-class Judge(evaluate.Verifier):
+class Judge(Verifier):
     """A judge that finds numbers equal which differ by one."""
 
     def __init__(self):
@@ -222,15 +340,11 @@ def test_the_rule_comes_before_the_model_and_each_is_counted():
     assert verify.asked == [(problem, "17"), (problem, "3")]  # each question once; no answer, no question
     assert verify.summary() == {"verifier/rule": 0.2, "verifier/symbolic": 0.0, "verifier/model": 0.4}
     assert verify.summary() == {}
-    assert evaluate.Verifier()(texts, [problem] * 5) == [1.0, 0.0, 0.0, 0.0, 0.0]
+    assert Verifier()(texts, [problem] * 5) == [1.0, 0.0, 0.0, 0.0, 0.0]
 
 
 def test_a_judge_is_asked_for_the_probability_of_its_two_words(tmp_path):
     """P(yes) > P(no), each over all its spellings that are one token, by one causal LM's softmax."""
-    from conftest import make_model
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     words = ["<pad>", "<eos>", "<unk>", "yes", "No", "no", "Question", ":", "18", "17", "9", "+", "=", "answer"]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -240,8 +354,8 @@ def test_a_judge_is_asked_for_the_probability_of_its_two_words(tmp_path):
     seen = set()
     for seed in range(20):
         model = make_model("llama", seed=seed, max_position_embeddings=128)
-        common.save_checkpoint(tmp_path / str(seed), model, tokenizer)
-        verify = evaluate.Verifier(evaluate.Args(judge_model=str(tmp_path / str(seed))))
+        save_model(tmp_path / str(seed), model, tokenizer)
+        verify = Verifier(evaluate.Args(judge_model=str(tmp_path / str(seed))))
         assert (verify.yes, verify.no) == ([3], [4, 5])
         problem = Problem("9+9=", "18")
         text = "Question: 9+9=\nReference answer: 18\nGiven answer: 17\n"
@@ -256,13 +370,11 @@ def test_a_judge_is_asked_for_the_probability_of_its_two_words(tmp_path):
 
 def test_a_reward_model_as_verifier(tmp_path):
     """Above 0 is right: the score of the answer as the completion of question and reference."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
     torch.manual_seed(1)
     model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(EMBEDDED, num_labels=1))
     tokenizer = common.load_tokenizer(EMBEDDED)
-    common.save_checkpoint(tmp_path / "rm", model, tokenizer)
-    verify = evaluate.Verifier(evaluate.Args(verifier_model=str(tmp_path / "rm")))
+    save_model(tmp_path / "rm", model, tokenizer)
+    verify = Verifier(evaluate.Args(verifier_model=str(tmp_path / "rm")))
     problem, answers = Problem("9+9=", "18"), [str(i) for i in range(40, 70)]
     found = verify([f"<answer>{a}</answer>" for a in answers], [problem] * 30)
     prompt = encode_prompts(tokenizer, ["Question: 9+9=\nReference answer: 18"])[0]

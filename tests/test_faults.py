@@ -8,16 +8,30 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import EMBEDDED, assert_same_events, run, scalars, small, start, texts, wait_for, weights
-from test_bad_input import refuse
+from conftest import (
+    EMBEDDED,
+    assert_same_events,
+    make_model,
+    quick,
+    refusal,
+    run,
+    scalars,
+    small,
+    start,
+    texts,
+    wait_for,
+    weights,
+)
+from safetensors.torch import load_file, save_file
 
 import common
-import evaluate
+import plumbing.runs
 import train_dpo
 import train_grpo
 import train_kimi
@@ -25,6 +39,9 @@ import train_pg
 import train_ppo
 import train_rm
 import train_sft
+from plumbing.flags import parse_args
+from plumbing.metrics import Health
+from plumbing.runs import Run, load_checkpoint, save_model
 
 LOSSES = {
     train_pg: "pg_loss",
@@ -35,33 +52,51 @@ LOSSES = {
     train_rm: "reward_model_loss",
     train_sft: "sft_loss",
 }
-SCRIPTS = pytest.mark.parametrize("script", LOSSES, ids=lambda module: module.__name__)
+SCRIPTS = pytest.mark.parametrize(  # every script in a full run of the tests, GRPO in a fast one
+    "script",
+    [train_grpo, *(pytest.param(script, marks=pytest.mark.slow) for script in LOSSES if script is not train_grpo)],
+    ids=lambda module: module.__name__,
+)
+
+
+def short(script, root: Path, **changes):
+    """Args of the shortest run of a script."""
+    others = script in (train_dpo, train_rm, train_sft)
+    return (small if others else quick)(script, root, **changes)
+
 
 # ---- Killed ----------------------------------------------------------------------------------------------------------
 
-FLAGS = ["train_grpo.py", "--device", "cpu", "--prompts-per-step", "4", "--group-size", "4", "--eval-problems", "12"]
-FLAGS += ["--problem-sampling", "prioritized", "--eval-every", "0"]
+RUN = {"iterations": 10, "save_every": 1, "problem_sampling": "prioritized"}
+
+
+def command(args) -> list[str]:
+    """The command line of these arguments of train_grpo.py."""
+    defaults, flags = plumbing.flags.to_flat(train_grpo.Args()), ["train_grpo.py"]
+    for name, value in plumbing.flags.to_flat(args).items():
+        flags += ["--" + name.replace("_", "-"), str(value)] if value != defaults[name] else []
+    return flags
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("whole")
-    process = start(*FLAGS, "--iterations", "25", "--save-every", "1", "--run-root", str(root))
-    assert process.wait(300) == 0
-    return next(root.iterdir())
+    return run(train_grpo.main, quick(train_grpo, tmp_path_factory.mktemp("whole"), **RUN))
 
 
 MOMENTS = {  # a path in the run directory that shows that the moment has come
-    "at random": "checkpoints/step_000002",
     "while a checkpoint is written": "checkpoints/*.tmp/model.safetensors",
+    "at random": "checkpoints/step_000002",
     "while the final model is written": "final.tmp",
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment",
+    [moment if "checkpoint" in moment else pytest.param(moment, marks=pytest.mark.slow) for moment in MOMENTS],
+)
 def test_a_killed_process_resumes_to_the_same_bytes(moment, uninterrupted, tmp_path):
     """kill -9, and the resumed run equals the uninterrupted one: weights, events, sampler ledger."""
-    process = start(*FLAGS, "--iterations", "25", "--save-every", "1", "--run-root", str(tmp_path))
+    process = start(*command(quick(train_grpo, tmp_path, **RUN)))
     end = time.time() + 120
     while process.poll() is None and not list(tmp_path.glob(f"*/{MOMENTS[moment]}")):
         assert time.time() < end
@@ -69,35 +104,31 @@ def test_a_killed_process_resumes_to_the_same_bytes(moment, uninterrupted, tmp_p
     if moment == "at random":
         time.sleep(random.random())
     process.kill()
-    process.wait()
+    assert process.wait() == -signal.SIGKILL or "checkpoint" not in moment
     (run_dir,) = tmp_path.iterdir()
     resumed = start("train_grpo.py", "--resume", str(run_dir))
     assert resumed.wait(300) == 0, resumed.stderr.read()[-2000:]
     assert weights(run_dir / "final") == weights(uninterrupted / "final")
     assert_same_events(run_dir, uninterrupted)
-    assert [x for x, _ in scalars(run_dir)["reward/total"]] == [16 * (i + 1) for i in range(25)]
-    ledgers = [common.load_checkpoint(str(d))["sampler"] for d in (run_dir, uninterrupted)]
-    assert ledgers[0] == ledgers[1] and sum(ledgers[0]["attempts"]) == 100
+    assert [x for x, _ in scalars(run_dir)["reward/total"]] == [16 * (i + 1) for i in range(10)]
+    ledgers = [load_checkpoint(str(d))["stateful"]["sampler"] for d in (run_dir, uninterrupted)]
+    assert ledgers[0] == ledgers[1] and sum(ledgers[0]["attempts"]) == 40
     assert not list(run_dir.rglob("*.tmp"))
 
 
 STAGES = {  # where saving the third checkpoint may be cut off: the call that never returns, and what it is called with
     "optimizer": (torch, "save", "step_000003.tmp/trainer.pt"),
-    "digests": (common, "file_digests", "step_000003.tmp"),
+    "digests": (plumbing.runs, "file_digests", "step_000003.tmp"),
     "rename": (os, "rename", "step_000003.tmp"),
     "delete outdated": (shutil, "rmtree", "checkpoints/step_000001"),
 }
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_saving_may_end_anywhere(stage, tmp_path, monkeypatch):
-    """Pins: a checkpoint that is there in part. As a kill does, Killed leaves the disk as it is."""
+class Killed(BaseException):
+    """As a kill does, it leaves the disk as it is."""
 
-    class Killed(BaseException):
-        pass
 
-    changes = {"iterations": 4, "save_every": 1, "keep_checkpoints": 2}
-    whole = run(train_grpo.main, small(train_grpo, tmp_path, **changes))
+def kill_at(stage: str, patched: pytest.MonkeyPatch) -> None:
     place, name, argument = STAGES[stage]
     function = getattr(place, name)
 
@@ -108,12 +139,46 @@ def test_saving_may_end_anywhere(stage, tmp_path, monkeypatch):
             (args[0] / "model.safetensors").unlink()
         raise Killed
 
+    patched.setattr(place, name, cut_off)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_save_may_end_anywhere(stage, tmp_path, monkeypatch, embedded):
+    """Pins: a checkpoint that is there in part. The one before it is found, or the new one whole, and the next save
+    makes up for the lost one."""
+    model, folder = make_model("llama"), tmp_path / "checkpoints"
+
+    def save(number: int) -> None:
+        with torch.no_grad():
+            model.base_model.norm.weight.fill_(number)
+        state = {"progress": {"iteration": number}, "stateful": {}}
+        save_model(folder / f"step_{number:06d}", model, embedded[1], state, keep=2)
+
+    save(1)
+    save(2)
     with monkeypatch.context() as patched:
-        patched.setattr(place, name, cut_off)
+        kill_at(stage, patched)
+        with pytest.raises(Killed):
+            save(3)
+    found, expected = load_checkpoint(str(tmp_path)), 3 if stage == "delete outdated" else 2
+    assert found["progress"]["iteration"] == expected
+    assert (load_file(f"{found['model']}/model.safetensors")["model.norm.weight"] == expected).all()
+    save(3)
+    assert sorted(path.name for path in folder.iterdir()) == ["step_000002", "step_000003"]
+    assert load_checkpoint(str(tmp_path))["progress"]["iteration"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_whose_save_ended_anywhere_goes_on(stage, tmp_path, monkeypatch):
+    changes = {"iterations": 4, "save_every": 1, "keep_checkpoints": 2}
+    whole = run(train_grpo.main, small(train_grpo, tmp_path, **changes))
+    with monkeypatch.context() as patched:
+        kill_at(stage, patched)
         with pytest.raises(Killed):
             train_grpo.main(small(train_grpo, tmp_path, **changes))
     (broken,) = set(tmp_path.iterdir()) - {whole}
-    run(train_grpo.main, common.parse_args(train_grpo.Args, ["--resume", str(broken)]))
+    run(train_grpo.main, parse_args(train_grpo.Args, ["--resume", str(broken)]))
     assert weights(broken / "final") == weights(whole / "final")
     assert_same_events(broken, whole)
     for run_dir in (broken, whole):
@@ -121,84 +186,125 @@ def test_saving_may_end_anywhere(stage, tmp_path, monkeypatch):
         assert kept == ["step_000003", "step_000004"]
 
 
+def send(monkeypatch, *numbers: int) -> None:
+    """These signals come in the middle of the first update."""
+    loss, numbers = train_grpo.grpo_loss, list(numbers)
+
+    def interrupted(*args, **kwargs):
+        while numbers:
+            os.kill(os.getpid(), numbers.pop())
+        return loss(*args, **kwargs)
+
+    monkeypatch.setattr(train_grpo, "grpo_loss", interrupted)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_iteration_and_saves(number, tmp_path):
-    process = start(*FLAGS, "--iterations", "5000", "--save-every", "0", "--run-root", str(tmp_path))
+def test_a_signal_ends_the_iteration_and_saves(number, tmp_path, monkeypatch, capsys):
+    send(monkeypatch, number)
+    with pytest.raises(SystemExit) as stopped:
+        train_grpo.main(quick(train_grpo, tmp_path, iterations=5000))
+    assert stopped.value.code == 128 + number
+    (run_dir,) = tmp_path.iterdir()
+    assert f"--resume {run_dir}" in capsys.readouterr().err
+    assert load_checkpoint(str(run_dir))["progress"]["iteration"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_a_process_ends_its_iteration_and_saves(number, tmp_path):
+    process = start(*command(quick(train_grpo, tmp_path, iterations=5000)))
     wait_for(lambda: any(os.path.getsize(f) > 20_000 for f in tmp_path.glob("*/events*")), process)
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     (run_dir,) = tmp_path.iterdir()
     assert f"--resume {run_dir}" in error and "Traceback" not in error
-    assert common.load_checkpoint(str(run_dir))["iteration"] >= 1
+    assert load_checkpoint(str(run_dir))["progress"]["iteration"] >= 1
 
 
-def test_a_second_ctrl_c_stops_at_once(capsys):
+STOPPED = "stopped at once; go on from the newest checkpoint with --resume\n"
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch, capsys):
+    """In the middle of an update, without a checkpoint; one line instead of a traceback."""
+    send(monkeypatch, signal.SIGINT, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        train_grpo.main(quick(train_grpo, tmp_path))
+    capsys.readouterr()
+    sys.excepthook(stopped.type, stopped.value, stopped.tb)  # the run has put its own there
+    assert capsys.readouterr().err == STOPPED
+    assert not list(tmp_path.glob("*/checkpoints/*"))
+
+
+@pytest.mark.slow
+def test_a_process_stopped_at_once_says_so(capsys):
     """One line, and the exit code of an interrupted process."""
-    code = "import sys, common; sys.excepthook = common.explain; raise KeyboardInterrupt"
-    process = subprocess.run([os.sys.executable, "-c", code], capture_output=True, text=True)
+    code = "import sys, plumbing.runs; sys.excepthook = plumbing.runs.explain; raise KeyboardInterrupt"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert process.returncode in (130, -signal.SIGINT)
-    assert process.stderr == "stopped at once; go on from the newest checkpoint with --resume\n"
+    assert process.stderr == STOPPED
 
 
 # ---- The disk --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limit", [1_000_000, 4_000_000], ids=["weights", "optimizer"])
-def test_a_full_disk_leaves_the_old_checkpoint_whole(limit, tmp_path, capfd):
+@pytest.mark.parametrize(
+    "limit", [pytest.param(1_000_000, marks=pytest.mark.slow), 4_000_000], ids=["weights", "optimizer"]
+)
+def test_a_full_disk_leaves_the_old_checkpoint_whole(limit, saved_run, tmp_path, capfd):
     """A limit on the size of a file makes the kernel refuse a write in the middle, as a full disk does."""
-    whole = run(train_grpo.main, small(train_grpo, tmp_path, iterations=4, save_every=2, eval_every=2))
-    run_dir = run(train_grpo.main, small(train_grpo, tmp_path, iterations=2, save_every=2, eval_every=2))
+    run_dir = shutil.copytree(saved_run, tmp_path / "run")
+    for done in ("checkpoints/step_000004", "final"):
+        shutil.rmtree(run_dir / done)
     before = {path: path.read_bytes() for path in (run_dir / "checkpoints").rglob("*") if path.is_file()}
-    arguments = ["--resume", str(run_dir), "--iterations", "4"]
+    arguments = ["--resume", str(run_dir)]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         with pytest.raises(SystemExit) as stopped:
-            train_grpo.main(common.parse_args(train_grpo.Args, arguments))
+            train_grpo.main(parse_args(train_grpo.Args, arguments))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     error = capfd.readouterr().err
     assert stopped.value.code == 2 and "step_000004 can't be written" in error and "Make room" in error
     assert before == {path: path.read_bytes() for path in (run_dir / "checkpoints").rglob("*") if path.is_file()}
-    run(train_grpo.main, common.parse_args(train_grpo.Args, arguments))
-    assert weights(run_dir / "final") == weights(whole / "final")
-    assert_same_events(run_dir, whole)
+    run(train_grpo.main, parse_args(train_grpo.Args, arguments))
+    assert weights(run_dir / "final") == weights(saved_run / "final")
+    assert_same_events(run_dir, saved_run)
 
 
 def test_a_disk_that_is_full_for_events_is_one_line(capsys):
     error = OSError(28, "No space left on device")
-    common.explain(OSError, error, None)
+    plumbing.runs.explain(OSError, error, None)
     assert capsys.readouterr().err == (
         "error: [Errno 28] No space left on device; make room on the disk, then go on with --resume\n"
     )
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
-    run_dir = run(train_grpo.main, small(train_grpo, tmp_path, iterations=5, save_every=1, keep_checkpoints=2))
-    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_000004", "step_000005"]
-    args = common.parse_args(
-        train_grpo.Args, ["--resume", str(run_dir), "--iterations", "6", "--keep-checkpoints", "1"]
-    )
-    train_grpo.main(args)
-    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_000006"]
+    run_dir = run(train_grpo.main, quick(train_grpo, tmp_path, iterations=3, save_every=1, keep_checkpoints=2))
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
+    flags = ["--resume", str(run_dir), "--iterations", "4", "--keep-checkpoints", "1"]
+    train_grpo.main(parse_args(train_grpo.Args, flags))
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_000004"]
 
 
-def test_a_pickle_in_a_checkpoint_is_refused(tmp_path, capsys):
+def test_a_pickle_in_a_checkpoint_is_refused(saved_run, tmp_path, capsys):
     """Pins: code that runs when trainer.pt is read. Its digest is right: only the loader can tell."""
 
     class Payload:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
 
-    run_dir = run(train_grpo.main, small(train_grpo, tmp_path / "runs", save_every=2))
+    run_dir = shutil.copytree(saved_run, tmp_path / "run")
+    shutil.rmtree(run_dir / "checkpoints" / "step_000004")
     checkpoint = run_dir / "checkpoints" / "step_000002"
     for write in (lambda f: torch.save({"x": Payload()}, f), lambda f: f.write_bytes(pickle.dumps(Payload()))):
         write(checkpoint / "trainer.pt")
-        digests = common.file_digests(checkpoint)
+        digests = plumbing.runs.file_digests(checkpoint)
         (checkpoint / "digests.json").write_text(json.dumps(digests))
-        args = common.parse_args(train_grpo.Args, ["--resume", str(run_dir)])
-        assert "none of its checkpoints is whole" in refuse(train_grpo.main, args, capsys)
+        args = parse_args(train_grpo.Args, ["--resume", str(run_dir)])
+        assert "none of its checkpoints is whole" in refusal(train_grpo.main, args, capsys)
         assert not (tmp_path / "ran").exists()
 
 
@@ -208,16 +314,61 @@ def test_weights_are_read_from_safetensors_only(tmp_path, capsys):
     state = dict(common.load_policy(EMBEDDED).state_dict())
     torch.save(state, tmp_path / "model" / "pytorch_model.bin")
     (tmp_path / "model" / "model.safetensors").unlink()
-    args = small(train_grpo, tmp_path / "runs", model=str(tmp_path / "model"))
-    assert "its weights can't be loaded" in refuse(train_grpo.main, args, capsys)
+    args = quick(train_grpo, tmp_path / "runs", model=str(tmp_path / "model"))
+    assert "its weights can't be loaded" in refusal(train_grpo.main, args, capsys)
+
+
+def without(name: str, folder: Path, source: str = EMBEDDED) -> str:
+    """A copy of a model without one of its weights."""
+    shutil.copytree(source, folder)
+    state = load_file(folder / "model.safetensors")
+    del state[name]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+def test_missing_weights_are_refused_in_one_line(tmp_path, capsys):
+    """Pins: random numbers in place of a weight that the files don't have, after one warning among many."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    broken = without(name, tmp_path / "model")
+    args = quick(train_grpo, tmp_path / "runs", model=broken)
+    assert (
+        refusal(train_grpo.main, args, capsys)
+        == f"error: {broken}: its weights are incomplete: {name} not in its files\n"
+    )
+    for load in (common.load_value_model, common.load_policy):  # nor is it a critic's new head
+        assert name in refusal(load, broken, capsys)
+    bare = shutil.copytree(EMBEDDED, tmp_path / "bare")
+    save_file({}, bare / "model.safetensors", metadata={"format": "pt"})
+    names = common.load_policy(EMBEDDED).state_dict().keys()
+    error = refusal(common.load_policy, str(bare), capsys)
+    assert sum(f" {name} and " in error for name in names) == 1 and " more not in its files" in error
+
+
+def test_a_new_head_may_be_missing_but_a_reward_models_own_may_not(tmp_path, capsys, embedded):
+    """Pins: a reward model that scores with a random head."""
+    for load in (common.load_value_model, lambda path: common.load_reward_model(path, new_head=True)):
+        model = load(EMBEDDED)
+        assert (common.value_head(model).weight == 0).all()
+        for (name, ours), theirs in zip(
+            model.base_model.named_parameters(), embedded[0].base_model.parameters(), strict=True
+        ):
+            assert torch.equal(ours, theirs), name
+    save_model(tmp_path / "rm", common.load_reward_model(EMBEDDED, new_head=True), embedded[1])
+    assert common.load_reward_model(str(tmp_path / "rm")).config.num_labels == 1
+    headless = without("score.weight", tmp_path / "headless", str(tmp_path / "rm"))
+    assert "score.weight" in refusal(common.load_reward_model, headless, capsys)
 
 
 def test_names_never_become_paths_outside_the_run_root(tmp_path):
-    for name in ("../../escaped", "a/../../b", "..", "x\ny", "~"):
-        args = train_grpo.Args(model=f"{tmp_path}/{name}", problems=f"{name}.jsonl", run_root=str(tmp_path / "runs"))
-        run_dir, writer = common.start_run(args, {})
-        writer.close()
-        assert run_dir.resolve().parent == (tmp_path / "runs").resolve() and ".." not in run_dir.parts
+    for i, name in enumerate(("../../escaped", "a/../../b", "..", "x\ny", "~")):
+        flags = {"model": f"{tmp_path}/{name}", "problems": f"{name}.jsonl", "run_root": str(tmp_path / "runs")}
+        args = plumbing.flags.from_flat(train_grpo.Args(), flags)
+        for run_name in (None, f"{name}/{i}"):
+            args.run.run_name = run_name
+            created = Run(args, None)
+            created.writer.close()
+            assert created.dir.resolve().parent == (tmp_path / "runs").resolve() and ".." not in created.dir.parts
     assert {path.name for path in tmp_path.iterdir()} == {"runs"}
 
 
@@ -225,14 +376,14 @@ def test_names_never_become_paths_outside_the_run_root(tmp_path):
 
 
 def break_loss(monkeypatch, module, how: str, calls: set[int] | None = None, name: str | None = None) -> None:
-    """The script's loss (loss), or only the gradient behind it (gradient), is no longer finite in these calls of it.
-    name: of another loss of it."""
+    """The script's loss (loss), or only the gradient behind it (gradient), is no longer finite in these calls of it,
+    those without a gradient not counted. name: of another loss of it."""
     name = name or LOSSES[module]
     function, count = getattr(module, name), [0]
 
     def broken(values, *args, **kwargs):
-        count[0] += 1
-        if calls is not None and count[0] not in calls:
+        count[0] += values.requires_grad
+        if calls is not None and (count[0] not in calls or not values.requires_grad):
             return function(values, *args, **kwargs)
         if how == "gradient" and values.requires_grad:
             values.register_hook(lambda gradient: gradient + float("inf"))
@@ -249,7 +400,7 @@ def break_loss(monkeypatch, module, how: str, calls: set[int] | None = None, nam
 def test_a_bad_update_is_skipped_and_counted(script, how, tmp_path, monkeypatch, capsys):
     """Pins: one NaN that ends a run of days. The weights stay finite and the run goes on."""
     break_loss(monkeypatch, script, how, {2})
-    run_dir = run(script.main, small(script, tmp_path, iterations=4))
+    run_dir = run(script.main, short(script, tmp_path, iterations=4))
     assert "warning: loss" in capsys.readouterr().err
     final = common.load_weights(*loader(script), str(run_dir / "final"), "cpu", torch.float32)
     assert all(parameter.isfinite().all() for parameter in final.parameters())
@@ -268,24 +419,25 @@ def loader(script):
 def test_bad_updates_in_a_row_end_the_run(script, tmp_path, monkeypatch, capsys):
     """The weights are those of the last good update, and the rows are there to be read."""
     break_loss(monkeypatch, script, "loss")
-    error = refuse(script.main, small(script, tmp_path, iterations=9, save_every=1, max_bad_updates=3), capsys)
+    error = refusal(script.main, short(script, tmp_path, iterations=9, save_every=1, max_bad_updates=3), capsys)
     (run_dir,) = tmp_path.iterdir()
     assert (
         "--max-bad-updates 3 updates in a row were not finite" in error and str(run_dir / "bad_update.jsonl") in error
     )
     rows = [json.loads(line) for line in (run_dir / "bad_update.jsonl").read_text().splitlines()]
     assert len(rows) >= 4 and all(row["prompt"] and row["ids"] for row in rows)
-    newest = common.checkpoints(run_dir / "checkpoints")
+    newest = plumbing.runs.checkpoints(run_dir / "checkpoints")
     if newest and script is not train_rm:  # a reward model's head is new
         assert weights(newest[0]) == weights(Path(EMBEDDED))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["loss", "gradient"])
 def test_a_critics_bad_updates_in_a_row_end_the_run(how, tmp_path, monkeypatch, capsys):
     """Also where the policy's own, in between, are good."""
     break_loss(monkeypatch, train_pg, how, name="value_loss")
-    args = small(train_pg, tmp_path, iterations=9, baseline="value", max_bad_updates=3)
-    assert "--max-bad-updates 3 updates in a row were not finite" in refuse(train_pg.main, args, capsys)
+    args = quick(train_pg, tmp_path, iterations=9, baseline="value", max_bad_updates=3)
+    assert "--max-bad-updates 3 updates in a row were not finite" in refusal(train_pg.main, args, capsys)
 
 
 def test_the_rows_to_blame_are_the_ones_written(tmp_path, monkeypatch, capsys):
@@ -297,7 +449,7 @@ def test_the_rows_to_blame_are_the_ones_written(tmp_path, monkeypatch, capsys):
         return group_advantages(rewards, normalize_std)
 
     monkeypatch.setattr(train_grpo, "group_advantages", broken)
-    refuse(train_grpo.main, small(train_grpo, tmp_path, max_bad_updates=1), capsys)
+    refusal(train_grpo.main, quick(train_grpo, tmp_path, max_bad_updates=1), capsys)
     (file,) = tmp_path.glob("*/bad_update.jsonl")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(rows) == 4 and len({row["prompt"] for row in rows}) == 1
@@ -308,7 +460,7 @@ def test_the_rows_to_blame_are_the_ones_written(tmp_path, monkeypatch, capsys):
 
 
 def test_signs_of_collapse_are_told_once(tmp_path, capsys):
-    health = evaluate.Health(tmp_path, None, 10)
+    health = Health(tmp_path, None, 10)
     good = {"loss/entropy": 0.2, "reward/std_within_group": 0.1, "rollout/finished": 0.9, "loss/kl": 0.01}
     bad = {"loss/entropy": 0.001, "reward/std_within_group": 0.0, "rollout/finished": 0.0, "loss/kl": 7.0}
     for tag in good:
@@ -322,14 +474,15 @@ def test_signs_of_collapse_are_told_once(tmp_path, capsys):
 
 
 def test_a_run_that_truncates_everything_says_so(tmp_path, capsys):
-    run(train_grpo.main, small(train_grpo, tmp_path, iterations=6, max_new_tokens=2))
+    run(train_grpo.main, quick(train_grpo, tmp_path, iterations=6, max_new_tokens=2))
     error = capsys.readouterr().err
     assert error.count("warning: rollout/finished 0 for 5 iterations") == 1
     assert error.count("warning: reward/std_within_group 0 for 5 iterations") == 1
 
 
+@pytest.mark.slow
 def test_groups_of_one_have_no_spread_to_watch(tmp_path, capsys):
-    values = scalars(run(train_ppo.main, small(train_ppo, tmp_path, iterations=6, prompts_per_step=4, group_size=1)))
+    values = scalars(run(train_ppo.main, quick(train_ppo, tmp_path, iterations=6, prompts_per_step=4, group_size=1)))
     assert "reward/std_within_group" not in values and "warning" not in capsys.readouterr().err
 
 
@@ -339,7 +492,7 @@ def test_groups_of_one_have_no_spread_to_watch(tmp_path, capsys):
 @SCRIPTS
 def test_a_seed_fixes_everything(script, tmp_path):
     """Same seed: identical events, sample texts and weights; another seed: others."""
-    first, second, other = (run(script.main, small(script, tmp_path, seed=seed, eval_every=1)) for seed in (1, 1, 2))
+    first, second, other = (run(script.main, short(script, tmp_path, seed=seed, eval_every=1)) for seed in (1, 1, 2))
     assert weights(first / "final") == weights(second / "final") != weights(other / "final")
     assert_same_events(first, second)
     if script not in (train_sft, train_dpo, train_rm):
@@ -359,7 +512,7 @@ def test_micro_batches_change_memory_only(script, tmp_path, monkeypatch):
     logged = []
     for tokens in (100, 16384):
         gradients.append([])
-        logged.append(scalars(run(script.main, small(script, tmp_path, iterations=1, micro_batch_tokens=tokens))))
+        logged.append(scalars(run(script.main, short(script, tmp_path, iterations=1, micro_batch_tokens=tokens))))
     for ours, theirs in zip(gradients[0][0], gradients[1][0], strict=True):
         assert (ours - theirs).abs().max() < 1e-5
     assert set(logged[0]) == set(logged[1])
@@ -372,7 +525,9 @@ def test_micro_batches_change_memory_only(script, tmp_path, monkeypatch):
     "script, tag, changes",
     [
         (train_kimi, "loss/kl", {"learning_rate": 1e-3}),
-        (train_dpo, "eval/pair_margin", {"learning_rate": 1e-3, "pair_weight": "gap"}),
+        pytest.param(
+            train_dpo, "eval/pair_margin", {"learning_rate": 1e-3, "pair_weight": "gap"}, marks=pytest.mark.slow
+        ),
     ],
     ids=["kimi", "dpo"],
 )
@@ -388,6 +543,6 @@ def test_means_over_completions_are_weighted_by_completions(script, tag, changes
         changes = changes | {"data": str(tmp_path / "samples.jsonl"), "eval_problems": 20}
     last = []
     for tokens in (60, 16384):
-        args = small(script, tmp_path / "runs", iterations=1, warmup_iterations=0, micro_batch_tokens=tokens, **changes)
+        args = short(script, tmp_path / "runs", iterations=1, warmup_iterations=0, micro_batch_tokens=tokens, **changes)
         last.append(scalars(run(script.main, args))[tag][-1][1])
     assert abs(last[1]) > 1e-2 and last[0] == pytest.approx(last[1], rel=1e-3)

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from conftest import EMBEDDED
+from conftest import EMBEDDED, run, small
 
 import common
-import data
-import sampling
 import train_grpo
 from common import completion_logprobs, sample_groups
-from data import encode_prompts, load_problems
+from data import decode, encode_prompts, load_problems
+from plumbing.engine import GraphDecoder, PlainDecoder, takes_groups
+from plumbing.runs import load_checkpoint
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -21,7 +21,7 @@ def test_greedy_completions_are_the_cpus():
     for device in ("cpu", "cuda"):
         policy = common.load_policy(EMBEDDED, device)
         torch.set_float32_matmul_precision("highest")
-        texts.append(data.decode(tokenizer, sample_groups(policy, prompts, 1, 40, temperature=0)))
+        texts.append(decode(tokenizer, sample_groups(policy, prompts, 1, 40, temperature=0)))
     assert sum(a == b for a, b in zip(*texts, strict=True)) >= 58  # a tie may fall the other way
 
 
@@ -36,12 +36,11 @@ def test_sampler_and_trainer_agree_in_bf16():
 
 
 def test_a_run_learns(tmp_path):
-    args = train_grpo.Args(model=EMBEDDED, run_root=str(tmp_path), iterations=30, eval_problems=60, device="cuda")
-    train_grpo.main(args)
-    (run_dir,) = tmp_path.iterdir()
-    state = common.load_checkpoint(str(run_dir))
-    assert state["masters"] and all(master.dtype == torch.float32 for master in state["masters"])
-    assert state["scores"]["eval/accuracy"] > state["before"]["eval/accuracy"] + 0.1
+    flags = {"iterations": 30, "eval_problems": 60, "device": "cuda", "prompts_per_step": 32, "group_size": 8}
+    state = load_checkpoint(str(run(train_grpo.main, small(train_grpo, tmp_path, save_every=30, **flags))))
+    masters, progress = state["stateful"]["optimizer"]["masters"], state["progress"]
+    assert masters and all(master.dtype == torch.float32 for master in masters)
+    assert progress["scores"]["eval/accuracy"] > progress["before"]["eval/accuracy"] + 0.1
 
 
 def test_the_graph_equals_the_plain_path_and_sees_new_weights(monkeypatch):
@@ -49,15 +48,15 @@ def test_the_graph_equals_the_plain_path_and_sees_new_weights(monkeypatch):
     tokenizer = common.load_tokenizer(EMBEDDED)
     policy = common.load_policy(EMBEDDED, "cuda")
     torch.set_float32_matmul_precision("highest")
-    assert sampling.takes_groups(policy)
+    assert takes_groups(policy)
     prompts = encode_prompts(tokenizer, [p.question for p in load_problems("arithmetic", "eval", 80)])
     prompts = [ids * (1 + 5 * (i % 2)) for i, ids in enumerate(prompts)]  # some much longer
     for batch in (prompts[:40], prompts[40:]):
         rollouts = []
-        for decoder in (sampling.PlainDecoder, sampling.GraphDecoder):
-            monkeypatch.setattr(sampling, "decoder_class", lambda model, decoder=decoder: decoder)
+        for decoder in (PlainDecoder, GraphDecoder):
+            monkeypatch.setattr(common, "decoder_class", lambda model, decoder=decoder: decoder)
             rollouts.append(sample_groups(policy, batch, 4, 40, temperature=0))
-        plain, graph = (data.decode(tokenizer, rollout) for rollout in rollouts)
+        plain, graph = (decode(tokenizer, rollout) for rollout in rollouts)
         assert sum(a == b for a, b in zip(plain, graph, strict=True)) >= 0.97 * len(plain)
         with torch.no_grad():
             for parameter in policy.parameters():

@@ -271,3 +271,31 @@ def test_micro_batches_do_not_change_the_gradient(loss_norm):
     assert gradients[0].norm() > 0
     for gradient in gradients[1:]:
         assert (gradient - gradients[0]).norm() < 1e-5 * gradients[0].norm()
+
+
+@pytest.mark.parametrize("loss_norm", ["sequence", "token", "constant"])
+def test_tokens_outside_of_the_loss_mask_carry_no_gradient(loss_norm):
+    """Pins: given tokens (a user's next turn, a tool's output) that are trained. What is left has the weights that it
+    would have alone."""
+    model, rollout, rows = make_model("llama"), random_batch(2, 3), list(range(6))
+    rollout.loss_mask = torch.rand(rollout.mask.shape) < 0.6
+    rollout.loss_mask[4] = False  # a row without any token of the policy's own
+    trained = rollout.trained
+    assert 0 < trained.sum() < rollout.mask.sum() and torch.equal(rollout.lengths, trained.sum(1))
+    weights = token_weights(trained, loss_norm, 8)
+    if loss_norm == "sequence":
+        assert torch.allclose(weights.sum(1), (torch.arange(6) != 4) / 6)
+    if loss_norm == "token":
+        assert torch.allclose(weights[trained], 1 / trained.sum())
+    logprobs, _ = completion_logprobs(model, rollout, rows)
+    logprobs.retain_grad()
+    old, ref, advantages = logprobs.detach() + 0.1 * torch.randn(6, 8), torch.randn(6, 8), torch.randn(6)
+    for level in ("token", "sequence", "gspo"):
+        logprobs.grad = None
+        arguments = {"ratio_level": level, "kl_coef": 0.1} | CLIP
+        loss, metrics = grpo_loss(logprobs, old, ref, advantages, weights, **arguments)
+        loss.backward(retain_graph=True)
+        assert (logprobs.grad[~trained] == 0).all() and (logprobs.grad[trained] != 0).any()
+        old[~trained] = ref[~trained] = torch.nan  # nor do they matter in any other way
+        again, again_metrics = grpo_loss(logprobs, old, ref, advantages, weights, **arguments)
+        assert again.item() == loss.item() and again_metrics == metrics

@@ -1,5 +1,7 @@
 """There is one logprob path; it must be right to the token."""
 
+import json
+
 import pytest
 import torch
 from conftest import EMBEDDED, EOS, make_model, ragged_prompts
@@ -12,6 +14,7 @@ from transformers import (
 
 import common
 from common import completion_logprobs, completion_scores, completion_values, make_rollout, sample_groups
+from plumbing.runs import save_model
 
 COMPLETIONS = [[3, 4, EOS], [9, EOS], [20, 21, 22, 23, EOS], [EOS], [0, 0, 7, EOS], [30, 31, 32]]
 
@@ -42,7 +45,6 @@ def test_equal_to_an_autoregressive_loop(model, temperature):
         assert torch.allclose(logprobs[row][rollout.mask[row]], expected, atol=1e-5)
         assert (logprobs[row][~rollout.mask[row]] == 0).all()
     assert (entropy[rollout.mask] > 0).all() and (entropy[~rollout.mask] == 0).all()
-    assert not entropy.requires_grad
 
 
 def test_rows_may_be_any_subset_in_any_order(model):
@@ -111,17 +113,65 @@ def test_gradient_checkpointing_keeps_less():
     assert kept[1] < kept[0] / 3
 
 
-def test_a_head_that_is_not_plain_is_seen():
+def softcapped():
     """Gemma-2 caps its logits with a tanh: hidden states times the head's weights would be another distribution."""
     config = Gemma2Config(
         vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, final_logit_softcapping=1.0, max_position_embeddings=64,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
+def test_a_head_that_is_not_plain_is_seen():
+    model = softcapped()
     assert not common.has_plain_head(model)
     assert common.has_plain_head(make_model("llama"))
     logprobs, _ = completion_logprobs(model, batch(), [2])
     assert torch.allclose(logprobs[0][batch().mask[2]], one_at_a_time(model, batch(), 2), atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["entropy", "both"])
+@pytest.mark.parametrize("head", ["plain", "softcapped"])
+def test_the_entropys_gradient_is_autograds(head, loss, monkeypatch):
+    """Pins: an entropy without gradient, with its temperature missing, or one whose gradient spoils the logprobs'. The
+    reference is a plain log_softmax over each row alone."""
+    model, rollout, rows = make_model("llama") if head == "plain" else softcapped(), batch(), list(range(6))
+    assert common.has_plain_head(model) == (head == "plain")
+    monkeypatch.setattr(common, "LOGITS_AT_ONCE", 3 * model.config.vocab_size)  # several slices
+    a, b = torch.randn(2, *rollout.mask.shape)
+    a = torch.zeros_like(a) if loss == "entropy" else a
+
+    logprobs, entropy = completion_logprobs(model, rollout, rows, 0.7)
+    ((b * entropy).sum() + ((a * logprobs).sum() if loss == "both" else 0.0)).backward()
+    ours = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    total = 0.0
+    for row in rows:
+        prompt, completion = rollout.prompt_ids[row // 2], rollout.completion_ids[row][rollout.mask[row]]
+        ids, n = torch.tensor([prompt + completion.tolist()]), len(completion)
+        log_softmax = (model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1] / 0.7).log_softmax(-1)
+        expected = -(log_softmax.exp() * log_softmax).sum(-1)
+        assert torch.allclose(entropy[row, :n], expected, atol=1e-5) and (entropy[row, n:] == 0).all()
+        total = total + (b[row, :n] * expected).sum()
+        total = total + (a[row, :n] * log_softmax.gather(1, completion[:, None])[:, 0]).sum()
+    total.backward()
+    theirs = [p.grad for p in model.parameters() if p.grad is not None]
+    assert max(gradient.abs().max() for gradient in theirs) > 0.1
+    assert all(torch.allclose(x, y, atol=1e-5, rtol=1e-4) for x, y in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("head", ["plain", "softcapped"])
+def test_an_entropy_that_no_loss_uses_changes_no_bit_of_the_gradient(head):
+    """Pins: a bonus that leaks into losses without one. Unused, only logged, or weighted with 0: the same bytes."""
+    rollout, gradients = batch(), []
+    model = make_model("llama") if head == "plain" else softcapped()
+    for use in (lambda entropy: 0.0, lambda entropy: entropy.detach().mean(), lambda entropy: 0.0 * entropy.sum()):
+        model.zero_grad()
+        logprobs, entropy = completion_logprobs(model, rollout, list(range(6)), 0.7)
+        (logprobs.sum() + use(entropy)).backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for others in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], others, strict=True))
 
 
 def test_softmax_is_taken_in_fp32():
@@ -162,15 +212,13 @@ def test_a_head_that_can_not_be_tried_takes_the_slow_path():
 def test_a_loaded_policy_keeps_nothing_of_a_generation_config_but_where_to_stop(tmp_path):
     """A hub model's sampling settings may be ones that transformers refuses to save (temperature without do_sample);
     the tokenizer's EOS always stops, whatever ids the config names."""
-    import json
-
     model = make_model("llama")
-    common.save_checkpoint(tmp_path / "model", model, common.load_tokenizer(EMBEDDED))
+    save_model(tmp_path / "model", model, common.load_tokenizer(EMBEDDED))
     poisoned = {"temperature": 0.6, "top_p": 0.9, "do_sample": False, "eos_token_id": [7]}
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(poisoned))
     policy = common.load_policy(str(tmp_path / "model"), eos_token_id=1)
     assert policy.generation_config.eos_token_id == [1, 7] and policy.generation_config.top_p in (None, 1.0)
-    common.save_checkpoint(tmp_path / "again", policy, common.load_tokenizer(EMBEDDED))
+    save_model(tmp_path / "again", policy, common.load_tokenizer(EMBEDDED))
     assert common.load_policy(str(tmp_path / "again")).generation_config.eos_token_id == [1, 7]
 
 

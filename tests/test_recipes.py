@@ -48,6 +48,7 @@ def forking_python(tmp_path_factory):
     server.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ROWS)
 def test_a_recipe_runs_to_its_table(recipe, forking_python, tmp_path):
     folder, log = forking_python

@@ -1,13 +1,114 @@
 """What the README and the design promise about the files themselves."""
 
 import ast
+import graphlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 README = Path("README.md").read_text()
 SCRIPTS = [Path(name) for name in re.findall(r"^\| \[(train_\w+\.py)\]", README, re.MULTILINE)]  # not forks of them
+POLICY_GRADIENT = [Path(f"train_{name}.py") for name in ("grpo", "kimi", "ppo", "pg")]
+SUPERVISED = [Path(f"train_{name}.py") for name in ("sft", "dpo", "rm")]
+
+
+# ---- Which file may import which
+
+MAY_IMPORT = {  # of our own modules; a train script may import any of these
+    "plumbing.flags": "",
+    "plumbing.answers": "",
+    "plumbing.engine": "",
+    "plumbing.math_verify_process": "",
+    "common": "plumbing.engine plumbing.flags",
+    "data": "common plumbing.answers plumbing.flags",  # and tasks, by name
+    "rewards": "data common plumbing.answers plumbing.flags",
+    "plumbing.runs": "data common plumbing.flags",
+    "plumbing.metrics": "data common plumbing.flags",
+    "plumbing.evaluation": "rewards plumbing.metrics data common plumbing.answers plumbing.flags",
+    "evaluate": "plumbing.evaluation rewards plumbing.metrics data common plumbing.answers plumbing.flags",
+    "plumbing.pairs": "evaluate plumbing.evaluation data common plumbing.flags",
+    "curate": "plumbing.pairs evaluate plumbing.evaluation data common plumbing.answers plumbing.flags",
+}
+TASKS = {f"tasks.{path.stem}": path for path in Path("tasks").glob("*.py")}
+ROOMS = {
+    **{path.stem: path for path in Path(".").glob("*.py") if not path.name.startswith("train_")},
+    **{f"plumbing.{path.stem}": path for path in Path("plumbing").glob("*.py")},
+}
+MODULES = ROOMS | TASKS | {path.stem: path for path in SCRIPTS}
+
+
+def imports(path: Path, tree: ast.AST | None = None) -> set[str]:
+    """Full names of the modules, and of what is taken from them; no import may be relative."""
+    names = set()
+    for node in ast.walk(tree or ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, path
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def packages(path: Path, tree: ast.AST | None = None) -> set[str]:
+    """The packages outside the standard library."""
+    return {name.partition(".")[0] for name in imports(path, tree)} - sys.stdlib_module_names
+
+
+def functions(path: Path) -> list[ast.AST]:
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
+
+
+def test_a_module_imports_only_what_is_below_it():
+    """A shortcut from below to above: the next one closes a circle, and no file can be read by itself any more."""
+    assert set(ROOMS) == set(MAY_IMPORT)
+    for name, path in ROOMS.items():
+        assert imports(path) & set(MODULES) <= set(MAY_IMPORT[name].split()), path
+    for path in TASKS.values():
+        assert packages(path) == set(), path
+    list(graphlib.TopologicalSorter({name: below.split() for name, below in MAY_IMPORT.items()}).static_order())
+
+
+@pytest.mark.parametrize("path", [*MODULES.values()], ids=str)
+def test_our_modules_are_imported_at_the_top(path):
+    """An import in a function hides a circle."""
+    for function in functions(path):
+        assert imports(path, function) & set(MODULES) == set(), function.lineno
+
+
+def test_the_lowest_modules_need_nothing_heavy():
+    """The import of a torch into the file that only compares answers: seconds for every use of it."""
+    assert packages(Path("plumbing/flags.py")) == {"tyro"}
+    assert packages(Path("plumbing/answers.py")) == set()
+    server = Path("plumbing/math_verify_process.py")
+    assert packages(server) == {"math_verify", "latex2sympy2_extended"}
+    (main,) = [function for function in functions(server) if getattr(function, "name", "") == "main"]
+    assert packages(server, main) == packages(server)
+    inside = sum(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(main))
+    assert inside == 2  # at the top of the file there is none of them
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for folder in (".", "plumbing", "tasks", "benchmarks", "tests") for path in Path(folder).glob("*.py")],
+    ids=str,
+)
+def test_a_file_begins_by_saying_what_it_is(path):
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    first = text.partition("\n\n")[0]
+    assert re.match(r"[`\w].{20,}?[.?:](\s|$)", first, re.DOTALL), path
+
+
+def test_no_benchmark_hides_a_module():
+    """`python benchmarks/data.py` finds itself where it imports data."""
+    ours = {part for name in MODULES for part in name.split(".")}
+    for path in Path("benchmarks").glob("*.py"):
+        assert path.stem not in ours | sys.stdlib_module_names, path
+
+
+# ---- Lines
 
 
 def counted_lines(path: Path) -> int:
@@ -28,96 +129,140 @@ def test_the_readme_counts_the_lines(path):
 
 
 def test_scripts_stay_small():
+    assert {*POLICY_GRADIENT, *SUPERVISED} == set(SCRIPTS)
     assert all(counted_lines(path) <= 260 for path in SCRIPTS)
-    assert counted_lines(Path("common.py")) <= 450 and counted_lines(Path("sampling.py")) <= 450
 
 
-POLICY_GRADIENT = [Path(f"train_{name}.py") for name in ("grpo", "kimi", "ppo", "pg")]
-SUPERVISED = [Path(f"train_{name}.py") for name in ("sft", "dpo", "rm")]
-OWN = re.compile(  # lines that are an algorithm's own in sections that are otherwise the same
-    r"kept = |critic|baseline == .value|value_model|value_optimizer|add_logprob_gap|reward_model|scores\[|"
-    r"scores = torch|scores\.view|torch\.no_grad|for micro in|dict\.fromkeys|"
-    r"set_postfix_str|start_rewards|score_mean|for i in train\]|in some\]|some = random|_table\(before|"
-    r"rollout = |row_weights = |rollout, batch_ref"
-)
-SHARED = {
-    "data": (POLICY_GRADIENT, "    device = common.resolve_device", "    state = common.load_checkpoint"),
-    "sample and reward": (POLICY_GRADIENT, " 1 sample\n", "        samples = rollout"),
-    "log, evaluate, save": (POLICY_GRADIENT, " 6 log\n", "    bar.close()"),
-    "end": (POLICY_GRADIENT, "    bar.close()", "if __name__"),
-    "sample, supervised": (SUPERVISED, " 1 sample\n", " 5 update\n"),
-    "log, evaluate, save, supervised": (SUPERVISED, " 6 log\n", "    bar.close()"),
-    "end, supervised": (SUPERVISED, "    bar.close()", "if __name__"),
-}
+BANNERS = ["1 sample", "2 reward", "3 logprobs", "4 advantages", "5 update", "6 log", "7 evaluate and save"]
 
 
-def section(path: Path, start: str, end: str) -> list[str]:
-    text = path.read_text().replace("target, rm, tokenizer", "target, policy, tokenizer")  # train_rm.py's model
-    text = text.replace('"final", rm, tokenizer', '"final", policy, tokenizer')
-    begin = text.index(start)
-    return [line for line in text[begin : text.index(end, begin)].splitlines() if not OWN.search(line)]
-
-
-@pytest.mark.parametrize("name", SHARED)
-def test_parallel_sections_stay_parallel(name):
-    """The scripts repeat each other where the algorithms don't differ; a fix in one must reach all."""
-    family, start, end = SHARED[name]
-    sections = [section(path, start, end) for path in family]
-    assert len(sections[0]) >= 4
-    for path, lines in zip(family, sections, strict=True):
-        assert lines == sections[0], path
-
-
-def test_shared_flags_are_explained_in_the_same_words():
-    differ = {"learning_rate", "minibatch_size", "loss_norm", "update_epochs", "clip_low", "clip_high", "kl_coef"}
-    flags = {path: flags_of(path) for path in POLICY_GRADIENT}
-    for name, text in flags[POLICY_GRADIENT[0]].items():
-        for path in POLICY_GRADIENT[1:]:
-            assert flags[path].get(name, text) == text or name in differ, (path, name)
-
-
-def flags_of(path: Path) -> dict[str, str | None]:
-    """Field name -> docstring under it, of the Args dataclass."""
-    (args,) = (n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef) and n.name == "Args")
-    flags = {}
-    for node, after in zip(args.body, [*args.body[1:], None], strict=True):
-        if isinstance(node, ast.AnnAssign):
-            documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            flags[node.target.id] = after.value.value if documented else None
-    return flags
-
-
-@pytest.mark.parametrize("path", SCRIPTS, ids=str)
-def test_every_flag_is_documented(path):
-    assert [name for name, text in flags_of(path).items() if not text and name != "seed"] == []
+def sections(path: Path) -> dict[str, list[str]]:
+    """The lines of main by banner."""
+    text = path.read_text().splitlines()
+    (main,) = (n for n in ast.parse("\n".join(text)).body if isinstance(n, ast.FunctionDef) and n.name == "main")
+    parts, banner = {}, None
+    for line in text[main.lineno : main.end_lineno]:
+        if found := re.search(r"# -{20,} (Setup|\d [a-z ]+)$", line):
+            banner = found[1]
+            assert banner not in parts, f"{path}: {banner} stands twice"
+            parts[banner] = []
+        else:
+            parts[banner].append(line)
+    return parts
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=str)
 def test_the_banners_stand_in_order(path):
-    banners = re.findall(r"# -{20,} (Setup|\d [a-z ]+)", path.read_text())
-    assert banners[0] == "Setup" and banners[1:] == sorted(banners[1:])
-    names = ["1 sample", "2 reward", "3 logprobs", "4 advantages", "5 update", "6 log", "7 evaluate and save"]
-    assert set(banners[1:]) <= set(names)
+    """A section without its banner counts as the one before it."""
+    numbered = BANNERS if path in POLICY_GRADIENT else [name for name in BANNERS if name[0] in "1567"]
+    assert list(sections(path)) == ["Setup", *numbered]
+    assert re.findall(r"^ *# -{4,} *(.*)$", path.read_text(), re.MULTILINE) == ["Setup", *numbered]
+
+
+@pytest.mark.parametrize("path", POLICY_GRADIENT, ids=str)
+def test_the_algorithm_is_most_of_main(path):
+    """Plumbing creeps into the scripts: what is not sampling, logprobs, advantages and update is at most 60 lines."""
+    around = [part for part in sections(path) if part[0] not in "1345"]
+    assert around == ["Setup", "2 reward", "6 log", "7 evaluate and save"]
+    assert sum(bool(line.strip()) for part in around for line in sections(path)[part]) <= 60
+
+
+# ---- What is the same in several scripts
+
+
+def text_of(path: Path, start: str, end: str) -> str:
+    """From the line in which `start` stands first to the first line with `end` at or after it, both whole."""
+    lines = path.read_text().splitlines()
+    first = next(number for number, line in enumerate(lines) if start in line)
+    last = next(number for number, line in enumerate(lines[first:], first) if end in line)
+    return "\n".join(lines[first : last + 1])
+
+
+GRPO, KIMI, PPO, _ = POLICY_GRADIENT
+SFT, DPO, RM = SUPERVISED
+PARALLEL = {  # family, from the line with this to the line with that
+    "data": (POLICY_GRADIENT, "    device = ", "policy = common.load_policy("),
+    "progress": (POLICY_GRADIENT, "    iteration, global_step = ", "log_scalars("),
+    "bar": (POLICY_GRADIENT, "    bar = tqdm(", "health = "),
+    "sample": (POLICY_GRADIENT, "--- 1 sample", "weights = reward_weights("),
+    "reward": (POLICY_GRADIENT, "        rewards = sum(", 'clock.lap("reward")'),
+    "budget": (POLICY_GRADIENT, "--- 3 logprobs", "budget, temperature = "),
+    "learning rate": (POLICY_GRADIENT, "        learning_rate = ", "common.set_learning_rate("),
+    "epochs": ([GRPO, KIMI, PPO], "in range(args.update_epochs)", "for minibatch in"),
+    "step": ([GRPO, KIMI], "        grad_norm = ", 'clock.lap("update")'),
+    "log": (POLICY_GRADIENT, "--- 6 log", "--- 7 evaluate and save"),
+    "evaluate and save": (POLICY_GRADIENT, "--- 7 evaluate and save", "run.checkpoint("),
+    "end": ([*POLICY_GRADIENT, SFT], "    run.finish(", "main(parse_args(Args))"),
+    "data, supervised": ([SFT, DPO], "    device = ", "tokenizer, config = "),
+    "pairs": ([DPO, RM], "    if len(train) < ", "sampler = "),
+    "first evaluation, supervised": (SUPERVISED, "        before = scores = ", "log_scalars("),
+    "learning rate, supervised": (SUPERVISED, "        rise = ", "common.set_learning_rate("),
+    "step, supervised": (SUPERVISED, "        grad_norm = ", 'clock.lap("update")'),
+    "log, supervised": (SUPERVISED, "--- 6 log", "--- 7 evaluate and save"),
+    "evaluate, supervised": (SUPERVISED, "--- 7 evaluate and save", "log_scalars("),
+}
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_parallel_sections_stay_parallel(name):
+    """The scripts repeat each other where the algorithms don't differ; a fix in one must reach all."""
+    family, start, end = PARALLEL[name]
+    texts = [text_of(path, start, end) for path in family]
+    assert texts[0].strip()
+    for path, text in zip(family, texts, strict=True):
+        assert text == texts[0], path
+
+
+def flags_of(path: Path, kind: str = r"Args|\w+Flags") -> dict[str, str | None]:
+    """Field name -> docstring under it, of the dataclasses of flags in a file."""
+    flags = {}
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ClassDef) and re.fullmatch(kind, node.name):
+            for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+                if isinstance(field, ast.AnnAssign):
+                    documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                    flags[field.target.id] = after.value.value if documented else None
+    return flags
+
+
+@pytest.mark.parametrize(
+    ("family", "differ"),
+    [
+        (
+            POLICY_GRADIENT,
+            {"minibatch_size", "loss_norm", "update_epochs", "clip_low", "clip_high", "kl_coef", "baseline"},
+        ),
+        (SUPERVISED, {"model", "data", "minibatch_size", "learning_rate", "kl_coef"}),
+    ],
+)
+def test_shared_flags_are_explained_in_the_same_words(family, differ):
+    flags = [flags_of(path, "Args") for path in family]
+    for name in {name for own in flags for name in own} - differ:
+        assert len({own[name] for own in flags if name in own}) == 1, name
+
+
+# ---- The README
 
 
 def test_the_readme_names_real_flags_and_files():
-    benchmarks = sorted(Path("benchmarks").glob("*.py"))
-    known = {f for path in [*SCRIPTS, Path("evaluate.py"), Path("data.py"), *benchmarks] for f in flags_of(path)}
-    for flag in set(re.findall(r"--([a-z][a-z-]+)", README)) - {"logdir", "help"}:
-        assert flag.replace("-", "_").removeprefix("no_") in known, flag
-    for name in re.findall(r"\]\(([\w/.-]+)\)", README):
-        assert Path(name).exists(), name
+    known = {flag for path in [*MODULES.values(), *Path("benchmarks").glob("*.py")] for flag in flags_of(path)}
+    assert {"group_size", "micro_batch_tokens", "format_weight", "num_samples", "ngram", "seeds"} <= known
+    written = set(re.findall(r"--([a-z][a-z-]+)", README)) - {"logdir", "help"}
+    assert len(written) > 30
+    assert [flag for flag in sorted(written) if flag.replace("-", "_").removeprefix("no_") not in known] == []
+    linked = re.findall(r"\]\(([\w/.-]+)\)", README)
+    assert len(linked) > 10
+    assert [name for name in linked if not Path(name).exists()] == []
 
 
 def test_the_glossary_explains_every_tag():
-    """Of the tags that the scripts name; those with a number or a component's name in them by their stem."""
-    code = "".join(path.read_text() for path in [*SCRIPTS, Path("evaluate.py"), Path("common.py")])
-    tags = set(re.findall(r"\"((?:reward|rollout|loss|eval|memory)/[a-z_]*[a-z])\"", code))
-    tags |= {
-        f"loss/{name}" for name in re.findall(r"metrics\[?\"?.*\"(clip_low|clip_high|ratio_max|kl|entropy)\"", code)
-    }
-    assert len(tags) > 15
-    missing = [tag for tag in sorted(tags) if tag not in README and tag.split("/")[1] not in README]
+    """Of the tags that the code names; those with a number or a component's name in them by their stem."""
+    code = "".join(path.read_text() for path in MODULES.values())
+    kinds = "reward|rewards|rollout|loss|logps|eval|memory|sampler"
+    tags = set(re.findall(rf"\"((?:{kinds})/[a-z_]*[a-z])\"", code))
+    tags |= {f"loss/{name}" for name in re.findall(r"\"(clip_low|clip_high|ratio_max|kl|value)\"(?:\]|:)", code)}
+    assert len(tags) > 30
+    missing = [tag for tag in sorted(tags) if tag not in README and f"`{tag.split('/')[1]}`" not in README]
     assert missing == []
 
 

@@ -1,262 +1,26 @@
-"""Tests of the verifiers and reward components. Each docstring names the mistake that the test pins."""
+"""The reward functions, and how a batch is scored with them. Each docstring names the mistake that the test pins."""
 
-import signal
-import subprocess
-import sys
-import threading
 import time
-from pathlib import Path
+from dataclasses import fields, replace
 
 import pytest
+import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
+from test_answers import FUZZ, HOSTILE, SIZES, seconds
 
+import common
 import rewards
-from rewards import FORMAT_STYLES, accuracy_reward, answers_match, extract_answer, format_reward, language_reward
-
-
-def seconds(function, *args):
-    start = time.monotonic()
-    function(*args)
-    return time.monotonic() - start
-
-
-# ---------------------------------------------------------------- extraction
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("<answer>18</answer>", "18"),
-        ("<answer> 18\n</answer> and more", "18"),
-        ("<answer>1</answer> no, <answer>18</answer>", "18"),
-        ("<answer>18</answer> <answer>19", "18"),  # the second is cut off
-        ("<answer>18</answer></answer>", "18"),
-        ("<answer><answer>18</answer></answer>", "18"),
-        ("</answer>18<answer>", None),
-        (r"so \boxed{18}.", "18"),
-        (r"first \boxed{1}, then \boxed{18}", "18"),
-        (r"\fbox{18}", "18"),
-        (r"\boxed {18}", "18"),
-        (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"),
-        (r"\boxed{\boxed{18}}", "18"),
-        (r"\boxed{\left\{1, 2\right.}", r"\left\{1, 2\right."),  # \{ is a sign, no brace
-        (r"\boxed{18} and \boxed{19", "18"),
-        (r"\boxed{1 and \boxed{18}", "18"),
-        (r"a { too many, } } too, \boxed{18}", "18"),
-        (r"\boxed{\frac{1}{2}", None),
-        (r"\boxed 18", None),
-        ("She sells 9 * 2 = 18.\n#### 18", "18"),
-        ("#### 1\n#### 18\nThat is all.", "18"),
-        ("#### 18\r\nbye", "18"),
-        (r"\boxed{18} #### 19", "18"),
-        (r"<answer>18</answer> \boxed{19} #### 20", "18"),
-        (r"<answer>It is \boxed{18}, 1 more than 17.</answer>", "18"),
-        ("<answer>\n#### 18\n</answer>", "18"),
-        ("18", None),
-        ("", None),
-    ],
+from data import Problem
+from plumbing.evaluation import count_reflection_words
+from rewards import (
+    FORMAT_STYLES,
+    RewardFlags,
+    accuracy_reward,
+    format_reward,
+    language_reward,
+    reward_weights,
+    score_completions,
 )
-def test_extract_answer(text, answer):
-    """The first box instead of the last; the brace of \\frac ends the box; a cut-off box or tag counts."""
-    assert extract_answer(text) == answer
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "<answer></answer>",
-        "<answer>18</answer><answer> </answer>",
-        r"\boxed{18} \boxed{}",
-        r"<answer>\boxed{ }</answer>",
-        r"<answer></answer> \boxed{18}",
-        "#### 18\n####",
-        "####\n18",
-    ],
-)
-def test_the_last_answer_counts_even_if_empty(text):
-    """An answer that was taken back, or an empty string as an answer."""
-    assert extract_answer(text) is None
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("<think>5</think><answer>18</answer>", "18"),
-        ("<think><answer>18</answer></think>", None),
-        (r"<think>\boxed{18}</think>", None),
-        ("<think>\n#### 18\n</think>", None),
-        ("<think><answer>18</answer>", None),
-        (r"<think> ... \boxed{18} ...", None),
-        (r"\boxed{5} <think> \boxed{18}", "5"),
-        (r"\boxed{5} <think> \boxed{18} </think>", "5"),
-        (r"maybe \boxed{18}</think>so it is", None),  # the opening tag is in the prompt
-        (r"maybe \boxed{5}</think>\boxed{18}", "18"),
-        (r"<think>a<think>b</think>\boxed{5}</think>\boxed{18}", "18"),
-        (r"\boxed{5}<think>a</think>b</think>so it is", None),
-        (r"<think>\boxed{1}</think>\boxed{18}<think>\boxed{2}</think>", "18"),
-        ("<ans<think></think>wer>18</answer>", None),
-    ],
-)
-def test_thinking_is_no_answer(text, answer):
-    """A guess within the thinking is rewarded: closed, cut off, or opened by the chat template."""
-    assert extract_answer(text) == answer
-
-
-# ---------------------------------------------------------------- comparison
-
-
-@pytest.mark.parametrize(
-    ("predicted", "gold"),
-    [
-        ("18", "18"),
-        ("1,000", "1000"),
-        ("1000000", "1,000,000"),
-        ("1/2", ".5"),
-        ("0.5", "1/2"),
-        ("2/4", "1/2"),
-        ("$18", "18"),
-        ("18$", "18"),
-        (r"\$18", "18"),
-        ("$18$", "18"),
-        (r"\(18\)", "18"),
-        ("€18", "18"),
-        ("$1,234.50", "1234.5"),
-        ("-$5", "-5"),
-        ("18.", "18"),
-        ("$18.$", "18"),
-        ("18.0", "18"),
-        ("**18**", "18"),
-        ('"18"', "18"),
-        ("18 eggs", "18"),
-        ("18", "18 eggs"),
-        ("18 dollars", "18"),
-        ("18 eggs", "18 dollars"),  # the number decides, units are not compared
-        ("18 eggs per day.", "18"),
-        ("60 km/h", "60"),
-        ("18cm", "18"),
-        ("18 cm^2", "18"),
-        (r"864 \mbox{ inches}^2", "864"),
-        (r"5\text{ m}", "5"),
-        (r"90^\circ", "90"),
-        ("90°", "90"),
-        ("50%", "50"),
-        ("50 %", "50%"),
-        (r"50\%", "50 percent"),
-        ("\u22125", "-5"),
-        ("\u22125", "\u20135"),  # unicode minus and en dash
-        ("- 5", "-5"),
-        ("+3", "3"),
-        ("007", "7"),
-        ("0", "-0"),
-        ("1 1/2", "1.5"),
-        ("-1 1/2", "-1.5"),
-        (r"\frac{1}{2}", "1/2"),
-        (r"\dfrac12", "0.5"),
-        (r"\frac9{19}", "9/19"),
-        (r"-\frac{3}{2}", "-1.5"),
-        (r"137 \frac{1}{2}", "137.5"),
-        (r"10,\!080", "10080"),
-        ("10{,}080", "10080"),
-        (r"10\,080", "10080"),
-        ("1e3", "1000"),
-        ("0.1", "1/10"),
-        ("Paris", "paris"),
-        ("  New   York.", "new york"),
-        (r"\text{Evelyn}", "Evelyn"),
-        (r"\text{(C)}", "c"),
-        ("(3, 4)", "(3,4)"),
-        (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\dfrac{\pi}{2})"),
-        (r"4210_{5}", "4210_5"),
-        (r"\infty", r"\infty"),
-    ],
-)
-def test_equal_answers(predicted, gold):
-    """A right answer scores 0 because of its writing: separators, currency, units, signs, LaTeX."""
-    assert answers_match(predicted, gold)
-    assert answers_match(gold, predicted)
-
-
-@pytest.mark.parametrize(
-    ("predicted", "gold"),
-    [
-        ("18", "19"),
-        ("18", "-18"),
-        ("1,000", "1"),
-        ("1,00", "100"),
-        ("1,2", "12"),
-        ("12", "1 2"),
-        ("1 000", "1"),
-        ("0.5", ".05"),
-        (".5", "5"),  # the dot in front is no punctuation
-        ("0.333333333333", "1/3"),
-        ("50%", "0.5"),
-        ("10 or 18", "18"),
-        ("18 or 10", "18"),
-        ("10, 18", "18"),
-        ("18 20", "18"),
-        ("18-20", "18"),
-        ("18 (or 20)", "18"),
-        (r"18 \text{ or } 20", "18"),
-        (r"18\text{ eggs or }20\text{ eggs}", "18"),
-        (r"18 \text{ (not 20)}", "18"),
-        (r"18 \approx 20", "18"),
-        ("\\frac{1}{3}+\\frac{1}{2} \\", "1/2"),
-        (r"x+5 answer \frac{1}{2}", "1/2"),
-        (r"10 \quad 8", "18"),
-        ("{10}{8}", "18"),
-        ("(10)(8)", "18"),
-        ("The answer is 18", "18"),
-        ("5 million", "5"),
-        ("3 dozen", "3"),
-        ("18 and a half", "18"),
-        ("2 sqrt", "2"),
-        ("2k", "2"),
-        ("5m", "5"),
-        ("2ab", "2"),
-        ("2x", "2"),
-        ("5²", "52"),
-        ("5²", "5"),
-        ("１８", "18"),  # other digits than 0-9
-        ("٣", "3"),
-        ("½", "1/2"),
-        ("1/0", "0"),
-        ("1/0", "2/0"),
-        ("52_8", "52"),
-        ("52_{8}", "52"),
-        ("52_7", "52_8"),
-        ("52_{7}", "52_{8}"),
-        ("eighteen", "18"),
-        ("east or west", "east"),
-        ("n*y*l*e*v*E", r"\text{Evelyn}"),
-        ("(3,4)", "(4,3)"),
-        ("9**9**9**9", "18"),
-    ],
-)
-def test_different_answers(predicted, gold):
-    """A wrong answer scores 1: lists of guesses, percent as a fraction, variables as units, bases, sums."""
-    assert not answers_match(predicted, gold)
-    assert not answers_match(gold, predicted)
-
-
-NO_ANSWERS = ["", " ", "$", "...", "nan", "NaN", "inf", "-inf", "+Infinity", r"\text{nan}", "$infinity$"]
-
-
-@pytest.mark.parametrize("nothing", [None, *NO_ANSWERS])
-def test_no_answer_matches_nothing(nothing):
-    """nan, inf, an empty answer or none at all equals a gold answer, or itself."""
-    for gold in ["0", "18", "x+1", r"\frac{1}{2}", r"\infty", "none", *NO_ANSWERS]:
-        assert not answers_match(nothing, gold)
-        assert nothing is None or not answers_match(gold, nothing)
-
-
-@pytest.mark.parametrize(
-    "gold", ["1/0", r"\frac{1}{0}", "0/0", "}{", r"\foo{", "%%%", "^", r"\sqrt", "\\", "$$x^{", "\0"]
-)
-def test_unparseable_gold(gold):
-    """An unparseable gold answer scores 1 for any answer, or for another unparseable one; parsing raises."""
-    for predicted in ["0", "1", "x", "2/0", r"\frac{2}{0}", "{}", r"\bar{", "%%", "^^", r"\sqrt{}", ""]:
-        assert not answers_match(predicted, gold)
 
 
 def test_accuracy_reward():
@@ -266,218 +30,6 @@ def test_accuracy_reward():
     assert accuracy_reward(r"<think>\boxed{18}", "18") == 0.0
     assert accuracy_reward("18", "18") == 0.0
     assert type(accuracy_reward("18", "18")) is type(format_reward("18")) is float
-
-
-# ---------------------------------------------------------------- math-verify
-
-
-@pytest.fixture
-def math_verify():
-    pytest.importorskip("math_verify")
-    rewards.math_verify_match.cache_clear()
-
-
-EQUAL_MATHEMATICS = [
-    (r"\frac{1}{2}", "0.5"),
-    ("x+1", "1+x"),
-    (r"\sqrt{2}/2", r"\frac{1}{\sqrt{2}}"),
-    (r"11\sqrt2", r"\sqrt{242}"),
-    ("2 sqrt(5)", r"\sqrt{20}"),
-    ("(x+1)^2", "x^2+2x+1"),
-    (r"6.72 \times 10^{-5}", "0.0000672"),
-    ("3+15", "18"),
-    ("x=5", "5"),
-    ("5", "x=5"),
-    ("-2,1", "1,-2"),
-    (r"2 \text{ and } 3", "3, 2"),
-    (r"2\sqrt{3}\text{ cm}", r"\sqrt{12}"),
-    (r"1 \pm \sqrt{19}", r"1+\sqrt{19}, 1-\sqrt{19}"),
-    (r"\begin{pmatrix} 1/5 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 0.2 \\ 2 \end{pmatrix}"),
-]
-DIFFERENT_MATHEMATICS = [
-    ("x+1", "x+2"),
-    ("1.414214", r"\sqrt{2}"),  # not to the package's usual six digits
-    ("0.0", "10^{-8}"),
-    ("(1,2]", "[1,2)"),
-    (r"\pm 18", "18"),
-    ("x=3", "y=3"),
-    (r"\frac{0}{0}", r"\frac{1}{0}"),
-    (r"\text{foo}^2", r"\text{bar}^2"),
-]
-
-
-def check_mathematics(wrong):
-    wrong += [pair for pair in EQUAL_MATHEMATICS if not answers_match(*pair)]
-    wrong += [pair for pair in DIFFERENT_MATHEMATICS if answers_match(*pair)]
-
-
-def test_mathematics(math_verify):
-    """Equal expressions score 0; different ones score 1, since rounding or an unread part makes them equal."""
-    wrong = []
-    check_mathematics(wrong)
-    assert wrong == []
-
-
-def test_mathematics_in_threads(math_verify):
-    """The time limit is an alarm signal and raises outside of the main thread; threads get each other's replies."""
-    wrong = []
-    threads = [threading.Thread(target=check_mathematics, args=(wrong,)) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
-
-
-def test_mathematics_without_math_verify(monkeypatch):
-    """A missing optional package raises, or takes the plain rules with it."""
-    monkeypatch.setattr(rewards, "find_spec", lambda name: None)
-    rewards.math_verify_match.cache_clear()
-    try:
-        assert answers_match(r"\frac{1}{2}", "0.5") and answers_match(r"\sqrt{ 2 }", r"$\sqrt{2}$")
-        assert not answers_match("x+1", "1+x")
-    finally:
-        rewards.math_verify_match.cache_clear()
-
-
-def test_import_is_light():
-    """Importing the file imports torch or sympy: seconds for every script that only wants format_reward."""
-    code = "import rewards, sys; sys.exit(bool({'torch', 'sympy', 'math_verify'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(rewards.__file__).parent).returncode == 0
-
-
-# ---------------------------------------------------------------- hostile input
-
-
-@pytest.mark.parametrize(
-    "predicted",
-    [
-        "9**9**9**9",
-        "9^9^9^9",
-        "9^{9^{9^9}}",
-        "9^{99999999}",
-        "7^{-99999999}",
-        "{(9)}^{ ( 9^9 ) }",
-        "1e999999999",
-        "1e-999999999",
-        "9!!!!",
-        "((9!)!)!",
-        "9" * 5_000,
-        "9" * 999 + "/7",
-        "(" * 400 + "1" + ")" * 400,
-        "__import__('time').sleep(9)",
-        r"5\text{" * 160,
-        "1,000" * 190,
-        "-" * 999,
-    ],
-)
-def test_large_numbers_return_at_once(predicted):
-    """The verifier hangs on, or evaluates, what the model wrote."""
-    for gold in ["18", r"\frac{x}{2}"]:
-        answers_match("x^2", "x^3")  # so that the start of math-verify is not measured
-        assert seconds(answers_match, predicted, gold) < 1
-        assert not answers_match(predicted, gold)
-
-
-def test_hang_is_ended(math_verify):
-    """Sympy hangs for ever, or the comparison after a hang gets no reply or the wrong one."""
-    assert seconds(answers_match, r"\binom{100000000}{50000000}", "18") < 5
-    assert answers_match("x+1", "1+x")
-    assert seconds(answers_match, r"x^{999 \cdot 999 \cdot 999}-1=0", "x=1") < 5  # gigabytes of coefficients
-    assert answers_match("x+2", "2+x")
-
-
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs Unix signals")
-def test_interrupt_leaves_no_reply_behind(math_verify):
-    """After Ctrl-C in a comparison, every later one gets the reply to the one before it."""
-
-    def interrupt(signum, frame):
-        raise KeyboardInterrupt
-
-    answers_match("x^2", "x^3")
-    previous = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.1)
-        with pytest.raises(KeyboardInterrupt):
-            answers_match(r"\binom{200000000}{50000000}", "18")
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-    assert answers_match("x+3", "3+x")
-    assert not answers_match("x+3", "4+x")
-
-
-HOSTILE = [
-    "<think>",
-    "</think>",
-    "<answer>",
-    "</answer>",
-    "<think></think>",
-    "<answer></answer>",
-    "<answer>1</answer>",
-    r"\boxed{",
-    r"\boxed{}",
-    r"\boxed",
-    r"\boxed{1}\boxed{",
-    "{",
-    "}",
-    "\\",
-    "#### ",
-    "####",
-    " ",
-    "\n",
-    "9",
-    "9,",
-    "<",
-    r"\text{",
-    r"\frac{1}{",
-]
-
-
-@pytest.mark.parametrize("unit", HOSTILE)
-def test_a_megabyte_takes_linear_time(unit):
-    """A regex or a scanner goes back to the start for every tag: a megabyte takes hours."""
-    text = unit * (1_000_000 // len(unit))
-    for whole in (text, text + "<answer>18</answer>", r"\boxed{18}" + text, "<answer>" + text + "</answer>"):
-        assert seconds(accuracy_reward, whole, "18") < 1
-        for style in FORMAT_STYLES:
-            assert seconds(format_reward, whole, style) < 1
-        for language in ("en", "ja"):
-            assert seconds(language_reward, whole, language) < 1
-    assert seconds(answers_match, text, "18") < 1
-    assert seconds(answers_match, "18", text) < 1
-
-
-FRAGMENTS = [*HOSTILE, "nan", "-inf", "1", "0", "/", "^", "_", "$", "%", "e", "x", "=", "(", ")", "!", "|", "&"] + [
-    *["\u2212", "٣", "²", "½", "∞", "é", "\ud800", "\0", "\u2028", "€", "😀", r"\sqrt", r"\pm", r"\left", " or "]
-]
-FUZZ = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=3), max_size=12).map("".join)
-
-
-@settings(max_examples=300, deadline=None)
-@given(FUZZ, FUZZ)
-def test_fuzz(text, gold):
-    """Some text makes a function raise or return something else than it should."""
-    answer = extract_answer(text)
-    assert answer is None or (answer and answer == answer.strip())
-    assert accuracy_reward(text, gold) in (0.0, 1.0)
-    assert answers_match(text, gold) in (False, True)
-    assert not answers_match(text, "nan") and not answers_match("-inf", gold) and not answers_match(None, gold)
-    for style in FORMAT_STYLES:
-        assert format_reward(text, style) in (0.0, 1.0)
-    assert 0 <= language_reward(text, "en") <= 1 and 0 <= language_reward(text, "zh") <= 1
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.integers(-(10**12), 10**12), st.integers(-(10**12), 10**12))
-def test_fuzz_integers(a, b):
-    """Two numbers are compared as text or as floats."""
-    for text in (f"{a}", f"{a:,}", f"${a}", f"{a}.", f"{a} eggs", f"{a}.000", f"{3 * a}/3"):
-        assert answers_match(text, str(b)) == (a == b)
-        assert answers_match(text, str(a))
-
-
-# ---------------------------------------------------------------- format
 
 
 @pytest.mark.parametrize(
@@ -589,7 +141,6 @@ def test_unknown_language():
 
 def test_length_reward_by_hand():
     """Kimi K1.5: 0.5 for the shortest down to -0.5 for the longest; a wrong one never gains; equal lengths give 0."""
-    torch = pytest.importorskip("torch")
     lengths = torch.tensor([[10, 20, 30, 15], [7, 7, 7, 7]])
     correct = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0]])
     assert rewards.length_reward(lengths, correct).tolist() == [[0.5, 0.0, -0.5, 0.0], [0.0, 0.0, 0.0, 0.0]]
@@ -597,11 +148,130 @@ def test_length_reward_by_hand():
 
 def test_overlong_penalty_by_hand():
     """DAPO, eq. 13: 0 up to the buffer, then linear, -1 at the limit."""
-    torch = pytest.importorskip("torch")
     lengths = torch.tensor([10, 32, 34, 36, 40])
     assert rewards.overlong_penalty(lengths, 40, 8).tolist() == [0.0, 0.0, -0.25, -0.5, -1.0]
 
 
 def test_reflection_words():
-    assert rewards.count_reflection_words("Wait, let me check. Hmm, actually 3. However... double-check: recheck") == 7
-    assert rewards.count_reflection_words("the waiter was factually hmless") == 0
+    assert count_reflection_words("Wait, let me check. Hmm, actually 3. However... double-check: recheck") == 7
+    assert count_reflection_words("the waiter was factually hmless") == 0
+
+
+# ---- Hostile input
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("unit", HOSTILE)
+def test_long_text_takes_linear_time(unit, size):
+    """A regex or a scanner goes back to the start for every tag: a megabyte takes hours."""
+    text = unit * (size // len(unit))
+    for whole in (text, text + "<answer>18</answer>", r"\boxed{18}" + text, "<answer>" + text + "</answer>"):
+        assert seconds(accuracy_reward, whole, "18", clock=time.process_time) < 1
+        for style in FORMAT_STYLES:
+            assert seconds(format_reward, whole, style, clock=time.process_time) < 1
+        for language in ("en", "ja"):
+            assert seconds(language_reward, whole, language, clock=time.process_time) < 1
+
+
+def check_fuzz(text, gold):
+    assert accuracy_reward(text, gold) in (0.0, 1.0)
+    for style in FORMAT_STYLES:
+        assert format_reward(text, style) in (0.0, 1.0)
+    assert 0 <= language_reward(text, "en") <= 1 and 0 <= language_reward(text, "zh") <= 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(FUZZ, FUZZ)
+def test_fuzz(text, gold):
+    """Some text makes a reward raise, or a reward that is not within 0 to 1."""
+    check_fuzz(text, gold)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None)
+@given(FUZZ, FUZZ)
+def test_fuzz_long(text, gold):
+    check_fuzz(text, gold)
+
+
+# ---- A batch's scores
+
+PROBLEMS = [Problem("9+9=", "18"), Problem("3+4=", "7")]
+TEXTS = [  # of two groups of three
+    "<think>9</think><answer>18</answer>",
+    "<answer>18</answer>",
+    "<think>9</think><answer>7</answer>",  # the other problem's answer
+    "<think>\u4e09 3</think><answer>7</answer>",
+    "<answer>7",
+    "\u4e03",
+]
+LENGTHS, FINISHED = [4, 2, 6, 8, 8, 5], [True, True, True, False, False, True]
+
+
+def make_batch() -> common.Rollout:
+    rollout = common.make_rollout([[5], [6]], [[7] * length for length in LENGTHS], group_size=3)
+    return replace(rollout, finished=torch.tensor(FINISHED))
+
+
+def score(texts=TEXTS, is_right=None, **flags) -> dict[str, list]:
+    scores = score_completions(texts, PROBLEMS, make_batch(), RewardFlags(**flags), 8, is_right)
+    assert all(values.shape == (2, 3) and values.device.type == "cpu" for values in scores.values())
+    return {name: values.tolist() for name, values in scores.items()}
+
+
+def test_each_reward_comes_back_apart_and_in_its_row():
+    """Rewards mixed into one number; a group scored with another problem's answer; a weight that counts twice."""
+    assert score(accuracy_weight=5.0, format_weight=0.0) == {
+        "accuracy": [[1, 1, 0], [1, 0, 0]],
+        "format": [[1, 0, 1], [1, 0, 0]],
+    }
+    every = score(language_weight=0.1, language="zh", overlong_weight=0.1, overlong_buffer=4, length_weight=0.1)
+    assert list(every) == ["accuracy", "format", "language", "overlong", "length"]
+    assert every["accuracy"] == [[1, 1, 0], [1, 0, 0]]
+    assert every["language"] == [[1, 0, 1], [1, 0, 1]]  # without a think block the tags are words
+    assert every["overlong"] == [[0, 0, -0.5], [-1, -1, -0.25]]
+    assert every["length"] == [[0, 0.5, -0.5], [-0.5, -0.5, 0]]
+
+
+def test_the_style_and_the_language_are_those_of_the_flags():
+    """The flag is read, and not used."""
+    texts = ["<think>9 is nine</think>so \\boxed{18}", *TEXTS[1:]]
+    assert score(texts, format_style="think")["format"][0][0] == 1 and score(texts)["format"][0][0] == 0
+    assert score(texts, language_weight=1.0)["language"][0][0] == 1
+    assert score(texts, language_weight=1.0, language="zh")["language"][0][0] == 0
+
+
+def test_what_was_cut_is_never_right_with_truncated_wrong():
+    """A lucky cut is rewarded, by the length reward too; or another choice of --truncated changes the score."""
+    cut = score(truncated="wrong", length_weight=0.1)
+    assert cut["accuracy"] == [[1, 1, 0], [0, 0, 0]]
+    assert cut["length"] == [[0, 0.5, -0.5], [-0.5, -0.5, 0]]
+    assert score(truncated="mask") == score(truncated="score")
+
+
+def test_someone_else_may_decide_what_is_right():
+    """The function is not asked, or for another row's text or problem."""
+    asked = []
+
+    def is_right(text, problem):
+        asked.append((text, problem.answer))
+        return len(text) < 10
+
+    assert score(is_right=is_right)["accuracy"] == [[0, 0, 0], [0, 1, 1]]
+    assert asked == list(zip(TEXTS, ["18"] * 3 + ["7"] * 3, strict=True))
+    verify = rewards.Verifier(is_right=is_right)
+    assert score(is_right=verify)["accuracy"] == [[0, 0, 0], [0, 1, 1]]
+
+
+def test_every_reward_that_can_be_scored_has_a_weight_of_its_flag():
+    """A reward without a weight ends a run in its first iteration; a weight of another reward counts."""
+    names = [field.name.removesuffix("_weight") for field in fields(RewardFlags) if field.name.endswith("_weight")]
+    values = {f"{name}_weight": 0.5 + i for i, name in enumerate(names)}
+    assert reward_weights(RewardFlags(**values), 0) == {name: 0.5 + i for i, name in enumerate(names)}
+    assert set(score(**values)) == set(names)
+
+
+def test_the_length_reward_starts_late():
+    flags = RewardFlags(length_weight=0.3, length_reward_start=2)
+    assert [reward_weights(flags, iteration)["length"] for iteration in (0, 1, 2, 3)] == [0.0, 0.0, 0.3, 0.3]
+    assert reward_weights(flags, 0)["accuracy"] == 1.0 and reward_weights(flags, 0)["format"] == 0.2

@@ -6,19 +6,28 @@ import shutil
 
 import pytest
 import torch
-from conftest import EMBEDDED, assert_same_events, run, scalars, weights
+from conftest import EMBEDDED, assert_same_events, run, scalars, small, weights
 from test_bad_input import refuse
 from test_runs import StopAtIterationThree
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification
 
 import common
+import plumbing.runs
 import train_rm
-from data import encode_pairs, is_held_out, load_preference_pairs, pair_micro_batches, pair_rollout
-from evaluate import ranked_right
+from data import is_held_out
+from plumbing.engine import PaddedRows
+from plumbing.flags import parse_args
+from plumbing.pairs import (
+    Pair,
+    PairFlags,
+    encode_pairs,
+    load_preference_pairs,
+    pair_micro_batches,
+    pair_rollout,
+    ranked_right,
+)
 from train_rm import calibration_error, pair_scores, reward_model_loss
-
-SMALL = {"model": EMBEDDED, "device": "cpu", "pair_problems": 60, "minibatch_size": 8, "eval_problems": 12}
 
 
 def double(*shape) -> torch.Tensor:
@@ -105,9 +114,13 @@ def test_the_gradient_does_not_depend_on_micro_batches(embedded):
     """Pins: a loss normalised per micro-batch, and a pair that is torn apart."""
     model = common.load_reward_model(EMBEDDED, new_head=True)
     torch.nn.init.normal_(model.score.weight)
-    prompts = [[15, 16, 17], [18], [19, 20, 21, 22, 23]]
-    completions = [([24, 25, 26, 27, 1], [28, 1]), ([29, 1], [20, 21, 22, 23, 24, 1]), ([25, 1], [26, 27, 1])]
-    rollout = pair_rollout(prompts, completions, "cpu")
+    ids = [  # prompt, chosen, rejected
+        ([15, 16, 17], [24, 25, 26, 27, 1], [28, 1]),
+        ([18], [29, 1], [20, 21, 22, 23, 24, 1]),
+        ([19, 20, 21, 22, 23], [25, 1], [26, 27, 1]),
+    ]
+    pairs = [Pair("", "", "", prompt_ids=x, chosen_ids=plus, rejected_ids=minus) for x, plus, minus in ids]
+    rollout = pair_rollout(pairs, "cpu")
     row_weights = torch.tensor([0.5, 0.2, 0.3])
     gradients = []
     for budget in (1, 32, 1000):
@@ -125,32 +138,18 @@ def test_the_gradient_does_not_depend_on_micro_batches(embedded):
 # ---- Whole runs ------------------------------------------------------------------------------------------------------
 
 
-def test_a_short_run_learns_to_rank(tmp_path, capsys):
-    """From ties to held-out pairs ranked right. The result is an ordinary classifier: transformers' own forward scores
-    as completion_scores does, but for the mean over the training pairs, which is then 0."""
-    changes = {"pair_problems": 200, "eval_problems": 60, "minibatch_size": 32, "min_gap": 0.05}
-    changes |= {"iterations": 40, "warmup_iterations": 4, "learning_rate": 3e-4}
-    run_dir = run(train_rm.main, train_rm.Args(**(SMALL | changes), run_root=str(tmp_path)))
-    values = {tag: [value for _, value in points] for tag, points in scalars(run_dir).items()}
-    for tag in "chosen rejected margin accuracy".split():
-        assert f"rewards/{tag}" in values
-    assert values["loss/policy"][0] == pytest.approx(math.log(2), abs=1e-6)
-    assert values["eval/pair_accuracy"][0] == 0.5 and values["eval/pair_accuracy"][-1] > 0.65
-    assert values["eval/pair_loss"][-1] < values["eval/pair_loss"][0]
-    assert 0 <= values["eval/calibration"][-1] < 0.4
-    assert "calibration" in capsys.readouterr().out
-
+def assert_scores_as_a_classifier(final, seed: int, few: PairFlags) -> None:
+    """The result is an ordinary classifier: transformers' own forward scores as completion_scores does, but for the
+    mean over the training pairs, which is then 0."""
     tokenizer = common.load_tokenizer(EMBEDDED)
-    pairs = load_preference_pairs("arithmetic-pairs", seed=1, pair_problems=200, min_gap=0.05)
-    pairs, prompts, completions = encode_pairs(tokenizer, pairs, "", 256)
-    train = [i for i, pair in enumerate(pairs) if not is_held_out(pair.question)]
-    model = common.load_reward_model(str(run_dir / "final"))
-    scores = pair_scores(model, [prompts[i] for i in train], [completions[i] for i in train], 4096)
+    pairs = encode_pairs(tokenizer, load_preference_pairs("arithmetic-pairs", seed, few), "", 256)
+    model = common.load_reward_model(str(final))
+    scores = pair_scores(model, [pair for pair in pairs if not is_held_out(pair.question)], 4096)
     assert model.config.score_mean != 0 and abs(scores.mean().item()) < 1e-4 < scores.std().item()
-    plain = AutoModelForSequenceClassification.from_pretrained(run_dir / "final").eval()
-    rollout = pair_rollout(prompts[:4], completions[:4], "cpu")
-    input_ids = common.PaddedRows(prompts[:4], rollout.completion_ids, rollout.mask, torch.arange(8) // 2).ids
-    sizes = [len(prompts[row // 2]) + n for row, n in enumerate(rollout.lengths.tolist())]
+    plain = AutoModelForSequenceClassification.from_pretrained(final).eval()
+    rollout = pair_rollout(pairs[:4], "cpu")
+    input_ids = PaddedRows(rollout.prompt_ids, rollout.completion_ids, rollout.mask, torch.arange(8) // 2).ids
+    sizes = [len(rollout.prompt_ids[row // 2]) + n for row, n in enumerate(rollout.lengths.tolist())]
     inside = torch.arange(input_ids.shape[1]) < torch.tensor(sizes)[:, None]
     with torch.no_grad():
         padded = input_ids.masked_fill(~inside, tokenizer.pad_token_id)
@@ -159,20 +158,50 @@ def test_a_short_run_learns_to_rank(tmp_path, capsys):
     assert torch.allclose(theirs - model.config.score_mean, ours, atol=1e-4)
 
 
+def test_the_result_is_a_classifier_whose_mean_score_is_zero(tmp_path):
+    args = small(train_rm, tmp_path, pair_problems=40)
+    run_dir = run(train_rm.main, args)
+    assert_scores_as_a_classifier(run_dir / "final", args.seed, args.pairs)
+    values = scalars(run_dir)
+    for tag in "rewards/chosen rewards/rejected rewards/margin rewards/accuracy eval/calibration".split():
+        assert tag in values
+    assert values["loss/policy"][0][1] == pytest.approx(math.log(2), abs=1e-6)
+    assert values["eval/pair_accuracy"][0][1] == 0.5
+
+
+@pytest.mark.slow
+def test_a_short_run_learns_to_rank(tmp_path, capsys):
+    """From ties to held-out pairs ranked right."""
+    changes = {"pair_problems": 200, "eval_problems": 60, "minibatch_size": 32, "min_gap": 0.05}
+    changes |= {"iterations": 40, "warmup_iterations": 4, "learning_rate": 3e-4}
+    args = small(train_rm, tmp_path, **changes)
+    run_dir = run(train_rm.main, args)
+    values = {tag: [value for _, value in points] for tag, points in scalars(run_dir).items()}
+    for tag in "chosen rejected margin accuracy".split():
+        assert f"rewards/{tag}" in values
+    assert values["loss/policy"][0] == pytest.approx(math.log(2), abs=1e-6)
+    assert values["eval/pair_accuracy"][0] == 0.5 and values["eval/pair_accuracy"][-1] > 0.65
+    assert values["eval/pair_loss"][-1] < values["eval/pair_loss"][0]
+    assert 0 <= values["eval/calibration"][-1] < 0.4
+    assert "calibration" in capsys.readouterr().out
+    assert_scores_as_a_classifier(run_dir / "final", args.seed, args.pairs)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("lost_work", [False, True])
 def test_an_interrupted_run_equals_the_uninterrupted_one(lost_work, tmp_path, monkeypatch):
     """Pins: a resume that misses optimizer or data cursor, or begins with a new head."""
-    args = train_rm.Args(**SMALL, iterations=5, eval_every=3, save_every=2, run_root=str(tmp_path))
+    args = small(train_rm, tmp_path, pair_problems=20, iterations=5, eval_every=3, save_every=2)
     whole = run(train_rm.main, args)
     with monkeypatch.context() as patched:
-        patched.setattr(common, "StopSignal", StopAtIterationThree)
+        patched.setattr(plumbing.runs, "StopSignal", StopAtIterationThree)
         with pytest.raises(SystemExit) as stopped:
             train_rm.main(args)
     assert stopped.value.code == 130
     (broken,) = set(tmp_path.iterdir()) - {whole}
     if lost_work:
         shutil.rmtree(broken / "checkpoints" / "step_000003")
-    run(train_rm.main, common.parse_args(train_rm.Args, ["--resume", str(broken)]))
+    run(train_rm.main, parse_args(train_rm.Args, ["--resume", str(broken)]))
     assert weights(whole / "final") == weights(broken / "final")
     configs = [json.loads((directory / "final" / "config.json").read_text()) for directory in (whole, broken)]
     assert configs[0]["score_mean"] == configs[1]["score_mean"]
@@ -186,12 +215,16 @@ def test_a_new_head_begins_at_zero_and_keeps_the_backbone(embedded):
     assert torch.equal(model.base_model.embed_tokens.weight, embedded[0].base_model.embed_tokens.weight)
 
 
-def test_bad_input(tmp_path, capsys):
-    args = train_rm.Args(**(SMALL | {"minibatch_size": 0}), run_root=str(tmp_path / "r"))
-    assert "--minibatch-size 0: must be 1 or more" in refuse(train_rm.main, args, capsys)
-    args = train_rm.Args(**SMALL, margin=-1.0, run_root=str(tmp_path / "r"))
-    assert "--margin -1.0: must be 0 or more" in refuse(train_rm.main, args, capsys)
+BAD = [
+    ({"minibatch_size": 0}, "--minibatch-size 0: must be 1 or more"),
+    ({"margin": -1.0}, "--margin -1.0: must be 0 or more"),
+    ({}, "p.jsonl:1: chosen and rejected are equal"),
+]
+
+
+@pytest.mark.parametrize("flags,message", BAD, ids=[message for _, message in BAD])
+def test_bad_input(flags, message, tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text('{"prompt": "1+1=", "chosen": "2", "rejected": "2"}\n')
-    args = train_rm.Args(**SMALL, data=str(tmp_path / "p.jsonl"), run_root=str(tmp_path / "r"))
-    assert "p.jsonl:1: chosen and rejected are equal" in refuse(train_rm.main, args, capsys)
+    flags = {"model": EMBEDDED, "data": tmp_path / "p.jsonl", "run_root": tmp_path / "r"} | flags
+    assert message in refuse(train_rm, flags, capsys)
     assert not (tmp_path / "r").exists()

@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import EMBEDDED, EOS, VOCABULARY, make_model, ragged_prompts
 
-import sampling
-from common import completion_logprobs, load_policy, make_rollout, sample_groups
-from data import decode, join_groups
-from sampling import BLOCK, GraphDecoder, GroupDecoder, PlainDecoder, sample_tokens, takes_groups
+import common
+from common import completion_logprobs, join_groups, load_policy, make_rollout, sample_groups, sample_tokens
+from data import decode
+from plumbing.engine import BLOCK, GraphDecoder, GroupDecoder, PlainDecoder, takes_groups
 
 
 def reference_logits(model, ids: list[int]) -> torch.Tensor:
@@ -87,12 +87,12 @@ def test_the_decoders_agree_at_every_length(decoder, limit, monkeypatch):
     model = make_model("llama", max_position_embeddings=256)
     prompts = [[5], list(range(2, 39)), [7, 8, 9], [11, 12]]
     assert takes_groups(model)
-    monkeypatch.setattr(sampling, "decoder_class", lambda model: decoder)
+    monkeypatch.setattr(common, "decoder_class", lambda model: decoder)
     rollout = sample_groups(model, prompts, 5, limit, temperature=1.5, seed=8, eos_token_ids=[EOS, 3])
     assert limit == 1 or len(set(rollout.lengths.tolist())) > 5 or limit < BLOCK
     logprobs, _ = completion_logprobs(model, rollout, list(range(20)), 1.5)
     assert (logprobs - rollout.sampler_logprobs).abs().max() < 1e-4
-    monkeypatch.setattr(sampling, "decoder_class", lambda model: PlainDecoder)
+    monkeypatch.setattr(common, "decoder_class", lambda model: PlainDecoder)
     other = sample_groups(model, prompts, 5, limit, temperature=1.5, seed=8, eos_token_ids=[EOS, 3])
     assert torch.equal(rollout.completion_ids, other.completion_ids)
 
@@ -127,7 +127,7 @@ def test_the_graphs_decoder_equals_the_plain_one(monkeypatch):
     for number, (prompts, group_size) in enumerate(batches):
         rollouts = []
         for decoder in (PlainDecoder, GraphDecoder):
-            monkeypatch.setattr(sampling, "decoder_class", lambda model, decoder=decoder: decoder)
+            monkeypatch.setattr(common, "decoder_class", lambda model, decoder=decoder: decoder)
             rollouts.append(sample_groups(model, prompts, group_size, 40, 1.3, number, [EOS, 3]))
         plain, graph = rollouts
         assert torch.equal(plain.completion_ids, graph.completion_ids)
@@ -249,6 +249,23 @@ def test_join_groups_keeps_rows_together():
     assert joined.prompt_ids == [[2], [7]]
     rows = [ids[m].tolist() for ids, m in zip(joined.completion_ids, joined.mask, strict=True)]
     assert rows == [[5, 5, 5], [6], [8, 8], [9]]
+    assert joined.loss_mask is None
+
+
+def test_join_groups_keeps_the_loss_mask():
+    """Pins: given tokens that are trained once their groups have been joined with others."""
+    parts, rewards = [], torch.tensor([[0.0, 1.0], [2.0, 3.0]])
+    for lengths in ((1, 2, 3, 1), (2, 1, 1, 4)):
+        rollout = make_rollout([[1], [2]], [[5] * n for n in lengths], group_size=2)
+        rollout.loss_mask = rollout.mask & (torch.rand(rollout.mask.shape) < 0.5)
+        parts.append((rollout, rewards, [1]))
+    joined, _ = join_groups(parts, limit=2)
+    assert joined.mask.sum(1).tolist() == [3, 1, 1, 4] and joined.loss_mask.shape == joined.mask.shape
+    for row, (rollout, source) in enumerate([(parts[i][0], 2 + j) for i in range(2) for j in range(2)]):
+        n = rollout.mask.shape[1]
+        assert torch.equal(joined.loss_mask[row, :n], rollout.loss_mask[source])
+        assert not joined.loss_mask[row, n:].any()
+    assert joined.lengths.tolist() == (joined.mask & joined.loss_mask).sum(1).tolist()
 
 
 def test_no_eos_anywhere_is_an_error():

@@ -7,9 +7,12 @@ import pytest
 from conftest import EMBEDDED
 from test_bad_input import refuse
 
-import data
+import curate
 import evaluate
-from data import Problem, chosen_samples, fuse_modes, load_demonstrations, load_problems
+from curate import Demonstration, chosen_samples, encode_demonstrations, fuse_modes, load_demonstrations
+from data import Problem, encode_completions, encode_prompts, is_held_out, load_problems, placed_rows
+from plumbing.pairs import balance
+from rewards import accuracy_reward, format_reward
 
 
 def problem(question: str, answer: str = "1", **fields) -> Problem:
@@ -42,7 +45,7 @@ def sampled(path, rates: dict[str, float], n: int = 4, **fields) -> str:
 
 
 def rates_of(path: str, problems: list[Problem]) -> dict[str, float]:
-    return data.pass_rates(data.sample_records(data.placed_rows(path), path), path, problems)
+    return curate.pass_rates(evaluate.read_samples(placed_rows(path), path), path, problems)
 
 
 def test_the_pass_rate_band(tmp_path):
@@ -58,9 +61,9 @@ def test_the_pass_rate_band(tmp_path):
         ((0.5, 1.0), "cd", {"not sampled": 1, "pass rate under the band": 2}),
     ):
         dropped = Counter()
-        assert "".join(p.id for p in data.keep_pass_rates(problems, found, *band, dropped)) == kept
+        assert "".join(p.id for p in curate.keep_pass_rates(problems, found, *band, dropped)) == kept
         assert dropped == why
-    assert [p.difficulty for p in data.label_difficulty(problems, found)] == [1.0, 0.75, 0.25, 0.0, None]
+    assert [p.difficulty for p in curate.label_difficulty(problems, found)] == [1.0, 0.75, 0.25, 0.0, None]
 
 
 def test_a_cut_completion_is_not_right(tmp_path):
@@ -70,7 +73,7 @@ def test_a_cut_completion_is_not_right(tmp_path):
 
 def test_lucky_guesses():
     dropped = Counter()
-    kept = data.drop_lucky_guesses([problem(q) for q in "abc"], {"a": 0.125, "b": 0.0}, dropped)
+    kept = curate.drop_lucky_guesses([problem(q) for q in "abc"], {"a": 0.125, "b": 0.0}, dropped)
     assert [p.id for p in kept] == ["b", "c"] and dropped == {"right without reasoning": 1}
 
 
@@ -88,7 +91,7 @@ def test_multiple_choice_and_true_or_false():
         problem("What is 3 + 4?", "7"),
     ]
     dropped = Counter()
-    assert [p.answer for p in data.drop_multiple_choice(problems, dropped)] == ["b", "7", "7"]
+    assert [p.answer for p in curate.drop_multiple_choice(problems, dropped)] == ["b", "7", "7"]
     assert dropped == {"multiple choice": 5, "true or false": 2}
 
 
@@ -106,10 +109,10 @@ def test_decontamination():
         problem("1+2+3="),  # holds the short one by chance
     ]
     dropped = Counter()
-    kept = data.decontaminate(problems, held_out, 13, dropped)
+    kept = curate.decontaminate(problems, held_out, 13, dropped)
     assert [p.question[:9] for p in kept] == ["a train l", "12 + 3 = ", "1+2+3="]
     assert dropped == {"13-gram of a held-out question": 3}
-    assert len(data.decontaminate(problems, held_out, 8, Counter())) == 2
+    assert len(curate.decontaminate(problems, held_out, 8, Counter())) == 2
 
 
 def test_duplicates():
@@ -125,17 +128,17 @@ def test_duplicates():
         problem("12-7+5=", id="6"),
     ]
     dropped = Counter()
-    assert [p.id for p in data.drop_duplicates(problems, 0.6, dropped)] == ["1", "4", "5", "6"]
+    assert [p.id for p in curate.drop_duplicates(problems, 0.6, dropped)] == ["1", "4", "5", "6"]
     assert dropped == {"duplicate": 1, "near duplicate": 1}
-    assert [p.id for p in data.drop_duplicates(problems, 1.0, Counter())] == ["1", "3", "4", "5", "6"]
+    assert [p.id for p in curate.drop_duplicates(problems, 1.0, Counter())] == ["1", "3", "4", "5", "6"]
     others = ["Compute 5! + 3.", "Compute 5 + 3!", "f'(2)", "f(2)", "3.5 + 1", "3 5 + 1", "1.25", "1:25"]
-    assert len(data.drop_duplicates([problem(q) for q in others], 0.6, Counter())) == 8
+    assert len(curate.drop_duplicates([problem(q) for q in others], 0.6, Counter())) == 8
 
 
 def test_topic_balancing():
     problems = [problem(f"{t}{i}", topic=t) for t, n in (("x", 5), ("y", 2)) for i in range(n)]
     dropped = Counter()
-    kept = data.balance(problems, "--balance-topics", "p", 0, dropped)
+    kept = balance(problems, "--balance-topics", "p", 0, dropped)
     assert Counter(p.topic for p in kept) == {"x": 2, "y": 2} and dropped == {"to balance topics": 3}
 
 
@@ -158,21 +161,45 @@ def test_chosen_samples():
 def test_sft_reads_a_samples_file(tmp_path):
     rows = [record("a", completion("x", True), completion("longer", True)), record("b", completion("z", False))]
     path = write(tmp_path / "s.jsonl", rows)
-    assert load_demonstrations(path, 0) == [("a", "x"), ("a", "longer")]
-    assert load_demonstrations(path, 0, keep="best") == [("a", "x")]
+    assert load_demonstrations(path, 0) == [Demonstration("a", "x"), Demonstration("a", "longer")]
+    assert load_demonstrations(path, 0, keep="best") == [Demonstration("a", "x")]
 
 
 def test_both_modes_from_one_sample():
     """/no_think keeps an empty think block and the same answer; a sample without a closed block makes neither."""
-    good = record("1+1=", completion("<think>2</think><answer>2</answer>", True))
-    open_ended = record("1+2=", completion("<answer>3</answer>", True))
-    assert fuse_modes([good, open_ended]) == [
-        ("1+1= /think", "<think>2</think><answer>2</answer>"),
-        ("1+1= /no_think", "<think>\n\n</think>\n\n<answer>2</answer>"),
-    ]
-    from rewards import accuracy_reward, format_reward
+    good = record("1+1=", completion("<think>2</think><answer>2</answer>", True), messages=None)
+    open_ended = record("1+2=", completion("<answer>3</answer>", True), messages=None)
+    with_thinking, without = fuse_modes([good, open_ended])
+    assert with_thinking == Demonstration("1+1= /think", "<think>2</think><answer>2</answer>")
+    assert without == Demonstration("1+1= /no_think", "<think>\n\n</think>\n\n<answer>2</answer>")
+    assert format_reward(without.completion) == accuracy_reward(without.completion, "2") == 1
 
-    assert format_reward(fuse_modes([good])[1][1]) == accuracy_reward(fuse_modes([good])[1][1], "2") == 1
+
+def test_a_conversations_samples_become_its_demonstrations(tmp_path):
+    """Pins: turns lost between a samples file and its demonstrations; a mode that the sample had and they have not."""
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "1+1="}]
+    row = record("", completion("<think>2</think>2", True)) | {"question": turns}
+    path = write(tmp_path / "s.jsonl", [row, row | {"mode": "think", "id": "again"}])
+    plain, asked = load_demonstrations(path, 0)
+    assert plain == Demonstration("1+1=", "<think>2</think>2", (("system", "s"), ("user", "1+1=")))
+    assert asked == Demonstration("1+1= /think", "<think>2</think>2", (("system", "s"), ("user", "1+1= /think")))
+    for demonstration in (plain, asked):
+        again = load_demonstrations(write(tmp_path / "d.jsonl", [demonstration.to_row()]), 0)
+        assert again == [demonstration]
+
+
+def test_demonstrations_as_token_ids(embedded, capsys):
+    """The prompts of the evaluations, the completion with one EOS at its end; one that the context would cut is dropped
+    and counted."""
+    tokenizer = embedded[1]
+    short, long = Demonstration("1+1=", "<think>2</think>"), Demonstration("1+1=", "2" * 300)
+    encoded = encode_demonstrations(tokenizer, [short, long], "", 256)
+    assert encoded == [short]  # the ids are no part of what it is
+    assert [list(encoded[0].prompt_ids)] == encode_prompts(tokenizer, ["1+1="])
+    assert tokenizer.decode(encoded[0].completion_ids) == "<think>2</think><eos>"
+    assert len(encode_demonstrations(tokenizer, [long], "", 4 + 300 + 1)) == 1
+    assert "note: 1 of 2 demonstrations exceed the context of 256: dropped\n" == capsys.readouterr().out
+    assert encoded[0].to_row() == {"prompt": "1+1=", "completion": "<think>2</think>"}
 
 
 def test_a_template_that_opens_the_think_block_gets_it_once():
@@ -188,7 +215,7 @@ def test_a_template_that_opens_the_think_block_gets_it_once():
             return ["".join(map(chr, ids)) for ids in batch]
 
     opened, plain = [ord(c) for c in "q<think>\n"], [ord("q")]
-    ids = data.encode_completions(Tokenizer(), ["<think>a", "<think>a"], [opened, plain])
+    ids = encode_completions(Tokenizer(), ["<think>a", "<think>a"], [opened, plain])
     assert ids[0] == [ord("a"), 0] and len(ids[1]) == 9
 
 
@@ -196,7 +223,7 @@ def test_other_difficulties():
     problems = load_problems("arithmetic:7-8", "eval", 40)
     assert {p.difficulty for p in problems} == {7, 8} and len(problems) == 40
     for p in problems:
-        assert eval(p.question.rstrip("=")) == int(p.answer) and data.is_held_out(p.question)
+        assert eval(p.question.rstrip("=")) == int(p.answer) and is_held_out(p.question)
     assert {p.difficulty for p in load_problems("arithmetic:3", "train", 10)} == {3}
     assert load_problems("arithmetic", "eval", 30) == load_problems("arithmetic:1-6", "eval", 30)
 
@@ -204,8 +231,8 @@ def test_other_difficulties():
 # ---- The command -----------------------------------------------------------------------------------------------------
 
 
-def args(tmp_path, **changes) -> data.Args:
-    return data.Args(output=str(tmp_path / "out.jsonl"), **changes)
+def args(tmp_path, **changes) -> curate.Args:
+    return curate.Args(output=str(tmp_path / "out.jsonl"), **changes)
 
 
 def rows(tmp_path) -> list[dict]:
@@ -214,19 +241,19 @@ def rows(tmp_path) -> list[dict]:
 
 def test_the_command_filters_and_labels(tmp_path, capsys):
     samples = sampled(tmp_path / "s.jsonl", {"a": 0.0, "b": 0.25, "c": 0.75, "d": 1.0})
-    data.main(args(tmp_path, samples=samples, label_difficulty=True))
+    curate.main(args(tmp_path, samples=samples, label_difficulty=True))
     assert [(row["question"], row["difficulty"]) for row in rows(tmp_path)] == [("b", 0.75), ("c", 0.25)]
     printed = capsys.readouterr().out
     assert "2 of 4 problems kept" in printed and "1 pass rate under the band, 1 pass rate over the band" in printed
     assert len(load_problems(str(tmp_path / "out.jsonl"), "all")) == 2
-    data.main(args(tmp_path, samples=samples, min_pass_rate=0.0, max_pass_rate=0.0))
+    curate.main(args(tmp_path, samples=samples, min_pass_rate=0.0, max_pass_rate=0.0))
     assert [row["question"] for row in rows(tmp_path)] == ["a"]
 
 
 @pytest.mark.parametrize("make", ["correct", "best", "fusion"])
 def test_the_command_makes_demonstrations(make, tmp_path):
     samples = sampled(tmp_path / "s.jsonl", {"a": 0.5, "b": 1.0, "c": 0.0})
-    data.main(args(tmp_path, samples=samples, make=make))
+    curate.main(args(tmp_path, samples=samples, make=make))
     made = load_demonstrations(str(tmp_path / "out.jsonl"), 0)
     assert len(made) == {"correct": 2 + 4, "best": 2, "fusion": 2 * (2 + 4)}[make]
 
@@ -234,13 +261,33 @@ def test_the_command_makes_demonstrations(make, tmp_path):
 def test_from_sampling_to_filtered_problems(tmp_path, capsys):
     """evaluate.py's file as it is."""
     samples = str(tmp_path / "s.jsonl")
-    evaluate.main(evaluate.Args(model=EMBEDDED, split="train", eval_problems=30, num_samples=4, output=samples))
-    data.main(args(tmp_path, samples=samples, problems="arithmetic"))
+    sampling = {"eval_problems": 30, "num_samples": 4, "device": "cpu"}
+    evaluate.main(evaluate.Args(model=EMBEDDED, split="train", output=samples, **sampling))
+    curate.main(args(tmp_path, samples=samples, problems="arithmetic"))
     kept = {row["id"] for row in rows(tmp_path)}
     assert 3 < len(kept) < 30
     for line in (tmp_path / "s.jsonl").read_text().splitlines():
         row = json.loads(line)
         assert (row["id"] in kept) == (0 < sum(c["correct"] for c in row["completions"]) < 4)
+
+
+def test_the_command_keeps_what_it_does_not_look_at(tmp_path):
+    """Other columns and the turns of a conversation, from a problem file or from a samples file alone."""
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
+    row = {
+        "question": turns,
+        "answer": "1",
+        "id": "a",
+        "topic": "",
+        "difficulty": None,
+        "source": "x",
+        "pass_rate": 0.5,
+    }
+    samples = row | {"completions": [completion("1", True), completion("2", False)], "mode": "think"}
+    files = {"problems": write(tmp_path / "p.jsonl", [row]), "samples": write(tmp_path / "s.jsonl", [samples])}
+    for given in ({"samples": files["samples"]}, files | {"split": "all"}):
+        curate.main(args(tmp_path, **given))
+        assert rows(tmp_path) == [row]
 
 
 BAD = [
@@ -252,6 +299,11 @@ BAD = [
     ({"samples": "S", "min_pass_rate": 0.4, "max_pass_rate": 0.45}, "is not written: the filters leave nothing"),
     ({"samples": "WRONG", "make": "correct"}, "is not written: no completion is right and finished"),
     ({"samples": "P"}, "no field 'completions' with a list, as a samples file has"),
+    ({"problems": "P", "min_pass_rate": -0.1}, "--min-pass-rate -0.1: must be 0 or more"),
+    ({"problems": "P", "max_pass_rate": 1.1}, "--max-pass-rate 1.1: must be 0 or more and at most 1"),
+    ({"problems": "P", "near_duplicate": 0}, "--near-duplicate 0.0: must be more than 0"),
+    ({"problems": "P", "ngram": 0}, "--ngram 0: must be 1 or more"),
+    ({"problems": "P", "limit": 0}, "--limit 0: must be 1 or more"),
 ]
 
 
@@ -262,6 +314,6 @@ def test_bad_input(changes, message, tmp_path, capsys):
         "WRONG": sampled(tmp_path / "w.jsonl", {"a": 0.0}),
         "P": write(tmp_path / "p.jsonl", [{"question": "other", "answer": "1", "id": "a"}]),
     }
-    changes = {name: files.get(value, value) for name, value in changes.items()}
-    assert message in refuse(data.main, args(tmp_path, **changes), capsys)
+    flags = {name: files.get(value, value) for name, value in changes.items()}
+    assert message in refuse(curate, {"output": tmp_path / "out.jsonl"} | flags, capsys)
     assert not (tmp_path / "out.jsonl").exists()

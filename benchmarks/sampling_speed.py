@@ -1,7 +1,7 @@
 """`sample_groups` against Hugging Face's `generate`: tokens per second on the same prompts, group size and limits.
 
-    python benchmarks/sampling.py --model DIR --problems gsm8k/train.jsonl             # float32
-    python benchmarks/sampling.py --model DIR --problems gsm8k/train.jsonl --dtype bfloat16
+    python benchmarks/sampling_speed.py --model DIR --problems gsm8k/train.jsonl             # float32
+    python benchmarks/sampling_speed.py --model DIR --problems gsm8k/train.jsonl --dtype bfloat16
 
 Only useful tokens count: what a row computes after its EOS does not. `generate` runs twice: as it comes, and with the
 float32 matmul precision that ours sets on a CPU (see common.load_weights), so that nobody takes the one ratio for the
@@ -18,14 +18,13 @@ import torch
 import tyro
 from transformers import AutoModelForCausalLM
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from learning import machine  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import common  # noqa: E402
-from data import cache_bytes, encode_prompts, load_problems  # noqa: E402
-from evaluate import format_table  # noqa: E402
+from benchmarks.learning import machine  # noqa: E402
+from benchmarks.memory import cache_bytes  # noqa: E402
+from data import encode_prompts, load_problems  # noqa: E402
+from plumbing.evaluation import format_table  # noqa: E402
 
 
 @dataclass
@@ -57,8 +56,8 @@ def main(args: Args) -> None:
     device = common.resolve_device(args.device)
     dtype = getattr(torch, args.dtype)
     tokenizer = common.load_tokenizer(args.model)
-    questions = [p.question for p in load_problems(args.problems, "train")[: args.prompts]]
-    prompts = encode_prompts(tokenizer, questions)
+    problems = load_problems(args.problems, "train")[: args.prompts]
+    prompts = encode_prompts(tokenizer, [p.messages or p.question for p in problems])
     stock = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval()
     ours = common.load_policy(args.model, device, dtype, tokenizer.eos_token_id)
     our_precision = torch.get_float32_matmul_precision()

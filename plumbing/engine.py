@@ -1,219 +1,29 @@
-"""Group sampling: the Rollout that all training data lives in, the sampler that makes one, and its batches.
+"""How a transformer computes a batch of groups, each prompt once for all its completions: packed and padded rows in
+training, KV caches and CUDA graphs in decoding. Token ids in, hidden states and logits out.
 
-Shapes: P prompts x G completions = B rows, row p*G + g. T = longest completion. Per-token tensors are (B, T) over
-completion tokens only; what stands where `mask` is False is padding that nothing may depend on.
+transformers' models call an attention function of our choice and pass on whatever else they were called with. So a
+batch is one row of tokens without padding, prompts first, and only the attention knows which token belongs to which
+row. Every other layer sees each prompt once and no padding.
+
+Shapes: P prompts, R rows of completions, L the longest prompt, T the longest completion, N tokens in all; H query
+heads, KVH key and value heads, D the width of a head.
 """
 
-import random
 import sys
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-BLOCK = 16  # tokens by which the buffers of completions grow; vocabulary entries in a block of the cumulative sum
+BLOCK = 16  # completion tokens by which a decoder's buffers grow
 
 
-@dataclass
-class Rollout:
-    """P prompts with G completions each. Also holds demonstrations (G = 1) and preference pairs (G = 2: chosen,
-    rejected), so that there is one logprob path."""
-
-    prompt_ids: list[list[int]]  # P
-    completion_ids: Tensor  # (B, T), right-padded
-    mask: Tensor  # (B, T) bool: the completion's tokens, its EOS included; from the sampler, never from ids != pad
-    sampler_logprobs: Tensor  # (B, T) of the tokens as they were sampled; 0 on padding
-    finished: Tensor  # (B,) bool: ended by an EOS, not by the length limit
-    group_size: int
-
-    @property
-    def lengths(self) -> Tensor:
-        return self.mask.sum(1)
-
-
-def sample_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """One token a row and its logprob, from logits (R, V) and uniform numbers (R,), in fp32; temperature 0 is argmax.
-
-    Inverse of the cumulative distribution: exact, without a sort of the vocabulary, and a row's draw depends on its
-    own number only. The cumulative sum is taken over blocks first, and then inside the one that is hit.
-    """
-    logits = logits.float()
-    if temperature == 0:
-        tokens = logits.argmax(-1)
-        return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-    R, V = logits.shape
-    scaled = logits if temperature == 1 else logits / temperature
-    peak = scaled.amax(-1, keepdim=True)
-    weights = logits.new_empty(R, -(-V // BLOCK) * BLOCK)  # exp(logit - peak): probabilities up to a factor
-    weights[:, V:] = 0.0
-    torch.sub(scaled, peak, out=weights[:, :V]).exp_()
-    weights = weights.view(R, -1, BLOCK)
-    ends = weights.sum(-1).cumsum(-1)  # (R, blocks)
-    total = ends[:, -1:]
-    target = below(uniforms[:, None] * total, total)
-    block = torch.searchsorted(ends, target, right=True)
-    start = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
-    inside = weights[torch.arange(R, device=logits.device), block[:, 0]].cumsum(-1)  # (R, BLOCK)
-    tokens = block * BLOCK + torch.searchsorted(inside, below(target - start, inside[:, -1:]), right=True)
-    return tokens[:, 0], (scaled.gather(1, tokens) - peak - total.log())[:, 0]
-
-
-def below(x: Tensor, limit: Tensor) -> Tensor:
-    """x in [0, limit): rounding may have brought it to the limit, past the last token of any probability."""
-    return torch.minimum(x, torch.nextafter(limit, torch.zeros_like(limit))).clamp(min=0)
-
-
-# ---- Batches -------------------------------------------------------------------------------------------------------
-
-
-def minibatches(rollout: Rollout, size: int, seed: int) -> list[list[int]]:
-    """Rows in random minibatches of `size` completions, always whole groups; the last one may be smaller."""
-    G, P = rollout.group_size, len(rollout.prompt_ids)
-    groups, per_batch = random.Random(seed).sample(range(P), P), max(1, size // G)
-    batches = [groups[i : i + per_batch] for i in range(0, P, per_batch)]
-    return [[p * G + g for p in batch for g in range(G)] for batch in batches]
-
-
-def micro_batches(rollout: Rollout, rows: list[int], max_tokens: int, apart: list[bool] | None = None):
-    """`rows` in slices, lists, of at most max_tokens tokens of prompt and completion (one row may exceed it): whole
-    groups (a model that takes groups computes a prompt once), of similar length together (one that doesn't pads), or
-    a slice of one that is too large. Rows that are True in `apart` share no slice with those that are False."""
-    if apart is not None:
-        parts = [row for row in rows if apart[row]], [row for row in rows if not apart[row]]
-        return [micro for part in parts for micro in micro_batches(rollout, part, max_tokens)]
-    G, lengths = rollout.group_size, rollout.lengths.tolist()
-    size = {row: len(rollout.prompt_ids[row // G]) + lengths[row] for row in rows}
-    groups: dict[int, list[int]] = {}
-    for row in sorted(rows, key=lambda row: (size[row], row)):  # ascending: the last row added is the longest
-        groups.setdefault(row // G, []).append(row)
-    batches, used = [], max_tokens  # the next row opens a slice
-    for group in sorted(groups.values(), key=lambda group: size[group[-1]]):
-        if used + sum(size[row] for row in group) > max_tokens:
-            used = max_tokens
-        for row in group:
-            if used + size[row] > max_tokens:
-                batches, used = [*batches, []], 0
-            batches[-1].append(row)
-            used += size[row]
-    return batches
-
-
-# ---- Sampling ------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def sample_groups(
-    model: PreTrainedModel,
-    prompts: list[list[int]],
-    group_size: int,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    seed: int = 0,
-    eos_token_ids: int | list[int] | None = None,
-) -> Rollout:
-    """`group_size` completions of every prompt, from the model's plain softmax at `temperature` (0: greedy): nothing
-    else in the generation config (top-p, penalties) is looked at.
-
-    Each prompt is computed once for its whole group. Rows that have ended leave the batch.
-    eos_token_ids: where a completion ends; None: those of the model's generation config.
-    """
-    device, B = model.device, len(prompts) * group_size
-    if eos_token_ids is None:
-        eos_token_ids = model.generation_config.eos_token_id
-    if eos_token_ids is None:
-        raise ValueError("the model's generation config has no eos_token_id: give eos_token_ids")
-    eos = torch.tensor(eos_token_ids, device=device).flatten()
-
-    # All random numbers up front, on the CPU: a row's draws depend neither on the device nor on which rows ended.
-    generator = torch.Generator().manual_seed(seed)
-    uniforms = torch.rand(B, max_new_tokens, generator=generator).to(device)
-    completion_ids = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
-    mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
-    sampler_logprobs = torch.zeros(B, max_new_tokens, device=device)
-    finished = torch.zeros(B, dtype=torch.bool, device=device)
-
-    decoder = decoder_class(model)(model, prompts, group_size, max_new_tokens)
-    logits = decoder.prefill()  # (B, V)
-    rows, ended = torch.arange(B, device=device), finished.clone()  # those in the batch, and which of them are done
-    for step in range(max_new_tokens):
-        tokens, logprobs = sample_tokens(logits, temperature, uniforms[rows, step])
-        completion_ids[rows, step], sampler_logprobs[rows, step], mask[rows, step] = tokens, logprobs, ~ended
-        ended = ended | torch.isin(tokens, eos)
-        if step == max_new_tokens - 1:
-            break
-        if (step + 1) % decoder.check_every == 0:  # to look is to wait for the GPU
-            live = int((~ended).sum())
-            if live == 0:
-                break
-            if (size := decoder.batch_size(live)) < len(rows):
-                kept = ended.argsort(stable=True)[:size].sort().values  # ended rows only where the size isn't free
-                finished[rows] = ended
-                rows, tokens, ended = rows[kept], tokens[kept], ended[kept]
-                decoder.keep(kept)
-        logits = decoder.step(tokens)
-    finished[rows] = ended
-
-    T = int(mask.sum(1).max())
-    completion_ids, sampler_logprobs = completion_ids.masked_fill(~mask, 0), sampler_logprobs.masked_fill(~mask, 0.0)
-    return Rollout(prompts, completion_ids[:, :T], mask[:, :T], sampler_logprobs[:, :T], finished, group_size)
-
-
-def decoder_class(model: PreTrainedModel) -> type:
-    config = model.config.get_text_config()
-    rope = str(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None))
-    graph = model.device.type == "cuda" and "dynamic" not in rope and "longrope" not in rope  # these wait for the GPU
-    return (GraphDecoder if graph else GroupDecoder) if takes_groups(model) else PlainDecoder
-
-
-class PlainDecoder:
-    """Any model that transformers can generate with: left-padded prompts, so that every row goes on at the same slot
-    of the cache, and transformers' own cache, expanded to the group."""
-
-    check_every = 1  # steps between looks at which rows have ended
-
-    def __init__(self, model: PreTrainedModel, prompts: list[list[int]], group_size: int, max_new_tokens: int):
-        self.model, self.prompts, self.group_size, self.done = model, prompts, group_size, 0
-
-    def prefill(self) -> Tensor:
-        device, longest = self.model.device, max(map(len, self.prompts))
-        ids = torch.tensor([[0] * (longest - len(p)) + p for p in self.prompts], device=device)
-        lengths = torch.tensor([len(prompt) for prompt in self.prompts], device=device)
-        attention = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
-        positions = (attention.cumsum(1) - 1).clamp(min=0)  # of real tokens only
-        output = self.model(ids, attention_mask=attention, position_ids=positions, use_cache=True, logits_to_keep=1)
-        self.cache, expand = output.past_key_values, torch.arange(len(ids), device=device)
-        expand = expand.repeat_interleave(self.group_size)
-        self.cache.reorder_cache(expand)
-        self.attention, self.lengths = attention[expand], lengths[expand]
-        return output.logits[expand, -1]
-
-    def batch_size(self, live: int) -> int:
-        return live
-
-    def keep(self, rows: Tensor) -> None:
-        self.cache.reorder_cache(rows)
-        self.attention, self.lengths = self.attention[rows], self.lengths[rows]
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """Logits (R, V) after one more token in each row of the batch."""
-        self.attention = torch.cat([self.attention, self.attention.new_ones(len(tokens), 1)], 1)
-        positions = (self.lengths + self.done)[:, None]
-        self.done += 1
-        return self.model(
-            tokens[:, None], attention_mask=self.attention, position_ids=positions, past_key_values=self.cache
-        ).logits[:, -1]
-
-
-# ---- Groups: every prompt computed once, in sampling and in training -----------------------------------------------
-#
-# transformers' models call a function of our choice for attention, and hand it whatever else they were called with. So
-# a batch is one row of tokens without any padding, prompts first, and only the attention knows which token belongs to
-# which row. All other layers see each prompt once, and nothing else than tokens.
+# ---- Attention ------------------------------------------------------------------------------------------------------
 
 
 def group_attention(module, query, key, value, attention_mask, scaling=None, groups=None, **options):
@@ -294,17 +104,17 @@ class PackedGroups:
         self.predictor = torch.where(column == 0, self.prompt_ends[group][row], before)
         self.ends = len(flat) + mask.sum(1).cumsum(0) - 1  # (R,)
 
-        # The shorter and the longer half go through the attention apart, each padded to its own longest row. Of each:
-        # the tokens that ask, those that they may look at, and the bias that keeps them from looking ahead.
+        # The shorter and the longer half of the rows are padded apart, each to its own longest row. For each half:
+        # query indices, key indices, and the causal bias.
         prompt_bias = torch.zeros(self.prompt_mask.shape, device=device).masked_fill(~self.prompt_mask, -torch.inf)
         completion_at = (len(flat) + mask.flatten().cumsum(0) - 1).view_as(mask).clamp(max=self.ids.numel() - 1)
-        self.halves, place, done = [], torch.zeros_like(completion_at), self.prompt_mask.numel()
+        self.parts, place, done = [], torch.zeros_like(completion_at), self.prompt_mask.numel()
         for rows in mask.sum(1).argsort(stable=True).tensor_split(2):
             if len(rows):
                 T = int(mask[rows].sum(1).max())
                 at, bias = completion_at[rows, :T], (prompt_bias[group[rows], None], causal_bias(T, device)[None])
                 bias = torch.cat([part.expand(len(rows), T, -1) for part in bias], 2)  # (R / 2, T, L + T)
-                self.halves.append((at, torch.cat([self.prompt_at[group[rows]], at], 1), bias))
+                self.parts.append((at, torch.cat([self.prompt_at[group[rows]], at], 1), bias))
                 place[rows, :T] = torch.arange(done, done := done + at.numel(), device=device).view_as(at)
         # where in the outputs, prompts and then the halves, each of the N tokens stands
         self.source = torch.cat([self.prompt_mask.flatten().nonzero()[:, 0], place[mask]])
@@ -317,23 +127,43 @@ class PackedGroups:
         return call_with_groups(model, self.ids, self.positions, self, **options)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        scores = q.shape[1] * sum(bias.numel() for _, _, bias in self.halves)
+        scores = q.shape[1] * sum(bias.numel() for _, _, bias in self.parts)
         if torch.is_grad_enabled() and scores > SCORES_KEPT and not q.is_cuda:  # there the kernel keeps none
             return checkpoint(self.attend_rows, q, k, v, scaling, use_reentrant=False)
         return self.attend_rows(q, k, v, scaling)
 
     def attend_rows(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        prompt_k, prompt_v = take(k, self.prompt_at), take(v, self.prompt_at)  # (P, L, KVH, D)
+        prompt_k, prompt_v = gather_rows(k, self.prompt_at), gather_rows(v, self.prompt_at)  # (P, L, KVH, D)
         if self.cache is not None:
             self.cache.append((prompt_k, prompt_v))
-        outputs = [attention(take(q, self.prompt_at), prompt_k, prompt_v, scaling).flatten(0, 1)]
-        for at, seen_at, bias in self.halves:
-            keys, values = take(k, seen_at), take(v, seen_at)  # (R, L + T, KVH, D)
-            outputs.append(attention(take(q, at), keys, values, scaling, bias).flatten(0, 1))
-        return take(torch.cat(outputs), self.source)
+        outputs = [attention(gather_rows(q, self.prompt_at), prompt_k, prompt_v, scaling).flatten(0, 1)]
+        for at, seen_at, bias in self.parts:
+            keys, values = gather_rows(k, seen_at), gather_rows(v, seen_at)  # (R, L + T, KVH, D)
+            outputs.append(attention(gather_rows(q, at), keys, values, scaling, bias).flatten(0, 1))
+        return gather_rows(torch.cat(outputs), self.source)
 
 
-def take(t: Tensor, index: Tensor) -> Tensor:
+class PaddedRows:
+    """PackedGroups for models that have their own attention: each row with its prompt in front, right-padded. Under a
+    causal mask no real token sees the padding, so no mask is needed and positions count from 0."""
+
+    def __init__(self, prompts: list[list[int]], completions: Tensor, mask: Tensor, group: Tensor):
+        heads = [torch.tensor(prompts[p], device=completions.device) for p in group.tolist()]
+        rows = [torch.cat([head, ids[m]]) for head, ids, m in zip(heads, completions, mask, strict=True)]
+        self.ids = pad_sequence(rows, batch_first=True)
+        row, column = mask.nonzero(as_tuple=True)
+        starts = torch.tensor([len(head) for head in heads], device=row.device)
+        starts += torch.arange(len(rows), device=row.device) * self.ids.shape[1]
+        self.predictor, self.ends = starts[row] + column - 1, starts + mask.sum(1) - 1
+
+    def logits(self, model: nn.Module) -> Tensor:
+        return self.run(model)[self.predictor]
+
+    def run(self, model: nn.Module) -> Tensor:
+        return model(self.ids, use_cache=False)[0].flatten(0, 1)
+
+
+def gather_rows(t: Tensor, index: Tensor) -> Tensor:
     """t[index], as an embedding: of all ways to index, the one whose backward pass is fast on a CPU."""
     return nn.functional.embedding(index, t.flatten(1)).view(*index.shape, *t.shape[1:])
 
@@ -364,6 +194,55 @@ def takes_groups(model: PreTrainedModel) -> bool:
             model.set_attn_implementation(before)
             print("note: this model's attention is its own: sampling and training take the slow path", file=sys.stderr)
     return model.takes_groups
+
+
+# ---- Decoding -------------------------------------------------------------------------------------------------------
+
+
+def decoder_class(model: PreTrainedModel) -> type:
+    config = model.config.get_text_config()
+    rope = str(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None))
+    graph = model.device.type == "cuda" and "dynamic" not in rope and "longrope" not in rope  # these wait for the GPU
+    return (GraphDecoder if graph else GroupDecoder) if takes_groups(model) else PlainDecoder
+
+
+class PlainDecoder:
+    """Any model that transformers can generate with: left-padded prompts, so that every row goes on at the same slot
+    of the cache, and transformers' own cache, expanded to the group."""
+
+    check_every = 1  # steps between looks at which rows have ended
+
+    def __init__(self, model: PreTrainedModel, prompts: list[list[int]], group_size: int, max_new_tokens: int):
+        self.model, self.prompts, self.group_size, self.done = model, prompts, group_size, 0
+
+    def prefill(self) -> Tensor:
+        device, longest = self.model.device, max(map(len, self.prompts))
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in self.prompts], device=device)
+        lengths = torch.tensor([len(prompt) for prompt in self.prompts], device=device)
+        attention = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
+        positions = (attention.cumsum(1) - 1).clamp(min=0)  # of real tokens only
+        output = self.model(ids, attention_mask=attention, position_ids=positions, use_cache=True, logits_to_keep=1)
+        self.cache, expand = output.past_key_values, torch.arange(len(ids), device=device)
+        expand = expand.repeat_interleave(self.group_size)
+        self.cache.reorder_cache(expand)
+        self.attention, self.lengths = attention[expand], lengths[expand]
+        return output.logits[expand, -1]
+
+    def batch_size(self, live: int) -> int:
+        return live
+
+    def keep(self, rows: Tensor) -> None:
+        self.cache.reorder_cache(rows)
+        self.attention, self.lengths = self.attention[rows], self.lengths[rows]
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits (R, V) after one more token in each row of the batch."""
+        self.attention = torch.cat([self.attention, self.attention.new_ones(len(tokens), 1)], 1)
+        positions = (self.lengths + self.done)[:, None]
+        self.done += 1
+        return self.model(
+            tokens[:, None], attention_mask=self.attention, position_ids=positions, past_key_values=self.cache
+        ).logits[:, -1]
 
 
 class GroupDecoder:

@@ -1,0 +1,280 @@
+r"""Are the tests strong? One mistake at a time is put into a copy of the working tree, and a test must fail.
+
+    python benchmarks/mutants.py                  # all of them: an hour where the tests are strong
+    python benchmarks/mutants.py --only grpo      # those whose file or name has this text
+    python benchmarks/mutants.py --check          # runs no test: is each text there exactly once, and does it compile?
+
+First the likely test files run, then the whole fast suite, then the slow tests. Tests that compare the files' text (the
+repository's, the forks') are left out: they would notice any change.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.learning import ROOT  # noqa: E402
+from plumbing.evaluation import format_table  # noqa: E402
+
+# A file with its likely tests, then its mistakes. <<this=>that>> puts that in the place of this.
+MUTANTS = r"""
+train_grpo.py test_grpo.py test_runs.py
+    clip takes the larger: -torch.<<min=>max>>(ratio * A,
+    clip bounds swapped: ratio.clamp(1 - <<clip_low, 1 + clip_high=>clip_high, 1 + clip_low>>)
+    KL pushes away from the reference: per_token = per_token <<+=>->> kl_coef *
+    k3 upside down: ref_log_ratio = (<<ref_logprobs - logprobs=>logprobs - ref_logprobs>>)
+    unbiased KL without its weight's gradient: token_log_ratio<<=>.detach()>>.exp() * k3
+    std without Bessel's correction: rewards.std(1, keepdim=True<<=>, correction=0>>)
+    uniform groups keep rounding noise: return advantages<<.masked_fill(is_uniform(rewards)[:, None], 0.0)=>>>
+    padding reaches exp: (logprobs - old_logprobs)<<.masked_fill(~mask, 0.0)=>>>
+    GSPO forgets the length: << / mask.sum(1, keepdim=True).clamp(min=1)=>>>).expand_as
+    old logprobs not detached: old = logprobs<<.detach()=>>> if
+    weights of a micro-batch: <<weights[micro]=>common.token_weights(rollout.trained[micro], args.loss_norm, 40)>>,
+    temperature missing in the update: completion_logprobs(policy, rollout, micro<<, temperature=>>>)
+    one seed for all batches: derive_seed(args.seed, "sample"<<, global_step=>>>)
+    dynamic sampling keeps what teaches nothing: (<<~=>>>is_uniform(rewards)).nonzero()
+    truncated completions are the ones kept: advantages.where(<<rollout.finished=>~rollout.finished>>, 0.0)
+    rows with a KL alone not passed backward: (advantages != 0).any(1)<< | (args.kl_coef != 0)=>>>
+train_pg.py test_pg.py test_runs.py
+    gamma dropped from the return: next_return = rewards[:, t] + <<gamma * =>>>next_return
+    delta without the next value: delta = rewards[:, t]<< + gamma * next_value=>>>
+    score beside the last token: token_rewards[rows, rollout.mask.sum(1) - <<1=>2>>]
+    down the gradient of the reward: return <<-=>>>(weights * (logprobs * advantages)
+    a baseline for none: eos_scores.mean() if args.baseline <<== "batch-mean"=>!= "value">>
+    recursion goes on over padding: next_advantage)<< * mask[:, t]=>>>
+train_ppo.py test_pg.py test_runs.py
+    lambda dropped: gamma * <<gae_lambda * =>>>next_advantage
+    returns of whitened advantages: return advantages, <<advantages=>whiten(advantages, mask.bool())>> + values
+    values leak over the EOS: rewards, values = rewards * mask, values<< * mask=>>>
+    KL in the reward pays for distance: (<<-=>>>kl_coef * (logprobs - ref_logprobs)).detach()
+    gradient through the KL in the reward: (-kl_coef * (logprobs - ref_logprobs))<<.detach()=>>>
+    score on a padded column: rewards[torch.arange(len(scores)), <<mask.sum(1) - 1=>-1>>]
+    clip takes the smaller loss: torch.<<max=>min>>(-A * ratio,
+    value clip takes the smaller error: torch.<<max=>min>>((values - returns) ** 2,
+    whitened over padding: real = advantages<<[mask]=>>>
+    a missing EOS costs nothing: eos_scores.where(<<rollout.finished=>rollout.finished | True>>
+train_kimi.py test_kimi.py test_runs.py
+    mean log-ratio for the sum: (logprobs - anchor_logprobs).masked_fill(~mask, 0.0).<<sum=>mean>>(1)
+    tau twice as strong: tau<< / 2=>>> * rho**2
+    log Z of a sum, not of a mean: logsumexp(1, keepdim=True)<< - math.log(rewards.shape[1])=>>>
+    optimizer kept: <<optimizer.state.clear()=>pass>>
+    a minibatch weighs as a part of the batch: 1 / <<len(minibatch)=>batch_size>>)
+train_dpo.py test_dpo.py
+    chosen and rejected swapped: margins = <<chosen_rewards - rejected_rewards=>rejected_rewards - chosen_rewards>>
+    IPO's target without its 2: 1 / <<(2 * beta)=>beta>>)
+    SimPO's gamma helps: margins <<-=>+>> gamma if
+    smoothing without the other side: label_smoothing * logsigmoid(<<-=>>>logits)
+    mean over padding too: logprobs.<<sum(1) / mask.sum(1)=>mean(1)>> if mean
+    another model's reference from the cache: name.encode()<< + tensor.cpu().flatten().view(torch.uint8)=>)#>>
+train_rm.py test_rm.py
+    margin helps: logsigmoid(margins <<-=>+>> margin)
+    pairs weigh alike: reward_model_loss(pair[0::2], pair[1::2], args.margin<<, weights=>>>)
+    calibration of the sure alone: index_add(0, index, right - confidence)<<=>[1:]>>
+train_sft.py test_runs.py
+    loss climbs: return <<-=>>>(weights * logprobs).sum()
+    a micro-batch normalised by itself: sft_loss(logprobs, weights[micro]<<=>/ weights[micro].sum()>>)
+common.py test_sampling.py test_logprobs.py test_grpo.py
+    EOS left out of the mask: = tokens, logprobs, <<~ended=>~(ended | torch.isin(tokens, eos))>>
+    temperature missing in the sampler: scaled = <<logits if temperature == 1 else logits / temperature=>logits>>
+    temperature missing in the logprobs: @ weight.T).float()<< / temperature=>>>
+    a row's draws depend on the others: uniforms[<<rows=>: len(rows)>>, step]
+    a block of probability 0 is drawn: torch.searchsorted(ends, target<<, right=True=>>>)
+    a token of probability 0 is drawn: inside[:, -1:])<<, right=True=>>>)
+    only the first EOS stops: torch.tensor(eos_token_ids, device=device).flatten()<<=>[:1]>>
+    groups interleaved: [[<<p * G + g=>g * P + p>> for p in batch
+    slices over the budget: if used<< + size[row]=>>> > max_tokens:
+    sequence weights sum over rows: m.sum(1, keepdim=True).clamp(min=1)<< / len(m)=>>>
+    token weights count padding: return m / m.<<sum().clamp(min=1)=>numel()>>
+    constant weights by the longest row: (len(m) * <<max_new_tokens=>m.shape[1]>>)
+    value read after the token: run(value_model.base_model), batch.predictor<<=>+ 1>>)
+    score read before the last token: run(reward_model.base_model)[batch.ends<<=>- 1>>]
+    mean score added: scores <<-=>+>> getattr(reward_model.config,
+    entropy's gradient turned round: -gradient[rows, None] <<-=>+>> bonus
+    dropout stays on: return model.to(device).<<eval=>train>>()
+    inserted tokens are trained: [<<False=>True>>] * len(inserts[row])
+    masters not saved: {"masters": <<copies=>[]>>}
+    only the last micro-batch counts: else <<master.grad.add_(weight.grad)=>weight.grad.float()>>
+    weights stay behind their masters: <<weight.copy_(master)=>pass>>
+plumbing/engine.py test_logprobs.py test_sampling.py
+    predictor off by one: torch.arange(len(flat)<< - 1, self.ids.numel() - 1=>, self.ids.numel()>>,
+    padded predictor off by one: starts[row] + column<< - 1=>>>
+    completions begin at position 0: self.prompt_mask.nonzero()[:, 1], <<lengths[group][row] + =>>>column
+    a token sees the next one: .triu(<<1=>2>>)
+    padding of a prompt is seen: .masked_fill(~self.prompt_mask, <<-torch.inf=>0.0>>)
+    decoding one position late: self.compute(tokens, self.lengths + self.done<< - 1=>>>)
+    plain decoding one position late: (self.lengths + self.done<<=>+ 1>>)[:, None]
+    rows that stay lose their lengths: = self.group[rows], self.lengths[<<rows=>: len(rows)>>], self.bias[rows]
+plumbing/runs.py test_runs.py test_faults.py
+    state not restored: <<value.load_state_dict(self._saved.pop(name))=>self._saved.pop(name)>>
+    old events not purged: purge_step=<<purge=>None>>
+    progress not saved: "global_step": global_step}<< | progress=>>>
+    resumed from the start model: = <<state.get("model", args.model)=>args.model>>,
+    the oldest checkpoint first: glob("step_*[0-9]")<<, reverse=True=>>>)
+    damage not seen: .read_text()) <<!= file_digests(directory)=>is None>>:
+    the newest checkpoints removed: in written[<<keep:=>:-keep>>] if keep
+data.py test_data.py test_runs.py
+    ledger by position, not by problem: zip(<<self.last_draw=>range(len(rates))>>, problems, rates
+    every epoch in one order: random.Random(f"epoch <<{epoch} =>>>{self.seed}")
+    every prioritized draw alike: random.Random(f"prioritized <<{self.drawn} =>>>{self.seed}")
+    what succeeds comes first: max(self.FLOOR, <<1 - rate=>rate>>)
+    curriculum from hard to easy: key=lambda i: <<=>->>self.items[i].difficulty
+    too many across an epoch's end: self.order[position : position + count<< - len(indices)=>>>]
+    ledger not restored: <<list(state["attempts"]), list(state["successes"])=>self.attempts, self.successes>>
+    a mode moves a problem over the split: hashlib.sha256(<<text=>question>>.encode())
+    no EOS after a demonstration: return [ids<< + [tokenizer.eos_token_id]=>>> for ids in
+    BOS twice: tokenizer(chunk<<, add_special_tokens=False=>>>).input_ids
+rewards.py test_rewards.py
+    longer answers get more: bonus = (<<0.5 - =>>>(lengths - shortest)
+    short wrong answers get more: bonus.<<where(correct > 0, bonus.clamp(max=0.0))=>clone()>>
+    penalty from the limit on: (lengths - <<(max_new_tokens - buffer)=>max_new_tokens>>)
+    short answers win by the penalty: / buffer).clamp(<<0, 1=>max=1>>)
+    groups and problems out of step: <<[problem for problem in problems for _ in range(G)]=>problems * G>>
+    cut answers are right: components["accuracy"] *= <<rollout.finished.cpu()=>1>>
+    length reward from the start: if iteration < <<flags.length_reward_start=>0>>:
+    text outside of the tags: answer.strip()<< and not outside.strip()=>>> else
+plumbing/answers.py test_answers.py test_rewards.py
+    percent is no unit: r"(?:<<\s*%|=>>>\s*(?:cm
+    the first answer counts: start = text.<<rfind=>find>>("<answer>",
+    an answer in the thinking counts: text = <<remove_thinking=>str>>(text)
+    nan equals nan: in (""<<, "nan", "inf", "infinity"=>,>>)
+    half of a mixed number: value = <<int(match["whole"] or 0) + =>>>top / bottom
+    minus lost: return <<-value=>value>> if match["sign"]
+plumbing/metrics.py test_runs.py
+    the last for the most: = <<max(float(value), self.sums.get(name, -float("inf")))=>float(value)>>
+    gaps cancel: - old_logprobs)[trained]<<.abs()=>>>
+    entropy over padding: <<(entropy.detach() * trained).sum() / trained.sum()=>entropy.detach().mean()>>
+    clipped whatever the advantage: <<(advantages < 0) & =>>>(ratio < 1 - clip_low)
+    a gradient that is not finite is applied: math.isfinite(loss)<< and math.isfinite(grad_norm)=>>>
+plumbing/pairs.py test_dpo.py test_rm.py
+    pairs left in the order of their lengths: return <<[sorted(rows) for rows in batches]=>batches>>
+    a cut completion gets an EOS: tuple(i<< if whole else i[:-1]=>>>)
+    ties make pairs: if <<gap > 0 and =>>>gap >= min_gap:
+    a tie is half wrong: return <<((margins.abs() > 1e-4) * margins.sign() + 1) / 2=>(margins > 0).float()>>
+    weights not of mean 1: weight=pair.weight<< / mean=>>> if
+"""
+EQUIVALENT = {
+    "recursion goes on over padding": "rewards and values are 0 on padding already, so all that comes from there is 0",
+}
+COMPARE_TEXT = "test_repository.py", "test_forks.py"
+
+
+@dataclass
+class Args:
+    only: str = ""
+    """only mutants whose file or name has this text"""
+    check: bool = False
+    """run no tests: only look whether each text is there exactly once and what results compiles"""
+    equivalent: bool = False
+    """also try those that change nothing; EQUIVALENT has the reasons"""
+
+
+class Mutant(NamedTuple):
+    file: str
+    tests: list[str]
+    name: str
+    old: str
+    new: str
+
+    def apply(self, root: Path) -> str:
+        """The file's text with the mistake."""
+        text = (root / self.file).read_text()
+        if (count := text.count(self.old)) != 1:
+            sys.exit(f"{self.file}: {self.name}: {self.old!r} is there {count} times")
+        mutated = text.replace(self.old, self.new)
+        compile(mutated, self.file, "exec")
+        return mutated
+
+
+def read_mutants() -> list[Mutant]:
+    mutants, head = [], []
+    for line in MUTANTS.strip().splitlines():
+        if not line.startswith(" "):
+            head = line.split()
+            continue
+        name, _, code = line.strip().partition(": ")
+        before, this, that, after = re.fullmatch(r"(.*?)<<(.*?)=>(.*)>>(.*)", code).groups()
+        mutants.append(Mutant(head[0], head[1:], name, before + this + after, before + that + after))
+    return mutants
+
+
+def copy_tree(target: Path) -> None:
+    """All that git tracks or does not ignore, as it is now."""
+    listed = subprocess.check_output(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, text=True)
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():  # not deleted since
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+
+
+def failing_test(copy: Path, *options: str, limit: float = 3600) -> str | None:
+    """The first test that fails in the copy, None if none does. limit: seconds."""
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--tb=no", *options]
+    command += [f"--ignore=tests/{name}" for name in COMPARE_TEXT]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}  # nothing compiled may outlive its mutant
+    with tempfile.TemporaryFile("w+") as output:  # a pipe would stay open as long as any child of a test
+        process = subprocess.Popen(command, cwd=copy, env=environment, stdout=output, stderr=-2, start_new_session=True)
+        try:
+            process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return f"no end in {limit:.0f} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        output.seek(0)
+        printed = output.read()
+    if process.returncode in (0, 5):  # 5: not one test was chosen
+        return None
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", printed, re.MULTILINE)
+    return failed[1] if failed else f"pytest ended with {process.returncode}: {printed[-300:]}"
+
+
+def killer(copy: Path, mutant: Mutant, limit: float) -> str | None:
+    likely = [f"tests/{name}" for name in mutant.tests if (copy / "tests" / name).exists()]
+    killed_by = failing_test(copy, *likely, limit=limit) if likely else None
+    return killed_by or failing_test(copy, limit=limit) or failing_test(copy, "-m", "slow")
+
+
+def main(args: Args) -> None:
+    mutants = [m for m in read_mutants() if args.only in f"{m.file}: {m.name}"]
+    for mutant in mutants:
+        mutant.apply(ROOT)
+    if args.check:
+        return print(f"{len(mutants)} mutants: each text is there once, all compile")
+    rows, survived = [], 0
+    with tempfile.TemporaryDirectory() as directory:
+        copy = Path(directory)
+        copy_tree(copy)
+        begun = time.time()
+        if failed := failing_test(copy):
+            sys.exit(f"without a mutant: {failed}")
+        limit = 60 + 3 * (time.time() - begun)
+        for mutant in mutants:
+            if mutant.name in EQUIVALENT and not args.equivalent:
+                rows.append([f"{mutant.file}: {mutant.name}", f"equivalent: {EQUIVALENT[mutant.name]}", ""])
+                continue
+            original, begun = (copy / mutant.file).read_text(), time.time()
+            (copy / mutant.file).write_text(mutant.apply(copy))
+            killed_by = killer(copy, mutant, limit)
+            (copy / mutant.file).write_text(original)
+            survived += killed_by is None
+            seconds = f"{time.time() - begun:.0f}"
+            rows.append([f"{mutant.file}: {mutant.name}", killed_by or "SURVIVED", seconds])
+            print(*rows[-1], sep="  ", file=sys.stderr)
+    print(format_table(["mutant", "killed by", "seconds"], rows))
+    print(f"\n{len(rows)} mutants, {survived} survived")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,342 @@
+"""Curation: filters problems, and makes demonstrations of a samples file (which evaluate.py --output writes).
+
+python curate.py --samples samples.jsonl --output problems.jsonl            # those with a pass rate between 0 and 1
+python curate.py --samples samples.jsonl --make correct --output demonstrations.jsonl        # rejection sampling
+python curate.py --problems gsm8k.jsonl --remove-duplicates --decontaminate math500.jsonl --output clean.jsonl
+"""
+
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
+
+from data import (
+    MODES,
+    Problem,
+    add_mode,
+    as_dicts,
+    encode_completions,
+    encode_prompts,
+    fail_on,
+    is_file,
+    load_problems,
+    load_task,
+    placed_rows,
+    prompt_field,
+    read_problems,
+    write_jsonl,
+)
+from evaluate import counts_as_right, read_samples
+from plumbing.flags import AtLeast1, Range, Share, check_output, fail, parse_args
+from plumbing.pairs import balance, completion_field, listed, split_conversation
+
+# ---- Demonstrations
+# ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    question: str
+    completion: str
+    messages: tuple | None = None  # the prompt's turns, see data.Problem
+    prompt_ids: tuple = field(default=(), compare=False, repr=False)  # these two: see encode_demonstrations
+    completion_ids: tuple = field(default=(), compare=False, repr=False)
+
+    def to_row(self) -> dict:
+        prompt = self.question if self.messages is None else as_dicts(self.messages)
+        return {"prompt": prompt, "completion": self.completion}
+
+
+def load_demonstrations(source: str, count: int, seed: int = 0, keep: str = "correct") -> list[Demonstration]:
+    """source: "arithmetic-demonstrations" (any task's teacher: NAME-demonstrations), of which `count` are made from the
+    seed; a .jsonl file with the fields `prompt` (or `question`) and `completion`, or `messages`; or a samples file, of
+    which `chosen_samples` keeps some."""
+    if source.endswith("-demonstrations") and (task := load_task(source.removesuffix("-demonstrations"))):
+        return [Demonstration(*pair) for pair in task.demonstrations(count, seed)]
+    rows = placed_rows(source)
+    if "completions" in rows[0][1]:
+        chosen = demonstrations_from(read_samples(rows, source), keep)
+        if not chosen:
+            fail(f"{source}: none of its completions is right and finished: nothing to learn from")
+        return chosen
+    demonstrations, errors = [], []
+    for place, row in rows:
+        try:
+            if row.get("messages") is not None:
+                question, messages, completion = split_conversation("messages", row["messages"])
+            else:
+                question, messages = prompt_field(row, ("prompt", "question"))
+                completion = completion_field(row, "completion")
+            demonstrations.append(Demonstration(question, completion, messages))
+        except ValueError as error:
+            errors.append(f"{place}: {error}")
+    fail_on(errors, source)
+    return demonstrations
+
+
+def encode_demonstrations(tokenizer, demonstrations: list[Demonstration], system_prompt: str, context: float) -> list:
+    """The demonstrations that fit the context, with their token ids. One that the context would cut loses its end, with
+    the answer and the EOS: it is dropped and counted."""
+    prompts = encode_prompts(tokenizer, [d.messages or d.question for d in demonstrations], system_prompt)
+    completions = encode_completions(tokenizer, [d.completion for d in demonstrations], prompts)
+    encoded = [
+        replace(d, prompt_ids=tuple(prompt), completion_ids=tuple(completion))
+        for d, prompt, completion in zip(demonstrations, prompts, completions, strict=True)
+    ]
+    fits = [d for d in encoded if len(d.prompt_ids) + len(d.completion_ids) <= context]
+    if len(fits) < len(encoded):
+        dropped = f"{len(encoded) - len(fits)} of {len(encoded)} demonstrations"
+        print(f"note: {dropped} exceed the context of {context}: dropped")
+    return fits
+
+
+def chosen_samples(record: dict, keep: str) -> list[str]:
+    """Texts for SFT. "correct": the right ones, each text once (rejection sampling). "best": the right one with the
+    highest reward; of several, the shortest."""
+    right = {c["text"]: c for c in record["completions"] if counts_as_right(c) and c["text"]}
+    if keep == "best" and right:
+        return [min(right, key=lambda text: (-right[text]["reward"], len(text)))]
+    return list(right)
+
+
+def demonstrations_from(records: list[dict], keep: str) -> list[Demonstration]:
+    demonstrations = []
+    for record in records:
+        question, messages = add_mode(record["question"], record["messages"], record.get("mode"))
+        demonstrations += [Demonstration(question, text, messages) for text in chosen_samples(record, keep)]
+    return demonstrations
+
+
+EMPTY_THINKING = "<think>\n\n</think>\n\n"
+
+
+def fuse_modes(records: list[dict], keep: str = "correct") -> list[Demonstration]:
+    """Demonstrations of both thinking modes (Qwen3, arXiv:2505.09388, section 4.3) from samples with thinking: the
+    sample as it is, and the sample with an empty think block."""
+    demonstrations = []
+    for record in records:
+        for text in chosen_samples(record, keep):
+            _, closed, answer = text.partition("</think>")
+            if closed and answer.strip():
+                without = EMPTY_THINKING + answer.lstrip()
+                for mode, completion in zip(MODES, (text, without), strict=True):
+                    question, messages = add_mode(record["question"], record["messages"], mode)
+                    demonstrations.append(Demonstration(question, completion, messages))
+    return demonstrations
+
+
+# ---- Filters: each takes problems, returns those that are kept, and counts in `dropped` why the others are not -------
+
+
+def pass_rates(records: list[dict], source: str, problems: list[Problem]) -> dict[str, float]:
+    """The share of right completions by question; one line where the samples are not of these problems."""
+    tried, right = Counter(), Counter()
+    for record in records:
+        tried[record["question"]] += len(record["completions"])
+        right[record["question"]] += sum(map(counts_as_right, record["completions"]))
+    rates = {question: right[question] / count for question, count in tried.items() if count}
+    if not any(problem.question in rates for problem in problems):
+        asked = next(iter(rates), "")
+        fail(f"{source}: samples of other problems: it asks {asked[:60]!r}, not {problems[0].question[:60]!r}")
+    return rates
+
+
+def keep_pass_rates(problems: list[Problem], rates: dict, low: float, high: float, dropped: Counter) -> list[Problem]:
+    """Keeps problems whose pass rate is in low to high. A problem that is always right, or always wrong, has no group
+    with both and so teaches nothing (Kimi K1.5, arXiv:2501.12599, section 2.1, keeps what is hard for the model)."""
+    kept = []
+    for problem in problems:
+        rate = rates.get(problem.question)
+        if rate is not None and low <= rate <= high:
+            kept.append(problem)
+        else:
+            dropped["not sampled" if rate is None else f"pass rate {'under' if rate < low else 'over'} the band"] += 1
+    return kept
+
+
+def label_difficulty(problems: list[Problem], rates: dict) -> list[Problem]:
+    """difficulty = 1 - pass rate, for --problem-sampling curriculum."""
+    return [replace(p, difficulty=round(1 - rates[p.question], 4)) if p.question in rates else p for p in problems]
+
+
+def drop_lucky_guesses(problems: list[Problem], rates: dict, dropped: Counter) -> list[Problem]:
+    """Kimi K1.5, section 2.1: a problem that the model got right without reasoning, in any of its tries, can be
+    guessed."""
+    kept = [problem for problem in problems if not rates.get(problem.question, 0.0) > 0]
+    dropped["right without reasoning"] += len(problems) - len(kept)
+    return kept
+
+
+OPTION = re.compile(r"(?:^|[\s({])\(?([A-Ea-e])[).:]", re.MULTILINE)
+
+
+def drop_multiple_choice(problems: list[Problem], dropped: Counter) -> list[Problem]:
+    """Questions whose answer can be guessed from a short list (Kimi K1.5, section 2.1): options A, B, ... in the
+    question with a letter as the answer, and answers that are true, false, yes or no."""
+    kept = []
+    for problem in problems:
+        text, answer = problem.question, problem.answer.lower().strip(" .(")
+        if answer in ("true", "false", "yes", "no"):
+            dropped["true or false"] += 1
+        elif re.match(r"[a-e]\b", answer) and {"a", "b"} <= {o.lower() for o in OPTION.findall(text)}:
+            dropped["multiple choice"] += 1
+        else:
+            kept.append(problem)
+    return kept
+
+
+def tokens_of(text: str) -> list[str]:
+    """Words, numbers, and every sign by itself."""
+    return re.findall(r"\w+|[^\w\s]", text.lower())
+
+
+def ngrams(tokens: list[str], n: int) -> set[tuple[str, ...]]:
+    return {tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)}
+
+
+def decontaminate(problems: list[Problem], held_out: list[Problem], n: int, dropped: Counter) -> list[Problem]:
+    """Drops problems that share n words in a row with a held-out question. A held-out question of fewer words must be
+    the whole problem or, if it has at least 8 words and signs, a part of it: shorter ones are parts of others by
+    chance."""
+    long, short = set(), set()
+    for question in (p.question for p in held_out):
+        words = re.findall(r"\w+", question.lower())
+        if len(words) >= n:
+            long |= ngrams(words, n)
+        else:
+            short.add(tuple(tokens_of(question)))
+    lengths = {len(question) for question in short if len(question) >= 8}
+    kept = []
+    for problem in problems:
+        text = problem.question
+        tokens, shared = tokens_of(text), ngrams(re.findall(r"\w+", text.lower()), n) & long
+        if shared or tuple(tokens) in short or any(ngrams(tokens, length) & short for length in lengths):
+            dropped[f"{n}-gram of a held-out question"] += 1
+        else:
+            kept.append(problem)
+    return kept
+
+
+def drop_duplicates(problems: list[Problem], near: float, dropped: Counter) -> list[Problem]:
+    """Keeps the first of equal questions (case, spacing and the punctuation of sentences apart), and of questions with
+    the same numbers that share `near` of their triples of words and signs (Jaccard)."""
+    kept, seen, triples, index = [], set(), [], {}
+    for problem in problems:
+        text = problem.question
+        tokens = tokens_of(re.sub(r'[.,;:?"]+(?=\s|$)', " ", text))
+        if tuple(tokens) in seen:
+            dropped["duplicate"] += 1
+            continue
+        seen.add(tuple(tokens))
+        mine = ngrams(tokens, 3) or {tuple(tokens)}
+        numbers = tuple(re.findall(r"\d+(?:[.,:]\d+)*", text))
+        shared = Counter(other for gram in mine for other in index.get((numbers, gram), ()))
+        if any(count >= near * (len(mine) + len(triples[other]) - count) for other, count in shared.items()):
+            dropped["near duplicate"] += 1
+            continue
+        for gram in mine:
+            index.setdefault((numbers, gram), []).append(len(triples))
+        triples.append(mine)
+        kept.append(problem)
+    return kept
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Args:
+    output: str
+    """write the problems, or the demonstrations, to this .jsonl file"""
+    problems: str | None = None
+    """"arithmetic", a .jsonl file, or a hub dataset; without it the problems of --samples"""
+    split: Literal["train", "eval", "all"] = "train"
+    """which part of --problems; all: both parts, except a hub dataset's test or validation split"""
+    samples: str | None = None
+    """samples file (evaluate.py --output): gives pass rates, and completions for --make"""
+    min_pass_rate: Share | None = None
+    """with --samples: lowest pass rate of a kept problem (with --max-pass-rate 0: only problems that failed every
+    time); None: 0.01, and 0 for demonstrations"""
+    max_pass_rate: Share | None = None
+    """with --samples: highest pass rate of a kept problem; None: 0.99, and 1 for demonstrations"""
+    label_difficulty: bool = False
+    """with --samples: difficulty = 1 - pass rate, for --problem-sampling curriculum"""
+    guesses: str | None = None
+    """samples file made without reasoning (evaluate.py --modes no_think): drop problems that are right there"""
+    exclude_multiple_choice: bool = False
+    """drop multiple-choice and true/false questions"""
+    remove_duplicates: bool = False
+    """keep one of equal and of nearly equal questions"""
+    near_duplicate: Annotated[float, Range(0, 1, open=True)] = 0.8
+    """with --remove-duplicates: two questions count as one if they share this much of their word triples"""
+    decontaminate: str | None = None
+    """problems (a source like --problems; its eval split, or a whole file) that must not be trained on"""
+    ngram: AtLeast1 = 13
+    """with --decontaminate: a problem that shares this many words in a row is dropped"""
+    balance_topics: bool = False
+    """as many problems of every topic as there are of the rarest"""
+    make: Literal["problems", "correct", "best", "fusion"] = "problems"
+    """problems | demonstrations from --samples, for the problems that are left: all right completions | the best one of
+    each problem | the right ones in both thinking modes, /think and /no_think"""
+    limit: AtLeast1 | None = None
+    """at most this many problems, a random choice"""
+    seed: int = 0
+    """random seed"""
+
+
+def main(args: Args) -> None:
+    check_output(args.output)
+    if not args.problems and not args.samples:
+        fail("--problems or --samples: one of them is needed")
+    if args.make != "problems" and not args.samples:
+        fail(f"--make {args.make}: needs --samples")
+    low, high = (0.01, 0.99) if args.make == "problems" else (0.0, 1.0)
+    low = low if args.min_pass_rate is None else args.min_pass_rate
+    high = high if args.max_pass_rate is None else args.max_pass_rate
+    if low > high:
+        fail(f"--min-pass-rate {low:g}: must be at most --max-pass-rate {high:g}")
+    source = args.problems or args.samples
+    rows = placed_rows(args.samples) if args.samples else []
+    if args.problems:
+        problems = load_problems(args.problems, args.split, seed=args.seed)
+    else:
+        problems = read_problems(rows, args.samples)
+    before, dropped, records = len(problems), Counter(), read_samples(rows, args.samples)
+    if args.samples:
+        rates = pass_rates(records, args.samples, problems)
+        problems = keep_pass_rates(problems, rates, low, high, dropped)
+        if args.label_difficulty:
+            problems = label_difficulty(problems, rates)
+    if args.guesses and problems:
+        guesses = read_samples(placed_rows(args.guesses), args.guesses)
+        problems = drop_lucky_guesses(problems, pass_rates(guesses, args.guesses, problems), dropped)
+    if args.exclude_multiple_choice:
+        problems = drop_multiple_choice(problems, dropped)
+    if args.remove_duplicates:
+        problems = drop_duplicates(problems, args.near_duplicate, dropped)
+    if args.decontaminate:
+        held_out = load_problems(args.decontaminate, "all" if is_file(args.decontaminate) else "eval")
+        problems = decontaminate(problems, held_out, args.ngram, dropped)
+    if args.balance_topics and problems:
+        problems = balance(problems, "--balance-topics", source, args.seed, dropped)
+    if args.limit and args.limit < len(problems):
+        dropped["over --limit"] = len(problems) - args.limit
+        problems = random.Random(f"limit {args.seed}").sample(problems, args.limit)
+    print(f"{source}: {len(problems)} of {before} problems kept; dropped: {listed(dropped)}")
+    if not problems:
+        fail(f"{args.output} is not written: the filters leave nothing")
+    rows = [problem.to_row() for problem in problems]
+    if args.make != "problems":
+        kept = {problem.question for problem in problems}
+        records = [record for record in records if record["question"] in kept]
+        chosen = fuse_modes(records) if args.make == "fusion" else demonstrations_from(records, args.make)
+        if not chosen:
+            fail(f"{args.output} is not written: no completion is right and finished")
+        rows = [demonstration.to_row() for demonstration in chosen]
+        print(f"{len(rows)} demonstrations ({args.make})")
+    write_jsonl(args.output, rows)
+
+
+if __name__ == "__main__":
+    main(parse_args(Args))

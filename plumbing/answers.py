@@ -1,0 +1,256 @@
+"""What a completion's answer is, and whether it equals another: extraction, exact numbers, normalised strings,
+math-verify.
+
+This code reads model output, and a policy under RL finds every hole in it. So nothing raises, no text is evaluated as
+code, and every step takes linear or bounded time.
+"""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from fractions import Fraction
+from importlib.util import find_spec
+from pathlib import Path
+
+MAX_ANSWER_CHARS = 1_000  # a longer answer is never right; keeps every step after the extraction short
+
+# ---- Extraction ----------------------------------------------------------------------------------------------------
+
+
+def remove_thinking(text: str) -> str:
+    """Takes a completion, returns what is left of it without its thinking, "" if nothing is.
+
+    An unclosed <think> runs to the end of the text. A </think> without an opening tag makes thinking of all that
+    stands before it: some chat templates open the block in the prompt.
+    """
+    visible, start, inside = [], 0, False
+    for tag in re.finditer(r"</?think>", text):
+        if tag.group() == "<think>":
+            if not inside:
+                visible.append(text[start : tag.start()])
+            inside = True
+        else:
+            if not inside:
+                visible = []
+            inside, start = False, tag.end()
+    if not inside:
+        visible.append(text[start:])
+    return "\n".join(visible)
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Takes a text, returns what is inside its last closed \boxed{...} or \fbox{...}, None if there is none.
+
+    Of nested boxes the inner one counts.
+    """
+    open_braces = []  # where the content starts for a box, None for any other brace
+    last_start, last_end = -1, -1
+    # The regex only cuts out the tokens. Balancing them on a stack takes one pass, however many boxes stay open.
+    for token in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", text, re.DOTALL):
+        if token.group() == "{":
+            open_braces.append(None)
+        elif token.group() == "}":
+            start = open_braces.pop() if open_braces else None
+            if start is not None and start > last_start:
+                last_start, last_end = start, token.start()
+        elif len(token.group()) > 2:  # a box; the tokens of two characters are escapes such as \{
+            open_braces.append(token.end())
+    return text[last_start:last_end] if last_start >= 0 else None
+
+
+def extract_answer(text: str) -> str | None:
+    r"""Takes a completion, returns its final answer as text, None where it gives none.
+
+    Outside of the thinking, the last <answer>...</answer> counts, else the last \boxed{...}, else the last
+    "#### x" up to the end of its line. A box or #### inside the <answer> is unwrapped. The last one counts even if
+    it is empty: then there is no answer.
+    """
+    text = remove_thinking(text)
+    answer = None
+    start = text.rfind("<answer>", 0, max(text.rfind("</answer>"), 0))
+    if start >= 0:
+        answer = text = text[start + len("<answer>") : text.find("</answer>", start)]
+    boxed = last_boxed(text)
+    if boxed is not None:
+        answer = boxed
+    elif "####" in text:
+        answer = text[text.rfind("####") + len("####") :].partition("\n")[0]
+    return (answer or "").strip() or None
+
+
+# ---- Comparison ----------------------------------------------------------------------------------------------------
+
+# Words that make "18 <words>" something else than 18 of a unit: other answers, other numbers, functions.
+NOT_A_UNIT = (
+    r"(?i:\b(?:and|or|plus|minus|times|over|mod|half|halves|thirds?|hundred|thousand|million|billion"
+    r"|trillion|dozen|squared|cubed|sqrt|sin|cos|tan|log|exp)\b)"
+)
+TEXT_COMMAND = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*"
+# Short units by name and any word of three letters, of four where no space stands before it. A letter or two
+# may be variables: 2k and 2ab are not 2.
+UNIT = (
+    rf"(?!.*{NOT_A_UNIT})"
+    r"(?:\s*%|\s*(?:cm|mm|km|kg|mg|ml|lbs?|oz|ft|in|mi|mph|hrs?|mins?|secs?)(?![A-Za-z])|\s+[A-Za-z]{3}|[A-Za-z]{4})"
+    r"(?:[A-Za-z .,'()/-]|\^\{?[23]\}?)*"
+)
+LATEX_UNIT = rf"(?<=[0-9}})])\s*{TEXT_COMMAND}\{{(?!.*{NOT_A_UNIT})[A-Za-z ./]*\}}(?:\^\{{?[23]\}}?)?$"  # 5\text{ m}^2
+# [0-9] and not \d, which takes the digits of all scripts. Fraction("1e999999999") would fill the memory: three
+# digits of exponent at most.
+DECIMAL = (
+    r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"  # 1,234.50  18.  .5
+    r"(?:[eE][+-]?[0-9]{1,3})?"
+)
+NUMBER = re.compile(
+    r"(?P<sign>[+-]?)\s*(?:(?P<whole>[0-9]+)\s+(?=[0-9]+\s*/))?"  # the 1 of 1 1/2
+    rf"(?P<top>{DECIMAL})(?:\s*/\s*(?P<bottom>{DECIMAL}))?\s*(?:{UNIT})?"
+)
+TEXT = re.compile(TEXT_COMMAND + r"\{([^{}]*)\}")
+FRACTION = re.compile(r"\\frac\s*\{\s*(-?[0-9.,]+)\s*\}\s*(?:\{\s*([0-9.,]+)\s*\}|([0-9]))")
+# In order. A backslash after a backslash belongs to a line break \\ and not to what follows.
+CLEANING = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in [
+        (r"[\u2010-\u2015\u2212]", "-"),  # unicode minus and dashes
+        (r"(?<!\\)\\!\s*", ""),
+        (r"(?<=[0-9])(?:\{,\}|\\,)(?=[0-9]{3})", ","),  # 10{,}080 and 10\,080
+        (r"(?<!\\)\\[,;: ()\[\]]|\\?\$|[€£¥₹~]", " "),
+        (r"\\(?:left|right)\.?(?![A-Za-z])|\\displaystyle(?![A-Za-z])", ""),
+        (r"\\[dt]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\frac\s*([0-9])\s*(?=[0-9{])", r"\\frac{\1}"),  # \frac12 and \frac1{2}
+        (r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"\\%", "%"),
+        (r"\^\s*\{?\s*\\circ\s*\}?|°", ""),
+        (r"\s+", " "),
+        (r"^[ *\"'`“‘]+|[ *\"'`”’.,;:]+$", ""),  # no dot at the front: .5
+        (LATEX_UNIT, ""),
+    ]
+]
+
+
+def clean(text: str) -> str:
+    """Takes an answer, returns it without what carries no meaning: $, quotes, final dot, thin spaces, LaTeX units."""
+    for pattern, replacement in CLEANING:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def parse_number(text: str) -> Fraction | None:
+    """Takes a cleaned answer, returns its exact value if it is one plain number, with or without a unit, else None."""
+    text = FRACTION.sub(r" \1/\2\3 ", TEXT.sub(r" \1 ", text)).strip()
+    match = NUMBER.fullmatch(text)
+    if match is None:
+        return None
+    top, bottom = (Fraction((match[name] or "1").replace(",", "")) for name in ("top", "bottom"))
+    if bottom == 0:
+        return None
+    value = int(match["whole"] or 0) + top / bottom
+    return -value if match["sign"] == "-" else value
+
+
+@functools.lru_cache(maxsize=10_000)  # a group of completions gives the same answer many times
+def read_answer(text: str) -> tuple[str, Fraction | None]:
+    """Takes an answer, returns it cleaned and its value if it is one plain number."""
+    text = clean(text)
+    return text, parse_number(text)
+
+
+def normalise(text: str) -> str:
+    r"""Takes a cleaned answer, returns it for comparison as a string: without case, \text{} and needless spaces."""
+    text = TEXT.sub(r" \1 ", text).lower()
+    text = re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
+    text = re.sub(r"\s*([^\w\s])\s*", r"\1", " ".join(text.split()))  # the space of "1 2" stays: it is not 12
+    return re.sub(r"^\(([a-z])\)$", r"\1", text)  # the choice (C)
+
+
+def answers_match(predicted: str | None, gold: str) -> bool:
+    r"""Takes an extracted answer (or None) and the gold answer, returns whether they are the same answer.
+
+    Plain numbers are compared exactly (1,000 = 1000, 1 1/2 = 1.5 = \frac{3}{2}, 0.333 is not 1/3). A unit is
+    ignored, also where the two differ: the number decides. Percent is a unit as well: 50% = 50, not 0.5.
+    "5 million" and "10 or 18" are not plain numbers. Other answers match as normalised strings, else, where there is
+    mathematics in them, if math-verify (where it is installed) finds them equal, to 12 decimals where one of them
+    is a decimal number. A number in another base (52_8) only matches as a string. None, "", nan and inf match nothing.
+    """
+    return matched_by(predicted, gold) is not None
+
+
+def matched_by(predicted: str | None, gold: str) -> str | None:
+    """As answers_match: "rule" or "symbolic" (math-verify), whichever found them equal, else None."""
+    if not predicted or not gold or max(len(predicted), len(gold)) > MAX_ANSWER_CHARS:
+        return None
+    (predicted, number), (gold, gold_number) = read_answer(predicted), read_answer(gold)
+    if number is not None and gold_number is not None:
+        return "rule" if number == gold_number else None
+    strings = normalise(predicted), normalise(gold)
+    if any(string.lstrip("+-") in ("", "nan", "inf", "infinity") for string in strings):
+        return None
+    if strings[0] == strings[1]:
+        return "rule"
+    return "symbolic" if is_mathematics(predicted, gold) and math_verify_match(predicted, gold) else None
+
+
+# ---- math-verify ---------------------------------------------------------------------------------------------------
+
+
+# What math-verify would misread. It leaves out the base of 52_8 and all that follows \approx, adds up two numbers side
+# by side (10 \quad 8, (10)(8) and {10}{8} would be 18), and reads only a part of a text that ends in a backslash or
+# holds the word answer.
+MISREAD = re.compile(
+    r"[0-9]\s*_|\\approx|[0-9](?:[\s(){'\"]|\\q?quad|\\l?dots)+[0-9]|(?:^|[\s(])\{[^{}]*\}\s*[({0-9]|\\$|(?i:answer)"
+)
+# What would only run into the time limit: powers as in 9^{9^9} and 9^{99999999}, factorials of factorials, ten
+# brackets open at once.
+TOO_LARGE = re.compile(r"\^[\s{(]*-?[\s{(]*(?:[0-9]{4}|[0-9]+[\s})]*\^)|![\s)}]*!|(?:[({\[][^(){}\[\]]*){10}")
+MATHEMATICS = re.compile(r"[\\^=+*/(\[{<>,-]|sqrt")
+
+
+def is_mathematics(predicted: str, gold: str) -> bool:
+    """Takes two cleaned answers, returns whether math-verify should compare them."""
+    if any(pattern.search(text) for pattern in (MISREAD, TOO_LARGE) for text in (predicted, gold)):
+        return False
+    return any(MATHEMATICS.search(text) for text in (predicted, gold))
+
+
+math_verify_process: subprocess.Popen | None = None
+math_verify_lock = threading.Lock()
+
+
+@functools.lru_cache(maxsize=10_000)
+def math_verify_match(predicted: str, gold: str) -> bool:
+    """Takes two cleaned answers, returns whether math-verify finds them equal; False on any failure or without it.
+
+    It runs in a process of its own (math_verify_process.py). Sympy can be made to hang, or to fill the memory, in ways
+    that no filter foresees, and the package's own time limit is an alarm signal, for the main thread only. A process
+    can be given its limits from any thread, and they count its own time, not that of a busy machine.
+    """
+    global math_verify_process
+    if os.name != "posix" or find_spec("math_verify") is None:
+        return False
+    with math_verify_lock:
+        reply = ""
+        try:
+            if math_verify_process is None:
+                # -P: the modules of this folder must not shadow those that sympy imports
+                math_verify_process = subprocess.Popen(
+                    [sys.executable, "-P", str(Path(__file__).with_name("math_verify_process.py"))],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    start_new_session=True,  # Ctrl-C is for the training process
+                )
+            math_verify_process.stdin.write(json.dumps([predicted, gold]) + "\n")
+            math_verify_process.stdin.flush()
+            reply = math_verify_process.stdout.readline()
+        except OSError:
+            pass
+        finally:
+            # Also after an interrupt: a reply that is left in the pipe would answer the next question.
+            if not reply and math_verify_process is not None:
+                math_verify_process.kill()
+                math_verify_process.wait()
+                math_verify_process = None
+        return reply == "true\n"

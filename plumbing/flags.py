@@ -1,0 +1,253 @@
+"""The command line: one-line errors, the ranges of flags, the groups of flags that several scripts share, parsing and
+`--resume`.
+
+A script's flags are the fields of its dataclass `Args`. A range stands beside the flag, in its type
+(`learning_rate: Positive = 1e-4`). A flag without a range may be any finite number.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+import tyro
+
+Group = tyro.conf.OmitArgPrefixes  # a group of flags: a box of --help, each flag spelled without the group's name
+
+
+def fail(message: str) -> NoReturn:
+    """Bad input: prints one line to stderr and exits with code 2, without a traceback."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ---- Ranges --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a flag allows. Each number of a list is checked; None always passes."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open: bool = False  # low itself is not allowed
+
+    def allows(self, number: float) -> bool:
+        return (self.low < number if self.open else self.low <= number) and number <= self.high
+
+    def __str__(self) -> str:
+        low = f"more than {self.low:g}" if self.open else f"{self.low:g} or more"
+        return low if self.high == math.inf else f"{low} and at most {self.high:g}"
+
+
+Positive = Annotated[float, Range(0, open=True)]
+NonNegative = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+AtLeast0 = Annotated[int, Range(0)]
+AtLeast1 = Annotated[int, Range(1)]
+
+
+def ranges(hint) -> list[Range]:
+    """All Ranges in a type: of `Positive`, of `AtLeast1 | None`, of `tuple[Positive, ...]`."""
+    found = [part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Range)]
+    return found + [limit for part in get_args(hint) if get_args(part) for limit in ranges(part)]
+
+
+def check_ranges(args) -> None:
+    """Ends the program with one line if a number is not finite or out of its range."""
+    hints = get_type_hints(type(args), include_extras=True)
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        if dataclasses.is_dataclass(value):
+            check_ranges(value)
+            continue
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            if isinstance(number, float) and not math.isfinite(number):
+                fail(f"{as_flag(field.name)} {number}: must be finite")
+            for limit in ranges(hints[field.name]):
+                if not limit.allows(number):
+                    fail(f"{as_flag(field.name)} {number}: must be {limit}")
+
+
+def as_flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check_minibatch(minibatch_size: int, group_size: int, batch_size: int) -> None:
+    """A minibatch is whole groups of the iteration's batch."""
+    if minibatch_size % group_size or not group_size <= minibatch_size <= batch_size:
+        allowed = f"a multiple of --group-size {group_size}, at most {batch_size} (prompts x group size)"
+        fail(f"--minibatch-size {minibatch_size}: must be {allowed}")
+
+
+def check_output(path: str | None) -> None:
+    """--output must be a file that can be written."""
+    if path and Path(path).is_dir():
+        fail(f"--output {path}: is a directory, a file's name is expected")
+    if path and not os.access(Path(path).resolve().parent, os.W_OK):
+        fail(f"--output {path}: its directory is not there or not writable")
+
+
+def check_folder(flag: str, folder: str) -> None:
+    """A directory that will be made must be writable, or the nearest one above it that is there."""
+    path = Path(folder).resolve()
+    nearest = next(place for place in (path, *path.parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        fail(f"{flag} {folder}: can't be written ({nearest} is not a directory that can be written)")
+
+
+def named_directory(run_root: str, run_name: str) -> Path:
+    return Path(run_root) / re.sub(r"[^\w.-]", "-", run_name).strip(".")
+
+
+def check_run_directory(flags) -> None:
+    """A new run's --run-root must be writable, and its --run-name not taken."""
+    check_folder("--run-root", flags.run_root)
+    if flags.run_name is None:
+        return
+    directory = named_directory(flags.run_root, flags.run_name)
+    if directory == Path(flags.run_root):
+        fail(f"--run-name {flags.run_name}: is no name for a directory")
+    if directory.exists():
+        fail(f"--run-name {flags.run_name}: {directory} exists; --resume it, or take another name")
+
+
+# ---- Groups of flags -----------------------------------------------------------------------------------------------
+
+SYSTEM_PROMPT = (
+    "Think about the question first, then answer it. Write your reasoning between <think> and </think>, and after it "
+    "only the final answer between <answer> and </answer>, like this: <think>reasoning</think><answer>42</answer>"
+)
+
+
+@dataclass
+class SetupFlags:
+    """Model and data."""
+
+    eval_data: str | None = None
+    """held-out problems; without it a tenth of --problems, chosen by hash, is held out"""
+    system_prompt: str = SYSTEM_PROMPT
+    """system turn of the chat template ('' for none); the embedded model's template ignores it"""
+    device: str = "auto"
+    """auto | cpu | cuda | cuda:1 ..."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """dtype of the weights; auto: bfloat16 on a GPU (with fp32 master weights), float32 on a CPU"""
+
+
+@dataclass
+class SamplingFlags:
+    """How completions are sampled, and for which problems."""
+
+    temperature: Positive = 1.0
+    """sampling temperature; also applied to all logprobs"""
+    problem_sampling: Literal["uniform", "curriculum", "prioritized"] = "uniform"
+    """each problem once per epoch | easy to hard | problems that fail more often are drawn more often"""
+
+
+@dataclass
+class OptimizationFlags:
+    """The optimizer, and the memory that an update takes."""
+
+    warmup_iterations: AtLeast0 = 10
+    """iterations over which the learning rate rises linearly"""
+    micro_batch_tokens: AtLeast1 = 8192
+    """tokens (prompt and completion of each row) in one forward and backward pass; changes memory only"""
+    gradient_checkpointing: bool = False
+    """keep only each layer's input for the backward pass and compute the layer again there: less memory, slower"""
+    max_grad_norm: Positive = 1.0
+    """gradients are clipped to this norm"""
+    max_bad_updates: AtLeast1 = 10
+    """updates with a non-finite loss or gradient are skipped; this many in a row end the run"""
+
+
+@dataclass
+class RunFlags:
+    """Evaluations, checkpoints and the run's directory."""
+
+    eval_every: AtLeast0 = 25
+    """iterations between evaluations; 0: only before and after"""
+    eval_problems: AtLeast1 = 300
+    """held-out problems in an evaluation (SFT, DPO, reward model: also held-out demonstrations or pairs)"""
+    save_every: AtLeast0 = 50
+    """iterations between checkpoints; 0: only final/"""
+    keep_checkpoints: AtLeast0 = 0
+    """keep only this many of the newest checkpoints; 0: all"""
+    run_root: str = "runs"
+    """directory in which run directories are made"""
+    run_name: str | None = None
+    """name of the run directory; None: script, problems, model, seed and time"""
+    resume: str | None = None
+    """run directory to continue, from its newest checkpoint and with its arguments"""
+
+
+# ---- Parsing -------------------------------------------------------------------------------------------------------
+
+RESUME_MAY_CHANGE = ("iterations", "eval_every", "save_every", "keep_checkpoints", "device", "run_root")
+
+
+def parse_args(Args, argv: list[str] | None = None):
+    """tyro.cli(Args), with every range checked. With `--resume RUN` the run's saved arguments are the defaults, and
+    only the flags of RESUME_MAY_CHANGE may differ from them."""
+    argv = sys.argv[1:] if argv is None else argv
+    run = next((a.partition("=")[2] for a in argv if a.startswith("--resume=")), None)
+    if "--resume" in argv[:-1]:
+        run = argv[argv.index("--resume") + 1]
+    if run is None:
+        args = tyro.cli(Args, args=argv)
+        check_ranges(args)
+        if hasattr(args, "run"):
+            check_run_directory(args.run)
+        return args
+    file = Path(run) / "args.json"
+    try:
+        saved = json.loads(file.read_text())
+        default = from_flat(Args(), saved | {"resume": run})
+    except OSError:
+        fail(f"--resume {run}: no run directory ({file} can't be read)")
+    except (ValueError, TypeError, AttributeError) as error:
+        fail(f"--resume {run}: {file} does not hold this script's arguments ({error})")
+    args = tyro.cli(Args, args=argv, default=default)
+    before = json.loads(json.dumps(to_flat(default)))  # tuples as lists, as they are in the file
+    for name, value in json.loads(json.dumps(to_flat(args))).items():
+        if value != before[name] and name not in RESUME_MAY_CHANGE:
+            *allowed, flag = map(as_flag, (*RESUME_MAY_CHANGE, name))
+            started = f"the run was started with {before[name]}"
+            fail(f"{flag} {value}: {started}; on --resume only {', '.join(allowed)} may differ")
+    check_ranges(args)
+    return args
+
+
+def to_flat(args) -> dict:
+    """All flags by name, those of the groups too."""
+    flat = {}
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        flat |= to_flat(value) if dataclasses.is_dataclass(value) else {field.name: value}
+    return flat
+
+
+def from_flat(default, values: dict):
+    """`default` with the values of a flat dict. Raises ValueError if a name is no flag."""
+    if unknown := values.keys() - to_flat(default).keys():
+        raise ValueError(f"unknown: {', '.join(sorted(unknown))}")
+    hints, changes = get_type_hints(type(default)), {}
+    for field in dataclasses.fields(default):
+        value = getattr(default, field.name)
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = from_flat(value, {n: v for n, v in values.items() if n in to_flat(value)})
+        elif field.name in values:
+            value = values[field.name]
+            changes[field.name] = tuple(value) if get_origin(hints[field.name]) is tuple else value
+    return dataclasses.replace(default, **changes)

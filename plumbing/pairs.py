@@ -1,0 +1,263 @@
+"""Preference pairs: where they come from, their token ids, their batches, and what is reported of them."""
+
+import random
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from torch import Tensor
+
+import common
+from common import Rollout
+from data import (
+    add_mode,
+    as_prompt,
+    as_text,
+    encode_completions,
+    encode_problems,
+    encode_prompts,
+    fail_on,
+    load_problems,
+    placed_rows,
+    prompt_field,
+    read_messages,
+    text_field,
+)
+from evaluate import read_samples
+from plumbing.evaluation import evaluate, format_table, interval
+from plumbing.flags import AtLeast1, NonNegative, fail
+
+
+@dataclass(frozen=True)
+class Pair:
+    question: str
+    chosen: str
+    rejected: str
+    id: str = ""
+    topic: str = ""
+    weight: float = 1.0
+    chosen_finished: bool = True  # ended by an EOS, not cut by the length limit
+    rejected_finished: bool = True
+    messages: tuple | None = None  # the prompt's turns, see data.Problem
+    prompt_ids: tuple = field(default=(), compare=False, repr=False)  # these three: see encode_pairs
+    chosen_ids: tuple = field(default=(), compare=False, repr=False)
+    rejected_ids: tuple = field(default=(), compare=False, repr=False)
+
+
+# ---- Where pairs come from -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PairFlags:
+    """Which pairs of --data are trained on."""
+
+    pair_problems: AtLeast1 = 1500
+    """arithmetic-pairs: how many problems are sampled, eight times each"""
+    pair_weight: Literal["uniform", "gap"] = "uniform"
+    """weight of a pair in the loss; gap: proportional to the difference of its scores (samples files)"""
+    min_gap: NonNegative = 0.5
+    """two scores of a samples file that differ by less make no pair; at 0.5 a right and a wrong answer remain"""
+    max_pairs_per_prompt: AtLeast1 = 4
+    """at most this many pairs of one prompt, chosen at random, so that a few prompts don't dominate"""
+    balance_topics: bool = False
+    """as many pairs of every topic as there are of the rarest"""
+
+
+def load_preference_pairs(source: str, seed: int = 0, flags: PairFlags | None = None) -> list[Pair]:
+    """Preference pairs. Prints how many there are and what was dropped.
+
+    source: "arithmetic-pairs", N-best samples of the embedded model; a .jsonl file with the fields `prompt` (or
+    `question`), `chosen`, `rejected`; or a samples file of evaluate.py, which holds several scored completions of each
+    problem. seed: of the random choice of a prompt's pairs.
+    """
+    flags = flags or PairFlags()
+    dropped = Counter()
+    if source == "arithmetic-pairs":
+        samples, rows = True, [(record["id"], record) for record in arithmetic_samples(flags.pair_problems)]
+    else:
+        rows = placed_rows(source)
+        samples = "completions" in rows[0][1]
+    if flags.pair_weight == "gap" and not samples:
+        fail(f"--pair-weight gap: {source} holds pairs without scores; a samples file is needed")
+    pairs = sampled_pairs(rows, source, flags.min_gap, dropped) if samples else read_pairs(rows, source, dropped)
+
+    prompts: dict[tuple, list[Pair]] = {}
+    for pair in pairs:
+        prompts.setdefault((pair.question, pair.messages), []).append(pair)
+    kept = []
+    for (question, _), group in prompts.items():
+        limit = min(len(group), flags.max_pairs_per_prompt)
+        dropped["over --max-pairs-per-prompt"] += len(group) - limit
+        kept += random.Random(f"pairs {question} {seed}").sample(group, limit)
+    if flags.balance_topics:
+        kept = balance(kept, "--balance-topics", source, seed, dropped)
+    mean = sum(pair.weight for pair in kept) / len(kept)
+    kept = [replace(pair, weight=pair.weight / mean if flags.pair_weight == "gap" else 1.0) for pair in kept]
+    print(f"pairs: {len(kept)} of {len({p.question for p in kept})} prompts from {source}; dropped: {listed(dropped)}")
+    return kept
+
+
+def arithmetic_samples(count: int) -> list[dict]:
+    """Records as in a samples file, from the embedded model: eight completions of each of `count` problems of both
+    splits, with the reward that is train_grpo.py's default. Always from one seed, on the CPU, in fp32: a resumed run
+    must find the same ones, on any device."""
+    model = "models/tiny-arithmetic"
+    tokenizer = common.load_tokenizer(model)
+    policy = common.load_policy(model, eos_token_id=tokenizer.eos_token_id)
+    problems = load_problems("arithmetic", "all", count)
+    problems = encode_problems(tokenizer, problems, "", policy.config, 40)
+    records = evaluate(policy, tokenizer, problems, num_samples=8, max_new_tokens=40, progress=True)
+    for completion in (c for record in records for c in record["completions"]):
+        completion["reward"] = completion["correct"] + 0.2 * completion["format"]
+    return records
+
+
+def sampled_pairs(rows: list[tuple[str, dict]], source: str, min_gap: float, dropped: Counter) -> list[Pair]:
+    """All pairs that each problem's scored completions induce, the better one chosen; weight = the scores' gap."""
+    pairs, questions = [], set()
+    for (place, _), record in zip(rows, read_samples(rows, source), strict=True):
+        question, messages = add_mode(record["question"], record["messages"], record.get("mode"))
+        scored: dict[str, dict] = {}  # by text: a completion that was sampled twice says nothing new
+        for completion in record["completions"]:
+            dropped["duplicate texts"] += completion["text"] in scored
+            scored.setdefault(completion["text"], completion)
+        if (question, messages) in questions:
+            dropped["duplicate prompts"] += 1
+            continue
+        questions.add((question, messages))
+        best_first = sorted(scored.values(), key=lambda completion: -completion["reward"])
+        for i, better in enumerate(best_first):
+            for worse in best_first[i + 1 :]:
+                gap = better["reward"] - worse["reward"]
+                dropped["near ties (--min-gap)"] += 0 < gap < min_gap
+                if gap > 0 and gap >= min_gap:
+                    ends = better.get("finished", True), worse.get("finished", True)
+                    topic = str(record.get("topic") or "")
+                    pair = Pair(question, better["text"], worse["text"], place, topic, gap, *ends, messages)
+                    pairs.append(pair)
+    if not pairs:
+        fail(f"{source}: no prompt has two completions whose scores differ by --min-gap {min_gap:g} or more")
+    return pairs
+
+
+def read_pairs(rows: list[tuple[str, dict]], source: str, dropped: Counter) -> list[Pair]:
+    pairs, errors = {}, []
+    for place, row in rows:
+        try:
+            if isinstance(row.get("chosen"), list) and len(row["chosen"]) > 1:  # each with the prompt before it
+                question, messages, chosen = split_conversation("chosen", row["chosen"])
+                *other, rejected = split_conversation("rejected", row.get("rejected"))
+                if other != [question, messages]:
+                    raise ValueError("chosen and rejected differ before their last turns")
+            else:
+                question, messages = prompt_field(row, ("prompt", "question"))
+                chosen, rejected = completion_field(row, "chosen"), completion_field(row, "rejected")
+            if chosen == rejected:
+                raise ValueError("chosen and rejected are equal")
+            dropped["duplicate pairs"] += (question, messages, chosen, rejected) in pairs
+            pair = Pair(question, chosen, rejected, place, str(row.get("topic") or ""), messages=messages)
+            pairs.setdefault((question, messages, chosen, rejected), pair)
+        except ValueError as error:
+            errors.append(f"{place}: {error}")
+    fail_on(errors, source)
+    return list(pairs.values())
+
+
+def balance(items: list, flag: str, source: str, seed: int, dropped: Counter) -> list:
+    """As many items of every topic as there are of the rarest, a random choice."""
+    topics = {topic: [item for item in items if item.topic == topic] for topic in sorted({i.topic for i in items})}
+    if len(topics) < 2:
+        fail(f"{flag}: {source} does not name two topics")
+    rarest, rng = min(map(len, topics.values())), random.Random(f"topics {seed}")
+    dropped["to balance topics"] = len(items) - rarest * len(topics)
+    return [item for group in topics.values() for item in rng.sample(group, rarest)]
+
+
+def listed(dropped: Counter) -> str:
+    return ", ".join(f"{count} {why}" for why, count in dropped.items() if count) or "none"
+
+
+def completion_field(row: dict, name: str) -> str:
+    """A text, or a list of one message, the assistant's."""
+    if not isinstance(row.get(name), list):
+        return text_field(row, (name,))
+    messages = read_messages(name, row[name])
+    if [message["role"] for message in messages] != ["assistant"]:
+        raise ValueError(f"field {name!r}: one turn, the assistant's, is expected")
+    return as_text(name, messages[0]["content"])
+
+
+def split_conversation(name: str, value) -> tuple[str, tuple | None, str]:
+    """(question, messages, completion) of a whole conversation: the completion is its last turn."""
+    messages = read_messages(name, value) if isinstance(value, list) else []
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise ValueError(f"field {name!r}: a list of messages that ends with the assistant's turn is expected")
+    return *as_prompt(name, messages[:-1]), as_text(name, messages[-1]["content"])
+
+
+# ---- Token ids and batches -------------------------------------------------------------------------------------------
+
+
+def encode_pairs(tokenizer, pairs: list[Pair], system_prompt: str, context: float) -> list[Pair]:
+    """The pairs that fit the context, with their token ids.
+
+    A pair that the context would cut is dropped and counted: the part that is cut off has the answer and the EOS.
+    """
+    prompts = encode_prompts(tokenizer, [pair.messages or pair.question for pair in pairs], system_prompt)
+    for pair, prompt in zip(pairs, prompts, strict=True):
+        if len(prompt) >= context:
+            fail(f"{pair.id}: its prompt of {len(prompt)} tokens leaves no room in the model's context of {context}")
+
+    def encode(texts: list[str], finished: list[bool]) -> list[tuple[int, ...]]:
+        ids = encode_completions(tokenizer, texts, prompts)
+        return [tuple(i if whole else i[:-1]) for i, whole in zip(ids, finished, strict=True)]  # cut: without EOS
+
+    chosen = encode([pair.chosen for pair in pairs], [pair.chosen_finished for pair in pairs])
+    rejected = encode([pair.rejected for pair in pairs], [pair.rejected_finished for pair in pairs])
+    encoded = [
+        replace(pair, prompt_ids=tuple(prompt), chosen_ids=better, rejected_ids=worse)
+        for pair, prompt, better, worse in zip(pairs, prompts, chosen, rejected, strict=True)
+    ]
+    fits = [p for p in encoded if p.chosen_ids and p.rejected_ids and pair_length(p) <= context]
+    if len(fits) < len(pairs):
+        print(f"note: {len(pairs) - len(fits)} of {len(pairs)} pairs exceed the context of {context}: dropped")
+    return fits
+
+
+def pair_length(pair: Pair) -> int:
+    return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+
+
+def pair_rollout(pairs: list[Pair], device) -> Rollout:
+    """The pairs as groups of two: row 2i is pair i's chosen completion, row 2i + 1 its rejected one."""
+    completions = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+    return common.make_rollout([pair.prompt_ids for pair in pairs], completions, group_size=2, device=device)
+
+
+def pair_micro_batches(rollout: Rollout, max_tokens: int) -> list[list[int]]:
+    """All rows of a Rollout of pairs in micro-batches of whole pairs, in the order chosen, rejected, chosen, ...: a
+    pair's loss needs both rows. The budget is never less than the largest pair takes."""
+    G, lengths = rollout.group_size, rollout.lengths.view(-1, rollout.group_size).sum(1).tolist()
+    largest = max(G * len(prompt) + length for prompt, length in zip(rollout.prompt_ids, lengths, strict=True))
+    batches = common.micro_batches(rollout, list(range(len(rollout.mask))), max(max_tokens, largest))
+    return [sorted(rows) for rows in batches]  # restore chosen/rejected order, which sorting by length changed
+
+
+# ---- Reports ---------------------------------------------------------------------------------------------------------
+
+
+def ranked_right(margins: Tensor) -> Tensor:
+    """(B,) reward(chosen) - reward(rejected) -> (B,): 1 where a pair is ranked as labelled, 0 where not, 0.5 for a tie.
+    A margin within rounding is a tie: in float32 a policy equal to its reference has margins of 1e-6, not 0."""
+    return ((margins.abs() > 1e-4) * margins.sign() + 1) / 2
+
+
+def pair_table(before: dict[str, float], after: dict[str, float], questions: list[str]) -> str:
+    """The evaluation of a preference method before and after training, except the accuracy. questions: the held-out
+    pairs'. Pairs of one question say much the same, so the interval counts questions, not pairs."""
+    names = ("pair_accuracy", "pair_margin", "pair_loss", "calibration", "kl", "win_rate")
+    rows = [[name, before[f"eval/{name}"], after[f"eval/{name}"]] for name in names if f"eval/{name}" in after]
+    if rows and rows[0][0] == "pair_accuracy":
+        ranges = ["{:.3f}-{:.3f}".format(*interval(rate, len(set(questions)))) for rate in rows[0][1:]]
+        rows.insert(1, ["  its 95% interval", *ranges])
+    return format_table([f"held-out, {len(questions)} pairs", "before", "after"], rows)

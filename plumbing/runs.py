@@ -1,0 +1,233 @@
+"""A run on disk: its directory, arguments and source, checkpoints, event writer, and a Ctrl-C that loses nothing."""
+
+import errno
+import gc
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from inspect import getfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch.utils.tensorboard import SummaryWriter
+
+from plumbing.flags import check_run_directory, fail, named_directory, reason, to_flat
+
+
+class Run:
+    """Make it after the last check of the input: before, nothing is on disk. A script learns the same without it.
+
+    dir and writer: the run directory and its TensorBoard writer. start_from: the newest whole checkpoint's directory if
+    a run is resumed, else --model. progress: the values of the last `checkpoint`; in a new run two zeros.
+    """
+
+    def __init__(self, args, tokenizer):
+        self._args, self._tokenizer, self._stateful = args, tokenizer, {}
+        state = load_checkpoint(args.run.resume)
+        self.progress = state.get("progress", {"iteration": 0, "global_step": 0})
+        self.start_from, self._saved = state.get("model", args.model), state.get("stateful")
+        if self.progress["iteration"] > args.iterations:
+            fail(f"--iterations {args.iterations}: the run has done {self.progress['iteration']} already")
+        self.dir = run_directory(args)
+        source = Path(getfile(type(args)))
+        try:
+            (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (self.dir / "args.json.tmp").write_text(json.dumps(to_flat(args) | {"resume": None}, indent=2) + "\n")
+            os.replace(self.dir / "args.json.tmp", self.dir / "args.json")
+            keep_source(source, self.dir, self.progress["iteration"])
+            # events after the checkpoint, written before the run was interrupted, are purged
+            purge = self.progress["global_step"] + bool(state) if args.run.resume else None
+            self.writer = SummaryWriter(str(self.dir), purge_step=purge)
+        except OSError as error:
+            fail(f"--run-root {args.run.run_root}: {self.dir} can't be written ({error.strerror})")
+        sys.excepthook = explain
+        if not state:
+            rows = "\n".join(f"| {name} | {value} |" for name, value in to_flat(args).items())
+            table = f"| flag | value |\n|---|---|\n{rows}\n\ngit commit: {git_commit(source.parent)}"
+            self.writer.add_text("hyperparameters", table, 0)
+        print(f"run directory: {self.dir}")
+        self._stop = StopSignal()
+        gc.freeze()  # the libraries' million objects stay: no garbage collection needs to walk through them again
+
+    def restore(self, **stateful) -> None:
+        """Tells the run what a checkpoint holds besides the model, and restores it if a run is resumed. stateful: by
+        name anything with state_dict and load_state_dict, such as the optimizer, the sampler, a critic."""
+        self._stateful = stateful
+        if self._saved is None:
+            return
+        if self._saved.keys() != stateful.keys():
+            held, needed = (", ".join(sorted(names)) for names in (self._saved, stateful))
+            fail(f"--resume {self._args.run.resume}: its checkpoint holds {held}; this script needs {needed}")
+        for name, value in stateful.items():
+            value.load_state_dict(self._saved.pop(name))
+
+    def checkpoint(self, model, iteration: int, global_step: int, **progress) -> None:
+        """Saves if --save-every says so, at the end, and on Ctrl-C, after which it ends the program. progress: plain
+        values to find again in `progress` after a resume."""
+        flags, last = self._args.run, iteration == self._args.iterations
+        if self._stop.number or (flags.save_every and (last or iteration % flags.save_every == 0)):
+            self.writer.flush()
+            state = {"progress": {"iteration": iteration, "global_step": global_step} | progress}
+            state["stateful"] = {name: value.state_dict() for name, value in self._stateful.items()}
+            target = self.dir / "checkpoints" / f"step_{iteration:06d}"
+            save_model(target, model, self._tokenizer, state, flags.keep_checkpoints)
+        if self._stop.number:
+            print(f"stopped; go on with --resume {self.dir}", file=sys.stderr)
+            raise SystemExit(128 + self._stop.number)
+
+    def finish(self, model, report: str) -> None:
+        """Saves the model in final/ and prints the report."""
+        self.writer.close()
+        save_model(self.dir / "final", model, self._tokenizer)
+        self._stop.restore()
+        print(f"\n{report}\n\nmodel: {self.dir / 'final'}\ncurves: tensorboard --logdir {self.dir}")
+
+
+def run_directory(args) -> Path:
+    """The resumed run's, or a new one under --run-root, named --run-name or after script, data, model, seed and
+    time."""
+    flags = args.run
+    if flags.resume:
+        return Path(flags.resume)
+    check_run_directory(flags)
+    if flags.run_name is not None:
+        return named_directory(flags.run_root, flags.run_name)
+    model, script = Path(args.model), Path(getfile(type(args))).stem
+    if model.name == "final":  # a run's result: named after its script
+        model = Path(model.resolve().parent.name.partition("__")[0] + "-final")
+    data = Path(getattr(args, "data", None) or args.problems).stem
+    parts = script, data, model.name, f"s{args.seed}", time.strftime("%Y%m%d-%H%M%S")
+    directory = Path(flags.run_root) / re.sub(r"[^\w.-]", "-", "__".join(parts))
+    while directory.exists():
+        directory = directory.with_name(directory.name + "x")
+    return directory
+
+
+def keep_source(source: Path, directory: Path, iteration: int) -> None:
+    """Copies the script into the run directory; a resumed run whose script has changed keeps both."""
+    copy = directory / source.name
+    if copy.exists() and copy.read_bytes() != source.read_bytes():
+        print(f"note: {source.name} has changed since the run began", file=sys.stderr)
+        copy = directory / f"{source.stem}_from_{iteration:06d}.py"
+    shutil.copyfile(source, copy)
+
+
+def git_commit(folder: Path) -> str:
+    """The commit, with "-dirty" if the work tree differs from it; untracked files count."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True).stdout.strip()
+
+    try:
+        return (git("rev-parse", "HEAD") or "unknown") + ("-dirty" if git("status", "--porcelain") else "")
+    except OSError:  # no git here
+        return "unknown"
+
+
+def explain(kind, error, trace) -> None:
+    """What a run prints when it ends in an error: one line if memory or disk space ran out."""
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        lower = "--micro-batch-tokens (training), or --prompts-per-step, --group-size or --max-new-tokens (sampling)"
+        advice = f"lower {lower}, add --gradient-checkpointing; python benchmarks/memory.py says which flags fit"
+        print(f"error: out of memory ({reason(error)}); {advice}", file=sys.stderr)
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        print(f"error: {reason(error)}; make room on the disk, then go on with --resume", file=sys.stderr)
+    elif isinstance(error, KeyboardInterrupt):
+        print("stopped at once; go on from the newest checkpoint with --resume", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+class StopSignal:
+    """The first Ctrl-C or SIGTERM only sets `number`: the iteration goes on to its end, where the run saves and leaves.
+    The second one stops at once."""
+
+    def __init__(self):
+        self.number = 0
+        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(self, number, frame) -> None:
+        self.number = number
+        print("\nstopping after this iteration, with a checkpoint; once more to stop at once", file=sys.stderr)
+        self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+# ---- Checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def save_model(target: Path, model, tokenizer, state: dict | None = None, keep: int = 0) -> None:
+    """Writes an ordinary Hugging Face directory; with a state also trainer.pt and the digests by which
+    `load_checkpoint` knows that everything is whole.
+
+    It is written aside and renamed: `target` is never there in part, whenever the process is killed. keep: once this
+    checkpoint is whole, only this many of the newest are kept; 0: all.
+    """
+    aside, old = target.with_name(target.name + ".tmp"), target.with_name(target.name + ".old")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        if state is not None:
+            torch.save(state, aside / "trainer.pt")
+            (aside / "digests.json").write_text(json.dumps(file_digests(aside)))
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)  # a kill may have left one
+            os.rename(target, old)
+        os.rename(aside, target)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not re.search("StreamWriter|inline_container|iostream", str(error)):
+            raise  # not torch's way to say that it can't write
+        free = f"{shutil.disk_usage(target.parent).free / 1e9:.3f} GB are free there"
+        shutil.rmtree(aside, ignore_errors=True)
+        fail(f"{target} can't be written ({reason(error)}; {free}). Make room, then go on with --resume")
+    shutil.rmtree(old, ignore_errors=True)
+    written = [path for path in checkpoints(target.parent) if path.name <= target.name]  # a newer one is damaged
+    for outdated in written[keep:] if keep else []:
+        shutil.rmtree(outdated)
+
+
+def checkpoints(directory: Path) -> list[Path]:  # the newest first
+    return sorted(directory.glob("step_*[0-9]"), reverse=True)
+
+
+def file_digests(directory: Path) -> dict[str, str]:
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return {path.name: digest(path) for path in sorted(directory.iterdir()) if path.name != "digests.json"}
+
+
+def load_checkpoint(run: str | None) -> dict:
+    """The state of a run's newest whole checkpoint, with its directory as "model". {} for no run, and for a run that
+    has no checkpoint yet and so starts over."""
+    if not run:
+        return {}
+    directories = checkpoints(Path(run) / "checkpoints")
+    for directory in directories:
+        try:
+            if json.loads((directory / "digests.json").read_text()) != file_digests(directory):
+                raise ValueError("its files are not as they were written")
+            state = torch.load(directory / "trainer.pt", weights_only=True, map_location="cpu")
+        except Exception as error:  # whatever a damaged file makes json, torch or the file system raise
+            print(f"warning: {directory} is damaged ({reason(error)}); trying the one before it", file=sys.stderr)
+            continue
+        if "progress" not in state:
+            fail(f"--resume {run}: written by an older version of this code, which must go on with it")
+        return state | {"model": str(directory)}
+    if directories:
+        fail(f"--resume {run}: none of its checkpoints is whole")
+    print(f"note: {run} has no checkpoint yet: starting over in it", file=sys.stderr)
+    return {}

@@ -1,0 +1,62 @@
+"""The task `arithmetic`: chains of additions and subtractions, such as "12+7-5=". Difficulty = number of operations.
+
+A task is a file in tasks/. `--problems NAME` draws from its `draw_problem`, `train_sft.py --data NAME-demonstrations`
+from its `demonstrations`. To make a task of your own, copy this file.
+"""
+
+import random
+
+DIFFICULTIES = range(1, 7)
+
+
+def draw_chain(rng: random.Random, difficulty: int) -> tuple[int, list[int]]:
+    """A first operand (1-99) and `difficulty` signed ones (1-9) whose running total stays within 0-99."""
+    first = total = rng.randint(1, 99)
+    steps = []
+    while len(steps) < difficulty:
+        step = rng.choice((-1, 1)) * rng.randint(1, 9)
+        if 0 <= total + step <= 99:
+            steps.append(step)
+            total += step
+    return first, steps
+
+
+def chain_question(first: int, steps: list[int]) -> str:
+    return f"{first}{''.join(f'{step:+d}' for step in steps)}="
+
+
+def draw_problem(rng: random.Random, difficulty: int) -> dict:
+    """A row with the fields of a problem (see data.Problem)."""
+    first, steps = draw_chain(rng, difficulty)
+    question = chain_question(first, steps)
+    topic = "add" if min(steps) > 0 else "subtract" if max(steps) < 0 else "mixed"
+    answer = str(first + sum(steps))
+    return {"question": question, "answer": answer, "id": question, "topic": topic, "difficulty": difficulty}
+
+
+def demonstrations(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """(question, completion) pairs by a sloppy teacher, for the SFT model that RL starts from.
+
+    A good one reads "<think>19 14</think><answer>14</answer>" for "12+7-5=": the running totals, then the last of them.
+    The teacher gets a step wrong one time in five (and goes on from the wrong total), leaves out a tag one time in
+    five, and of chains longer than four operations, which it rarely shows, it mostly drops the end. So the model
+    learns the task, knows the right way, and does not prefer it: what is left for RL to do.
+    """
+    rng = random.Random(f"demonstrations {seed}")
+    pairs = []
+    while len(pairs) < count:
+        difficulty = rng.choices(DIFFICULTIES, weights=(8, 10, 12, 14, 4, 4))[0]
+        first, steps = draw_chain(rng, difficulty)
+        shown = steps[:4] if difficulty > 4 and rng.random() < 0.65 else steps
+        total, totals = first, []
+        for step in shown:
+            total += step
+            if rng.random() < 0.2:
+                total += rng.choice((-10, -2, -1, 1, 2, 10))
+            total = min(max(total, 0), 99)
+            totals.append(str(total))
+        parts = ["<think>", " ".join(totals), "</think>", "<answer>", totals[-1], "</answer>"]
+        if rng.random() < 0.2:
+            del parts[rng.choice((0, 2, 3, 5))]
+        pairs.append((chain_question(first, steps), "".join(parts)))
+    return pairs
