@@ -195,7 +195,7 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
         layer.forward = forward
 
 
-# ---- Rollouts
+# ---- Rollouts ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -256,7 +256,7 @@ def join_groups(parts: list[tuple[Rollout, Tensor, list[int]]], limit: int) -> t
     return Rollout(prompt_ids=prompts, group_size=G, **tensors), rewards
 
 
-# ---- Batches
+# ---- Batches -------------------------------------------------------------------------------------------------------
 
 
 def minibatches(rollout: Rollout, size: int, seed: int) -> list[list[int]]:
@@ -294,7 +294,7 @@ def micro_batches(
     return batches
 
 
-# ---- Sampling
+# ---- Sampling ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -382,9 +382,9 @@ def continue_groups(
             trained[row] += [False] * len(inserts[row]) + [True] * int(new.sum())
         finished[rows] = rest.finished
     whole = make_rollout(rollout.prompt_ids, completions, G, device)
-    whole.sampler_logprobs[whole.mask] = torch.tensor(sum(logprobs, []), device=device)
+    whole.sampler_logprobs[whole.mask] = torch.tensor([value for row in logprobs for value in row], device=device)
     whole.loss_mask = whole.mask.clone()
-    whole.loss_mask[whole.mask] = torch.tensor(sum(trained, []), device=device)
+    whole.loss_mask[whole.mask] = torch.tensor([value for row in trained for value in row], device=device)
     return dataclasses.replace(whole, finished=finished)
 
 
@@ -424,7 +424,7 @@ def keep_below(target: Tensor, limit: Tensor) -> Tensor:
     return torch.minimum(target, torch.nextafter(limit, torch.zeros_like(limit))).clamp(min=0)
 
 
-# ---- Logprobs
+# ---- Logprobs ------------------------------------------------------------------------------------------------------
 
 
 def pack_rows(model: PreTrainedModel, rollout: Rollout, rows: list[int]) -> PackedGroups | PaddedRows:
@@ -568,7 +568,7 @@ def rollout_scores(reward_model: PreTrainedModel, rollout: Rollout, max_tokens: 
     return scores
 
 
-# ---- Weights and the optimizer ---------------------------------------------------------------------------------------
+# ---- Weights and the optimizer -------------------------------------------------------------------------------------
 
 
 def token_weights(mask: Tensor, loss_norm: str, max_new_tokens: int) -> Tensor:

@@ -31,8 +31,7 @@ from evaluate import counts_as_right, read_samples
 from plumbing.flags import AtLeast1, Range, Share, check_output, fail, parse_args
 from plumbing.pairs import balance, completion_field, listed, split_conversation
 
-# ---- Demonstrations
-# ----------------------------------------------------------------------------------------------------
+# ---- Demonstrations ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def fuse_modes(records: list[dict], keep: str = "correct") -> list[Demonstration
     return demonstrations
 
 
-# ---- Filters: each takes problems, returns those that are kept, and counts in `dropped` why the others are not -------
+# ---- Filters: each takes problems, returns those that are kept, and counts in `dropped` why the others are not
 
 
 def pass_rates(records: list[dict], source: str, problems: list[Problem]) -> dict[str, float]:
@@ -242,7 +241,7 @@ def drop_duplicates(problems: list[Problem], near: float, dropped: Counter) -> l
     return kept
 
 
-# ---- The command -----------------------------------------------------------------------------------------------------
+# ---- The command ---------------------------------------------------------------------------------------------------
 
 
 @dataclass

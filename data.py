@@ -263,7 +263,7 @@ def check_text(name: str, text: str) -> str:
     return text
 
 
-# ---- Conversations: a field may be a list of messages {"role": ..., "content": ...} instead of a text ----------------
+# ---- Conversations: a field may be a list of messages {"role": ..., "content": ...} instead of a text --------------
 
 
 def read_messages(name: str, value) -> list[dict]:
@@ -317,7 +317,7 @@ def add_mode(question: str, messages: tuple | None, mode: str | None) -> tuple[s
     return f"{question} /{mode}", messages
 
 
-# ---- Prompts and completions as token ids ----------------------------------------------------------------------------
+# ---- Prompts and completions as token ids --------------------------------------------------------------------------
 
 
 def encode_prompts(tokenizer, prompts: list, system_prompt: str = "") -> list[list[int]]:
@@ -408,7 +408,7 @@ def decode(tokenizer: Tokenizer, rollout: Rollout) -> list[str]:
     return ["<think>" * opened[i // G] + text for i, text in enumerate(texts)]
 
 
-# ---- The order in which problems are drawn ---------------------------------------------------------------------------
+# ---- The order in which problems are drawn -------------------------------------------------------------------------
 
 
 class ProblemSampler:

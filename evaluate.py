@@ -63,8 +63,7 @@ def majority_accuracy(records: list[dict]) -> float:
     return sum(majority_is_right(record["completions"]) for record in records) / len(records)
 
 
-# ---- The samples file: problems with scored completions
-# ------------------------------------------------------------------
+# ---- The samples file: problems with scored completions ------------------------------------------------------------
 
 
 def read_samples(rows: list[tuple[str, dict]], source: str) -> list[dict]:
@@ -94,7 +93,7 @@ def counts_as_right(completion: dict) -> bool:
     return bool(completion.get("correct", completion["reward"] > 0)) and completion.get("finished", True)
 
 
-# ---- The command -----------------------------------------------------------------------------------------------------
+# ---- The command ---------------------------------------------------------------------------------------------------
 
 
 @dataclass

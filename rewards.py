@@ -21,7 +21,7 @@ import common
 from common import Rollout
 from data import Problem, encode_completions, encode_prompts, opens_thinking
 from plumbing.answers import MAX_ANSWER_CHARS, answers_match, extract_answer, matched_by
-from plumbing.flags import AtLeast0, AtLeast1, NonNegative, fail
+from plumbing.flags import AtLeast0, AtLeast1, NonNegative, as_flag, fail
 
 FORMAT_STYLES = ("answer-tags", "think")
 # Each language's scripts, as the names of Unicode's letters begin.
@@ -75,7 +75,7 @@ def check_rewards(flags: RewardFlags, max_new_tokens: int) -> None:
     """Ends with one line if no reward has a weight or the penalty's buffer is longer than a completion."""
     weights = [name for name in vars(flags) if name.endswith("_weight")]
     if not any(getattr(flags, name) for name in weights):
-        names = ", ".join("--" + name.replace("_", "-") for name in weights)
+        names = ", ".join(map(as_flag, weights))
         fail(f"{names} are all 0: there is nothing to learn from")
     if flags.overlong_weight and flags.overlong_buffer > max_new_tokens:
         fail(f"--overlong-buffer {flags.overlong_buffer}: must be at most --max-new-tokens {max_new_tokens}")
@@ -119,8 +119,7 @@ def reward_weights(flags: RewardFlags, iteration: int) -> dict[str, float]:
     return weights
 
 
-# ---- Reward functions: of a completion's text, 1.0 or 0.0 unless they say otherwise
-# ------------------------------------
+# ---- Reward functions: of a completion's text, 1.0 or 0.0 unless they say otherwise --------------------------------
 
 
 def accuracy_reward(text: str, gold: str) -> float:
@@ -202,8 +201,7 @@ def length_reward(lengths, correct):
     return bonus.where(correct > 0, bonus.clamp(max=0.0))
 
 
-# ---- Is the answer right?
-# ----------------------------------------------------------------------------------------------
+# ---- Is the answer right? ------------------------------------------------------------------------------------------
 
 
 class Verifier:

@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 BLOCK = 16  # completion tokens by which a decoder's buffers grow
 
 
-# ---- Attention ------------------------------------------------------------------------------------------------------
+# ---- Attention -----------------------------------------------------------------------------------------------------
 
 
 def group_attention(module, query, key, value, attention_mask, scaling=None, groups=None, **options):
@@ -196,7 +196,7 @@ def takes_groups(model: PreTrainedModel) -> bool:
     return model.takes_groups
 
 
-# ---- Decoding -------------------------------------------------------------------------------------------------------
+# ---- Decoding ------------------------------------------------------------------------------------------------------
 
 
 def decoder_class(model: PreTrainedModel) -> type:

@@ -87,7 +87,7 @@ def log_iteration(writer: SummaryWriter, metrics: Metrics, clock: Clock, global_
     return scalars
 
 
-# ---- Metrics of a rollout and of an update ---------------------------------------------------------------------------
+# ---- Metrics of a rollout and of an update -------------------------------------------------------------------------
 
 
 def add_rollout_metrics(metrics: Metrics, rollout: Rollout, rewards: Tensor, components: dict[str, Tensor]) -> None:
@@ -146,7 +146,7 @@ def log_samples(writer: SummaryWriter, tokenizer, rollout: Rollout, texts, compo
     writer.add_text("samples", "\n\n".join(parts), global_step)
 
 
-# ---- Health ----------------------------------------------------------------------------------------------------------
+# ---- Health --------------------------------------------------------------------------------------------------------
 
 
 class Health:

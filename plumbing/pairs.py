@@ -44,7 +44,7 @@ class Pair:
     rejected_ids: tuple = field(default=(), compare=False, repr=False)
 
 
-# ---- Where pairs come from -------------------------------------------------------------------------------------------
+# ---- Where pairs come from -----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -195,7 +195,7 @@ def split_conversation(name: str, value) -> tuple[str, tuple | None, str]:
     return *as_prompt(name, messages[:-1]), as_text(name, messages[-1]["content"])
 
 
-# ---- Token ids and batches -------------------------------------------------------------------------------------------
+# ---- Token ids and batches -----------------------------------------------------------------------------------------
 
 
 def encode_pairs(tokenizer, pairs: list[Pair], system_prompt: str, context: float) -> list[Pair]:
@@ -243,7 +243,7 @@ def pair_micro_batches(rollout: Rollout, max_tokens: int) -> list[list[int]]:
     return [sorted(rows) for rows in batches]  # restore chosen/rejected order, which sorting by length changed
 
 
-# ---- Reports ---------------------------------------------------------------------------------------------------------
+# ---- Reports -------------------------------------------------------------------------------------------------------
 
 
 def ranked_right(margins: Tensor) -> Tensor:
