@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on a network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for models of this size a second thread is slower
 
 import atexit
 import functools

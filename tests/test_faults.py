@@ -210,8 +210,8 @@ def test_a_signal_ends_the_iteration_and_saves(number, tmp_path, monkeypatch, ca
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_a_process_ends_its_iteration_and_saves(number, tmp_path):
+def test_a_signal_to_a_process_ends_its_iteration_and_saves(tmp_path):
+    number = signal.SIGTERM
     process = start(*command(quick(train_grpo, tmp_path, iterations=5000)))
     wait_for(lambda: any(os.path.getsize(f) > 20_000 for f in tmp_path.glob("*/events*")), process)
     process.send_signal(number)
@@ -395,8 +395,11 @@ def break_loss(monkeypatch, module, how: str, calls: set[int] | None = None, nam
     monkeypatch.setattr(module, name, broken)
 
 
-@pytest.mark.parametrize("how", ["loss", "gradient"])
-@SCRIPTS
+@pytest.mark.parametrize(
+    ("script", "how"),
+    [(train_grpo, "loss"), (train_grpo, "gradient")]
+    + [pytest.param(script, "loss", marks=pytest.mark.slow) for script in LOSSES if script is not train_grpo],
+)
 def test_a_bad_update_is_skipped_and_counted(script, how, tmp_path, monkeypatch, capsys):
     """Pins: one NaN that ends a run of days. The weights stay finite and the run goes on."""
     break_loss(monkeypatch, script, how, {2})

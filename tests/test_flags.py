@@ -1,4 +1,4 @@
-"""The command line: ranges, groups, --resume, --help; and every flag of every script with every kind of bad value."""
+"""The command line: ranges, groups, --resume, --help; and every script with every kind of bad value."""
 
 import ast
 import dataclasses
@@ -346,7 +346,7 @@ def test_the_defaults_are_in_their_ranges(script):
     assert from_flat(args, json.loads(json.dumps(to_flat(args)))) == args
 
 
-# ---- Every flag of every script with every kind of bad value
+# ---- Every script with every kind of bad value, on the first flag of the kind
 
 PATHS = {  # flags whose value is a path or a name: bad ones, and what is said
     "model": [("no/such-model", "neither a local directory nor a hub name"), ("tests", "no config.json")],
@@ -376,26 +376,31 @@ FILES = ("--problems", "--eval-data", "--data", "--samples", "--guesses", "--dec
 
 
 def bad_values(script) -> list[tuple[str, str, str]]:
-    """(flag, value, what must be said)"""
-    cases = []
+    """(flag, value, what must be said). One number of each range, one choice, one switch; every path."""
+    cases, tried = [], set()
     for name, (_, hint) in all_fields(script.Args).items():
-        flag = as_flag(name)
+        flag, kind = as_flag(name), "path"
         kinds = typing.get_args(hint) if isinstance(hint, UnionType) else [hint]
         if typing.get_origin(kinds[0]) is typing.Literal:
-            cases += [(flag, "nonsense", "nonsense"), (flag, "", "")]
+            kind, bad = "choice", [("nonsense", "nonsense"), ("", "")]
         elif bool in kinds:
-            cases.append((flag, "maybe", "Unrecognized options: maybe"))  # a switch takes no value
+            kind, bad = "switch", [("maybe", "Unrecognized options: maybe")]  # it takes no value
         elif is_number(hint):
-            whole = int in plain_types(hint)
-            cases += [(flag, value, "") for value in ("many", "", "1,5", *(["1.5"] if whole else []))]
-            cases += [(flag, value, "" if whole else "must be finite") for value in ("nan", "inf", "-inf")]
+            whole, kind = int in plain_types(hint), str(hint)
+            bad = [(value, "") for value in ("many", "", "1,5", *(["1.5"] if whole else []))]
+            bad += [(value, "" if whole else "must be finite") for value in ("nan", "inf", "-inf")]
             for limit in ranges(hint):
                 outside = {limit.low - 1, limit.high + 1, limit.low if limit.open else limit.low - 1}
                 said = f"must be {limit}"
-                cases += [(flag, f"{value:g}", said) for value in sorted(outside) if abs(value) != float("inf")]
-        elif name not in ANY_TEXT:
+                bad += [(f"{value:g}", said) for value in sorted(outside) if abs(value) != float("inf")]
+        elif name in ANY_TEXT:
+            continue
+        else:
             assert name in PATHS, f"{name}: a new kind of flag needs its bad values here"
-            cases += [(flag, value, said) for value, said in PATHS[name]]
+            bad = PATHS[name]
+        if kind not in tried:
+            cases += [(flag, value, said) for value, said in bad]
+        tried |= {kind} - {"path"}
     return cases
 
 

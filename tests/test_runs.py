@@ -93,10 +93,8 @@ def test_a_run_logs_what_it_says(learned):
 
 LEARNERS = {
     "kimi": (train_kimi, {"learning_rate": 1e-4, "iterations": 20}),
-    "kimi-log-z": (train_kimi, {"learning_rate": 1e-4, "iterations": 20, "baseline": "log-z", "tau": 0.5}),
     "pg": (train_pg, {"learning_rate": 3e-4, "iterations": 20, "value_epochs": 1}),
-    "pg-batch-mean": (train_pg, {"learning_rate": 3e-4, "iterations": 20, "baseline": "batch-mean"}),
-    "ppo": (train_ppo, {"learning_rate": 1e-4, "iterations": 14, "kl_coef": 0.01}),
+    "ppo": (train_ppo, {"learning_rate": 1e-4, "iterations": 12, "kl_coef": 0.01}),
 }
 
 
@@ -114,8 +112,7 @@ def test_every_algorithm_learns(name, tmp_path):
     assert max(gap for _, gap in values["rollout/logprob_gap_max"]) < 1e-4
     common_tags = {tag for tag in TAGS if tag not in ("loss/clip_low", "loss/clip_high", "loss/ratio_max")}
     assert not common_tags - set(values)
-    if "pg" in (name, module.__name__.removeprefix("train_")) or name == "ppo":
-        assert ("loss/value" in values) == (name != "pg-batch-mean")
+    assert ("loss/value" in values) == (name != "kimi")
 
 
 @pytest.mark.parametrize("keep_optimizer", [False, slow(True)])
