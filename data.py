@@ -1,6 +1,7 @@
 """Problems: what one is, the tasks, files and hub datasets they come from, their chat prompts, and the order in which
 they are drawn."""
 
+import functools
 import hashlib
 import importlib
 import json
@@ -22,18 +23,20 @@ MODES = "think", "no_think"
 @dataclass(frozen=True)
 class Problem:
     question: str  # as text; splits, pass rates and pairs are keyed by it
-    answer: str
+    answer: str  # "" where the task decides what is right
     id: str = ""
     topic: str = ""
     difficulty: float | None = None
     pass_rate: float | None = None  # share of right samples of some model
     messages: tuple | None = None  # the prompt's turns ((role, content), ...), unless it is one user turn
+    task: str = ""  # the file in tasks/ whose is_right judges completions; "": they are compared with the answer
     columns: dict = field(default_factory=dict, compare=False)  # the other columns of its row
     prompt_ids: tuple = field(default=(), compare=False, repr=False)  # see encode_problems
 
     def to_row(self) -> dict:
         """The problem as a line of a file: without prompt_ids."""
-        row = {"question": self.question if self.messages is None else as_dicts(self.messages), "answer": self.answer}
+        row = {"question": self.question if self.messages is None else as_dicts(self.messages)}
+        row |= {"task": self.task} if self.task else {"answer": self.answer}
         row |= {"id": self.id, "topic": self.topic, "difficulty": self.difficulty}
         return self.columns | row | ({} if self.pass_rate is None else {"pass_rate": self.pass_rate})
 
@@ -63,6 +66,8 @@ def load_problems(source: str, split: str, limit: int | None = None, seed: int =
     task = None if is_file(source) else load_task(name)
     if task:
         problems = draw_problems(task, split, limit, seed, parse_difficulties(task, source, difficulties))
+        if hasattr(task, "is_right"):
+            problems = [replace(problem, task=name) for problem in problems]
     elif is_file(source):
         problems = read_problems(placed_rows(source), source)
         problems = [p for p in problems if split == "all" or is_held_out(p.question) == (split == "eval")]
@@ -91,6 +96,7 @@ def is_file(source: str) -> bool:
     return source.endswith((".jsonl", ".json")) or Path(source).is_file()
 
 
+@functools.cache
 def load_task(name: str):
     """The module tasks/NAME.py; None if there is none."""
     there = name.isidentifier() and (Path(__file__).parent / "tasks" / f"{name}.py").exists()
@@ -109,20 +115,18 @@ def parse_difficulties(task, source: str, text: str) -> list[int]:
 
 def draw_problems(task, split: str, limit: int | None, seed: int, difficulties: list[int]) -> list[Problem]:
     """At most `limit` distinct problems of a split, the difficulties in turn. A difficulty with few problems (there are
-    1,700 chains of one operation) ends first."""
+    1,700 chains of one operation) ends first, when 50,000 draws have found no other."""
     limit = limit or (6000 if split == "train" else 3000)
     by_difficulty = []
     for difficulty in difficulties:
         rng = random.Random(f"problems {split} {difficulty} {seed}")
-        wanted, found = -(-limit // len(difficulties)), {}
-        for _ in range(200 * wanted):  # enough draws to meet every single problem of one operation
+        wanted, found, in_vain = -(-limit // len(difficulties)), {}, 0
+        while len(found) < wanted and in_vain < 50_000:
             row = task.draw_problem(rng, difficulty)
             question = row["question"]
-            if question in found or (split != "all" and is_held_out(question) != (split == "eval")):
-                continue
-            found[question] = Problem(**row)
-            if len(found) == wanted:
-                break
+            in_vain += 1
+            if question not in found and (split == "all" or is_held_out(question) == (split == "eval")):
+                found[question], in_vain = Problem(**row), 0
         by_difficulty.append(list(found.values()))
     in_turn = [group[i] for i in range(max(map(len, by_difficulty))) for group in by_difficulty if i < len(group)]
     return in_turn[:limit]
@@ -151,12 +155,16 @@ def hub_problems(source: str, split: str) -> list[Problem]:
 
 def read_problems(rows: list[tuple[str, dict]], source: str) -> list[Problem]:
     """rows: (place, row) with `question`, `prompt`, `problem` or `messages`, and `answer`; optionally `id`, `topic`,
-    `difficulty`, `pass_rate`. Other columns are kept. All bad rows are counted, the first five named."""
+    `difficulty`, `pass_rate`. Other columns are kept. A row of a task with a verifier has no answer but that task's
+    columns: `nums` and `target` are Countdown's. All bad rows are counted, the first five named."""
     problems, errors, places = [], [], {}
     names = ("question", "prompt", "problem", "messages")
     for place, row in rows:
         try:
-            answer = text_field(row, ("answer",))
+            name = judging_task(row)
+            if hasattr(load_task(name), "complete_row"):
+                row = load_task(name).complete_row(row)
+            answer = "" if name else text_field(row, ("answer",))
             if "####" in answer:  # GSM8K: a worked solution that ends in "#### 72"
                 answer = extract_answer(answer) or ""
                 if not answer:
@@ -169,13 +177,22 @@ def read_problems(rows: list[tuple[str, dict]], source: str) -> list[Problem]:
             if (first := places.setdefault(id, place)) != place:
                 raise ValueError(f"id {id[:80]!r} is the one of {first} already")
             topic = as_text("topic", row["topic"]) if row.get("topic") else ""
-            read = {*names, "answer", "id", "topic", "difficulty", "pass_rate", "completions", "mode"}
+            read = {*names, "answer", "task", "id", "topic", "difficulty", "pass_rate", "completions", "mode"}
             columns = {name: value for name, value in row.items() if name not in read}
-            problems.append(Problem(question, answer.strip(), id, topic, difficulty, pass_rate, messages, columns))
+            texts = {"question": question, "answer": answer.strip(), "id": id, "topic": topic, "task": name}
+            problems.append(
+                Problem(**texts, difficulty=difficulty, pass_rate=pass_rate, messages=messages, columns=columns)
+            )
         except ValueError as error:
             errors.append(f"{place}: {error}")
     fail_on(errors, source)
     return problems
+
+
+def judging_task(row: dict) -> str:
+    """The name of the task whose verifier judges this row's completions, "" if they are compared with its answer."""
+    name = row.get("task") or ("countdown" if row.get("nums") is not None else "")
+    return name if isinstance(name, str) and hasattr(load_task(name), "is_right") else ""
 
 
 # ---- Files: JSON lines, and what their fields hold -----------------------------------------------------------------

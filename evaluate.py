@@ -206,8 +206,10 @@ def main(args: Args) -> None:
         summary = summarize(records)
         shown = ["length_right", "length_wrong", "truncated", "no_answer"]
         if args.num_samples > 1:
-            summary["majority"] = majority_accuracy(records)
-            shown += ["majority", *(name for name in summary if name.startswith("pass_at_"))]
+            if not any(problem.task for problem in problems):  # many answers are right: equal ones are no majority
+                summary["majority"] = majority_accuracy(records)
+                shown.append("majority")
+            shown += [name for name in summary if name.startswith("pass_at_")]
         print("  ".join(f"{name} {summary[name]:.3f}" for name in shown))
         if shares := verify.summary():
             shown = (f"{name.removeprefix('verifier/')} {share:.3f}" for name, share in shares.items())

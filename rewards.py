@@ -19,7 +19,7 @@ from torch import Tensor
 
 import common
 from common import Rollout
-from data import Problem, encode_completions, encode_prompts, opens_thinking
+from data import Problem, encode_completions, encode_prompts, load_task, opens_thinking
 from plumbing.answers import MAX_ANSWER_CHARS, answers_match, extract_answer, matched_by
 from plumbing.flags import AtLeast0, AtLeast1, NonNegative, as_flag, fail
 
@@ -205,9 +205,10 @@ def length_reward(lengths, correct):
 
 
 class Verifier:
-    """Decides whether completions are right: by rule (numbers and strings), else symbolically (math-verify), else, if
-    there is one, by a model. `--judge-model` is a causal LM that is asked for yes or no, `--verifier-model` a reward
-    model (train_rm.py) that scores the answer above 0. `counts`: completions found right by each, and wrong.
+    """Decides whether completions are right: by the problem's task if it has an `is_right`, else by rule (numbers and
+    strings), else symbolically (math-verify), else, if there is one, by a model. `--judge-model` is a causal LM that is
+    asked for yes or no, `--verifier-model` a reward model (train_rm.py) that scores the answer above 0. `counts`:
+    completions found right by each, and wrong.
 
     flags: with judge_model and verifier_model. is_right: a function (text, problem) -> bool that decides instead.
     """
@@ -244,12 +245,11 @@ class Verifier:
 
     def __call__(self, texts: list[str], problems: list[Problem]) -> list[float]:
         """(B,) 1.0 where the text's answer is right, else 0.0."""
-        if self.is_right is not None:
-            return [float(self.is_right(text, problem)) for text, problem in zip(texts, problems, strict=True)]
-        answers = [extract_answer(text) for text in texts]
-        stages = [matched_by(answer, p.answer) for answer, p in zip(answers, problems, strict=True)]
-        if self.model is not None:  # each answer that the rules don't match is asked about once
-            rows = {(p, a): None for a, p, s in zip(answers, problems, stages, strict=True) if a and not s}
+        stages = [self.found_right_by(text, problem) for text, problem in zip(texts, problems, strict=True)]
+        if self.model is not None and self.is_right is None:
+            answers = [extract_answer(text) for text in texts]
+            wrong = [(p, a) for p, a, s in zip(problems, answers, stages, strict=True) if a and not s and not p.task]
+            rows = dict.fromkeys(wrong)  # each answer that the rules don't match is asked about once
             open_questions = [(p, a) for p, a in rows if len(a) <= MAX_ANSWER_CHARS]
             right = dict(zip(open_questions, self.ask(open_questions), strict=True))
             for row, pair in enumerate(zip(problems, answers, strict=True)):
@@ -257,6 +257,12 @@ class Verifier:
                     stages[row] = "model"
         self.counts.update(stage or "wrong" for stage in stages)
         return [float(stage is not None) for stage in stages]
+
+    def found_right_by(self, text: str, problem: Problem) -> str | None:
+        is_right = self.is_right or (load_task(problem.task).is_right if problem.task else None)
+        if is_right is not None:
+            return "task" if is_right(text, problem) else None
+        return matched_by(extract_answer(text), problem.answer)
 
     @torch.no_grad()
     def ask(self, pairs: list[tuple[Problem, str]]) -> list[bool]:

@@ -72,7 +72,7 @@ from plumbing.pairs import (
     ranked_right,
 )
 from plumbing.runs import Run
-from rewards import accuracy_reward
+from rewards import Verifier
 
 
 @dataclass
@@ -197,7 +197,7 @@ def judge_samples(policy, ref, tokenizer, problems, args: Args) -> tuple[list[fl
         prompts = [problem.prompt_ids for problem in chunk]
         rollout = common.sample_groups(policy, prompts, 1, args.max_new_tokens, seed=seed)
         texts = decode(tokenizer, rollout)
-        rewards += [accuracy_reward(text, p.answer) for text, p in zip(texts, chunk, strict=True)]
+        rewards += Verifier()(texts, chunk)
         if ref is not None:
             budget = args.optimization.micro_batch_tokens
             logprobs, ref_logprobs = (common.rollout_logprobs(model, rollout, budget) for model in (policy, ref))

@@ -1,15 +1,16 @@
-"""Makes the tokenizer and the config of the embedded model; `train_sft.py --from-scratch` then trains it.
+"""Makes the tokenizer and the config of an embedded model; `train_sft.py --from-scratch` then trains it.
 
-    python models/make_tiny.py runs/tiny            # or, for a smaller one: runs/student HIDDEN LAYERS
+    python models/make_tiny.py runs/tiny
+    python models/make_tiny.py runs/student --hidden 64 --layers 2          # a smaller one
 
 The tokenizer is a character tokenizer: every printable ASCII character, newline and the four tags are one token
-each; anything else is `<unk>`. The tags are ordinary vocabulary, not registered special tokens: decoding with
-`skip_special_tokens=True` must keep them, since the rewards read them.
+each, and so are the --characters; anything else is `<unk>`. The tags are ordinary vocabulary, not registered special
+tokens: decoding with `skip_special_tokens=True` must keep them, since the rewards read them.
 """
 
-import sys
 from pathlib import Path
 
+import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
@@ -22,9 +23,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    characters = [chr(code) for code in range(32, 127)] + ["\n"]
-    vocabulary = {token: index for index, token in enumerate(SPECIAL + TAGS + characters)}
+def make_tokenizer(characters: str = "") -> PreTrainedTokenizerFast:
+    printable = [chr(code) for code in range(32, 127)] + ["\n"]
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *TAGS, *printable, *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     pattern = Regex("|".join(TAGS) + r"|[\s\S]")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="isolated")
@@ -58,11 +59,13 @@ def make_config(tokenizer: PreTrainedTokenizerFast, hidden: int = 128, layers: i
     )
 
 
-if __name__ == "__main__":
-    if len(sys.argv) not in (2, 4) or not all(size.isdigit() and int(size) for size in sys.argv[2:]):
-        sys.exit(__doc__)
-    directory = Path(sys.argv[1])
-    tokenizer = make_tokenizer()
+def main(directory: tyro.conf.Positional[Path], hidden: int = 128, layers: int = 4, characters: str = "") -> None:
+    """directory: where they are written. hidden, layers: the model's size. characters: tokens beyond ASCII."""
+    tokenizer = make_tokenizer(characters)
     tokenizer.save_pretrained(directory)
-    make_config(tokenizer, *map(int, sys.argv[2:])).save_pretrained(directory)
+    make_config(tokenizer, hidden, layers).save_pretrained(directory)
     print(f"wrote the tokenizer ({len(tokenizer)} tokens) and the config to {directory}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -86,7 +86,7 @@ def interval(rate: float, problems: int) -> tuple[float, float]:
 # in its base model too (arXiv:2503.20783, section 2.3). Counted from before the first update on.
 REFLECTION = re.compile(
     r"\b(?:wait|hmm+|however|alternatively|actually|re-?check|re-?examine|re-?evaluate|double[- ]check|verify|"
-    r"mistake|let me (?:check|verify|re\w+)|let's check|check again)\b",
+    r"mistake|let me (?:check|verify|re\w+)|let's check|check again)\b|等一下|等等|不对|再(?:检查|想)",
     re.IGNORECASE,
 )
 

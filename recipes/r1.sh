@@ -30,7 +30,7 @@ python train_rm.py --run-root "$OUT/rm" --model "$(final rejection)" --data "$OU
 train preference ppo --model "$(final rejection)" --reward-model "$(final rm)" $PPO $QUICK
 
 if [ -z "$STUDENT" ]; then # half the width and half the depth, taught by the same sloppy teacher as the base
-    python models/make_tiny.py "$OUT/tiny" 64 2
+    python models/make_tiny.py "$OUT/tiny" --hidden 64 --layers 2
     train student sft --model "$OUT/tiny" --from-scratch $STUDENT_SFT
     STUDENT=$(final student)
 fi

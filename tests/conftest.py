@@ -70,6 +70,9 @@ def fixed_settings():
     torch.set_float32_matmul_precision("highest")
 
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
+
+
 @pytest.fixture(autouse=True)
 def process_as_before():
     """A run takes over Ctrl-C, the excepthook and the garbage collector; one that doesn't end well keeps them."""
