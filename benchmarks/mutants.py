@@ -1,6 +1,7 @@
 r"""Are the tests strong? One mistake at a time is put into a copy of the working tree, and a test must fail.
 
     python benchmarks/mutants.py                  # all of them: an hour where the tests are strong
+    python benchmarks/mutants.py --fast           # by the fast tests alone
     python benchmarks/mutants.py --only grpo      # those whose file or name has this text
     python benchmarks/mutants.py --check          # runs no test: is each text there exactly once, and does it compile?
 
@@ -176,6 +177,8 @@ class Args:
     """only mutants whose file or name has this text"""
     check: bool = False
     """run no tests: only look whether each text is there exactly once and what results compiles"""
+    fast: bool = False
+    """leave out the slow tests: a mutant that the fast suite lets live has survived"""
     equivalent: bool = False
     """also try those that change nothing; EQUIVALENT has the reasons"""
 
@@ -240,10 +243,11 @@ def failing_test(copy: Path, *options: str, limit: float = 3600) -> str | None:
     return failed[1] if failed else f"pytest ended with {process.returncode}: {printed[-300:]}"
 
 
-def killer(copy: Path, mutant: Mutant, limit: float) -> str | None:
+def killer(copy: Path, mutant: Mutant, limit: float, fast: bool) -> str | None:
     likely = [f"tests/{name}" for name in mutant.tests if (copy / "tests" / name).exists()]
     killed_by = failing_test(copy, *likely, limit=limit) if likely else None
-    return killed_by or failing_test(copy, limit=limit) or failing_test(copy, "-m", "slow")
+    killed_by = killed_by or failing_test(copy, limit=limit)
+    return killed_by if killed_by or fast else failing_test(copy, "-m", "slow")
 
 
 def main(args: Args) -> None:
@@ -266,7 +270,7 @@ def main(args: Args) -> None:
                 continue
             original, begun = (copy / mutant.file).read_text(), time.time()
             (copy / mutant.file).write_text(mutant.apply(copy))
-            killed_by = killer(copy, mutant, limit)
+            killed_by = killer(copy, mutant, limit, args.fast)
             (copy / mutant.file).write_text(original)
             survived += killed_by is None
             seconds = f"{time.time() - begun:.0f}"

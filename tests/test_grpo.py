@@ -59,14 +59,15 @@ def test_without_std_it_is_leave_one_out():
 
 
 def test_four_quadrants_of_the_clip():
-    """Pins: a clip that is wrong for A < 0. No gradient only at A > 0, ratio > 1+eps and at A < 0, ratio < 1-eps."""
-    for A, ratio in itertools.product((1.0, -1.0), (0.5, 0.9, 1.1, 1.5)):
+    """Pins: a clip that is wrong for A < 0, or whose bounds are swapped. No gradient only at A > 0, ratio > 1+eps_high
+    and at A < 0, ratio < 1-eps_low."""
+    for A, ratio in itertools.product((1.0, -1.0), (0.5, 0.75, 0.9, 1.1, 1.25, 1.5)):
         logprobs = torch.tensor([[ratio]], dtype=torch.float64).log().requires_grad_()
         one = torch.ones(1, 1, dtype=torch.float64)
-        loss, metrics = grpo_loss(logprobs, 0 * one, None, A * one[0], one, **CLIP, kl_coef=0.0)
+        loss, metrics = grpo_loss(logprobs, 0 * one, None, A * one[0], one, 0.2, 0.3, kl_coef=0.0)
         loss.backward()
-        clipped = (A > 0 and ratio > 1.2) or (A < 0 and ratio < 0.8)
-        expected_ratio = min(max(ratio, 0.8), 1.2) if clipped else ratio
+        clipped = (A > 0 and ratio > 1.3) or (A < 0 and ratio < 0.8)
+        expected_ratio = min(max(ratio, 0.8), 1.3) if clipped else ratio
         assert loss.item() == pytest.approx(-A * expected_ratio)
         assert logprobs.grad.item() == pytest.approx(0.0 if clipped else -A * ratio)
         assert metrics["clip_high"] + metrics["clip_low"] == float(clipped)

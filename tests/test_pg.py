@@ -144,14 +144,14 @@ def test_ppo_at_ratio_one_is_the_policy_gradient():
 
 
 def test_four_quadrants_of_the_clip():
-    """Pins: a clip that is wrong for A < 0."""
+    """Pins: a clip that is wrong for A < 0, or whose bounds are swapped."""
     one = torch.ones(1, 1, dtype=torch.float64)
-    for A, ratio in itertools.product((1.0, -1.0), (0.5, 0.9, 1.1, 1.5)):
+    for A, ratio in itertools.product((1.0, -1.0), (0.5, 0.75, 0.9, 1.1, 1.25, 1.5)):
         logprobs = torch.tensor([[ratio]], dtype=torch.float64).log().requires_grad_()
-        loss, metrics = ppo_loss(logprobs, 0 * one, A * one, one, 0.2, 0.2)
+        loss, metrics = ppo_loss(logprobs, 0 * one, A * one, one, 0.2, 0.3)
         loss.backward()
-        clipped = (A > 0 and ratio > 1.2) or (A < 0 and ratio < 0.8)
-        assert loss.item() == pytest.approx(-A * (min(max(ratio, 0.8), 1.2) if clipped else ratio))
+        clipped = (A > 0 and ratio > 1.3) or (A < 0 and ratio < 0.8)
+        assert loss.item() == pytest.approx(-A * (min(max(ratio, 0.8), 1.3) if clipped else ratio))
         assert logprobs.grad.item() == pytest.approx(0.0 if clipped else -A * ratio)
         assert metrics["clip_high"] + metrics["clip_low"] == float(clipped)
 
