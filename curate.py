@@ -28,8 +28,12 @@ from data import (
     write_jsonl,
 )
 from evaluate import counts_as_right, read_samples
+from plumbing.answers import answers_match, extract_answer, is_mathematics, read_answer
 from plumbing.flags import AtLeast1, Range, Share, check_output, fail, parse_args
 from plumbing.pairs import balance, completion_field, listed, split_conversation
+from rewards import verifier_prompt
+
+PAIRS = "shorter", "verifier"  # what --make may make beside problems and demonstrations
 
 # ---- Demonstrations ------------------------------------------------------------------------------------------------
 
@@ -45,6 +49,21 @@ class Demonstration:
     def to_row(self) -> dict:
         prompt = self.question if self.messages is None else as_dicts(self.messages)
         return {"prompt": prompt, "completion": self.completion}
+
+
+def mix_demonstrations(sources: tuple[str, ...], count: int, keep: str) -> list[Demonstration]:
+    """All demonstrations of several sources (see load_demonstrations); of FILE:COUNT a random choice of COUNT."""
+    if not sources:
+        fail("--data: at least one file is needed")
+    mixed = []
+    for source in sources:
+        file, colon, number = source.rpartition(":")
+        limit = int(number) if colon and re.fullmatch("[0-9]{1,9}", number) and not is_file(source) else None
+        found = load_demonstrations(source if limit is None else file, limit or count, keep=keep)
+        if limit is not None and not 0 < limit <= len(found):
+            fail(f"--data {source}: from 1 to {len(found)} can be drawn from {file}")
+        mixed += random.Random(f"mix {source}").sample(found, limit) if limit else found
+    return mixed
 
 
 def load_demonstrations(source: str, count: int, seed: int = 0, keep: str = "correct") -> list[Demonstration]:
@@ -125,6 +144,44 @@ def fuse_modes(records: list[dict], keep: str = "correct") -> list[Demonstration
     return demonstrations
 
 
+# ---- Pairs, for train_dpo.py and train_rm.py -----------------------------------------------------------------------
+
+
+def shorter_pairs(records: list[dict]) -> list[dict]:
+    """The shortest right completion of each problem, chosen, and its longest right one, rejected: a preference that has
+    nothing to do with being right."""
+    rows = []
+    for record in records:
+        question, messages = add_mode(record["question"], record["messages"], record.get("mode"))
+        right = sorted((c for c in record["completions"] if counts_as_right(c)), key=text_length)
+        if right and text_length(right[0]) < text_length(right[-1]):
+            prompt = question if messages is None else as_dicts(messages)
+            rows.append({"prompt": prompt, "chosen": right[0]["text"], "rejected": right[-1]["text"]})
+    return rows
+
+
+def text_length(completion: dict) -> int:
+    return completion.get("length", len(completion["text"]))
+
+
+def verifier_pairs(records: list[dict], problems: list[Problem]) -> list[dict]:
+    """What a verifier model (--verifier-model, a reward model) is trained on: asked about the reference answer, it
+    prefers an answer that is right to one that is wrong. Right ones are taken in every writing that was sampled."""
+    by_question, rows = {problem.question: problem for problem in problems}, []
+    for record in records:
+        problem = by_question.get(record["question"])
+        if problem is None or not problem.answer:
+            continue
+        answers: dict[bool, dict] = {True: {}, False: {}}  # dicts, because they keep the order
+        for completion in record["completions"]:
+            if answer := extract_answer(completion["text"]):
+                answers[bool(completion.get("correct", completion["reward"] > 0))][answer] = None
+        right = list(answers[True]) or [problem.answer]
+        for i, wrong in enumerate(answers[False]):
+            rows.append({"prompt": verifier_prompt(problem), "chosen": right[i % len(right)], "rejected": wrong})
+    return rows
+
+
 # ---- Filters: each takes problems, returns those that are kept, and counts in `dropped` why the others are not
 
 
@@ -142,13 +199,14 @@ def pass_rates(records: list[dict], source: str, problems: list[Problem]) -> dic
 
 
 def keep_pass_rates(problems: list[Problem], rates: dict, low: float, high: float, dropped: Counter) -> list[Problem]:
-    """Keeps problems whose pass rate is in low to high. A problem that is always right, or always wrong, has no group
-    with both and so teaches nothing (Kimi K1.5, arXiv:2501.12599, section 2.1, keeps what is hard for the model)."""
+    """Keeps problems whose pass rate is in low to high, and notes it in them. A problem that is always right, or always
+    wrong, has no group with both and so teaches nothing (Kimi K1.5, arXiv:2501.12599, section 2.1, keeps what is hard
+    for the model)."""
     kept = []
     for problem in problems:
         rate = rates.get(problem.question)
         if rate is not None and low <= rate <= high:
-            kept.append(problem)
+            kept.append(replace(problem, pass_rate=round(rate, 4)))
         else:
             dropped["not sampled" if rate is None else f"pass rate {'under' if rate < low else 'over'} the band"] += 1
     return kept
@@ -165,6 +223,40 @@ def drop_lucky_guesses(problems: list[Problem], rates: dict, dropped: Counter) -
     kept = [problem for problem in problems if not rates.get(problem.question, 0.0) > 0]
     dropped["right without reasoning"] += len(problems) - len(kept)
     return kept
+
+
+def drop_unverifiable(problems: list[Problem], dropped: Counter) -> list[Problem]:
+    """Drops problems whose gold answer no rule can compare with another's: one that doesn't match itself, and prose, a
+    text of more than three words without a number or mathematics."""
+    kept = []
+    for problem in problems:
+        text, number = read_answer(problem.answer)
+        short = number is not None or is_mathematics(text, text) or len(text.split()) <= 3
+        if hasattr(load_task(problem.task), "is_right") or (short and answers_match(problem.answer, problem.answer)):
+            kept.append(problem)
+        else:
+            dropped["gold answer can't be verified"] += 1
+    return kept
+
+
+def drop_wrong_steps(records: list[dict], problems: list[Problem], source: str, dropped: Counter) -> list[dict]:
+    """The records without the completions that are right by luck: a right answer after a wrong step. The problem's task
+    knows what a right step is."""
+    by_question, checks = {problem.question: problem for problem in problems}, 0
+    for record in records:
+        problem = by_question.get(record["question"])
+        is_sound = getattr(load_task(problem.task), "steps_are_right", None) if problem else None
+        if is_sound:
+            right = [c for c in record["completions"] if counts_as_right(c)]
+            lucky = [c for c in right if not is_sound(c["text"], problem)]
+            checks += 1
+            dropped["right answers after a wrong step"] += len(lucky)
+            record["completions"] = [c for c in record["completions"] if c not in lucky]
+    if not checks:
+        fail(
+            f"--right-steps: {source} has no problem of a task that knows what a right step is, as tasks/arithmetic.py"
+        )
+    return records
 
 
 OPTION = re.compile(r"(?:^|[\s({])\(?([A-Ea-e])[).:]", re.MULTILINE)
@@ -263,6 +355,10 @@ class Args:
     """with --samples: difficulty = 1 - pass rate, for --problem-sampling curriculum"""
     guesses: str | None = None
     """samples file made without reasoning (evaluate.py --modes no_think): drop problems that are right there"""
+    exclude_unverifiable: bool = False
+    """drop problems whose gold answer no rule can compare with another, such as a sentence"""
+    right_steps: bool = False
+    """with --samples and --make: drop right answers after a wrong step, for tasks that know what a right step is"""
     exclude_multiple_choice: bool = False
     """drop multiple-choice and true/false questions"""
     remove_duplicates: bool = False
@@ -275,9 +371,10 @@ class Args:
     """with --decontaminate: a problem that shares this many words in a row is dropped"""
     balance_topics: bool = False
     """as many problems of every topic as there are of the rarest"""
-    make: Literal["problems", "correct", "best", "fusion"] = "problems"
+    make: Literal["problems", "correct", "best", "fusion", "shorter", "verifier"] = "problems"
     """problems | demonstrations from --samples, for the problems that are left: all right completions | the best one of
-    each problem | the right ones in both thinking modes, /think and /no_think"""
+    each problem | the right ones in both thinking modes, /think and /no_think | pairs: the shorter and the longer of
+    two right completions | a right and a wrong answer, to train a --verifier-model"""
     limit: AtLeast1 | None = None
     """at most this many problems, a random choice"""
     seed: int = 0
@@ -293,6 +390,8 @@ def main(args: Args) -> None:
     low, high = (0.01, 0.99) if args.make == "problems" else (0.0, 1.0)
     low = low if args.min_pass_rate is None else args.min_pass_rate
     high = high if args.max_pass_rate is None else args.max_pass_rate
+    if args.right_steps and args.make == "problems":
+        fail("--right-steps: is about completions: needs --make correct, best, fusion, shorter or verifier")
     if low > high:
         fail(f"--min-pass-rate {low:g}: must be at most --max-pass-rate {high:g}")
     source = args.problems or args.samples
@@ -310,6 +409,8 @@ def main(args: Args) -> None:
     if args.guesses and problems:
         guesses = read_samples(placed_rows(args.guesses), args.guesses)
         problems = drop_lucky_guesses(problems, pass_rates(guesses, args.guesses, problems), dropped)
+    if args.exclude_unverifiable:
+        problems = drop_unverifiable(problems, dropped)
     if args.exclude_multiple_choice:
         problems = drop_multiple_choice(problems, dropped)
     if args.remove_duplicates:
@@ -329,11 +430,21 @@ def main(args: Args) -> None:
     if args.make != "problems":
         kept = {problem.question for problem in problems}
         records = [record for record in records if record["question"] in kept]
-        chosen = fuse_modes(records) if args.make == "fusion" else demonstrations_from(records, args.make)
-        if not chosen:
-            fail(f"{args.output} is not written: no completion is right and finished")
-        rows = [demonstration.to_row() for demonstration in chosen]
-        print(f"{len(rows)} demonstrations ({args.make})")
+        if args.right_steps:
+            lucky: Counter = Counter()
+            records = drop_wrong_steps(records, problems, args.samples, lucky)
+            print(f"completions dropped: {listed(lucky)}")
+        if args.make == "shorter":
+            rows = shorter_pairs(records)
+        elif args.make == "verifier":
+            rows = verifier_pairs(records, problems)
+        else:
+            chosen = fuse_modes(records) if args.make == "fusion" else demonstrations_from(records, args.make)
+            rows = [demonstration.to_row() for demonstration in chosen]
+        if not rows:
+            what = "no two completions make a pair" if args.make in PAIRS else "no completion is right and finished"
+            fail(f"{args.output} is not written: {what}")
+        print(f"{len(rows)} {'pairs' if args.make in PAIRS else 'demonstrations'} ({args.make})")
     write_jsonl(args.output, rows)
 
 

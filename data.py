@@ -5,6 +5,7 @@ import functools
 import hashlib
 import importlib
 import json
+import math
 import os
 import random
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 from jinja2 import TemplateError
 
 from common import Rollout, Tokenizer, context_length
-from plumbing.answers import extract_answer
+from plumbing.answers import extract_answer, last_boxed
 from plumbing.flags import fail, reason
 
 MODES = "think", "no_think"
@@ -23,21 +24,22 @@ MODES = "think", "no_think"
 @dataclass(frozen=True)
 class Problem:
     question: str  # as text; splits, pass rates and pairs are keyed by it
-    answer: str  # "" where the task decides what is right
+    answer: str  # "" where the task's is_right decides
     id: str = ""
     topic: str = ""
     difficulty: float | None = None
     pass_rate: float | None = None  # share of right samples of some model
     messages: tuple | None = None  # the prompt's turns ((role, content), ...), unless it is one user turn
-    task: str = ""  # the file in tasks/ whose is_right judges completions; "": they are compared with the answer
+    task: str = ""  # the file in tasks/ that it comes from; if that has an is_right, it judges completions
     columns: dict = field(default_factory=dict, compare=False)  # the other columns of its row
     prompt_ids: tuple = field(default=(), compare=False, repr=False)  # see encode_problems
 
     def to_row(self) -> dict:
         """The problem as a line of a file: without prompt_ids."""
         row = {"question": self.question if self.messages is None else as_dicts(self.messages)}
-        row |= {"task": self.task} if self.task else {"answer": self.answer}
+        row |= {"answer": self.answer} if self.answer else {}
         row |= {"id": self.id, "topic": self.topic, "difficulty": self.difficulty}
+        row |= {"task": self.task} if self.task else {}
         return self.columns | row | ({} if self.pass_rate is None else {"pass_rate": self.pass_rate})
 
 
@@ -66,8 +68,7 @@ def load_problems(source: str, split: str, limit: int | None = None, seed: int =
     task = None if is_file(source) else load_task(name)
     if task:
         problems = draw_problems(task, split, limit, seed, parse_difficulties(task, source, difficulties))
-        if hasattr(task, "is_right"):
-            problems = [replace(problem, task=name) for problem in problems]
+        problems = [replace(problem, task=name) for problem in problems]
     elif is_file(source):
         problems = read_problems(placed_rows(source), source)
         problems = [p for p in problems if split == "all" or is_held_out(p.question) == (split == "eval")]
@@ -155,16 +156,17 @@ def hub_problems(source: str, split: str) -> list[Problem]:
 
 def read_problems(rows: list[tuple[str, dict]], source: str) -> list[Problem]:
     """rows: (place, row) with `question`, `prompt`, `problem` or `messages`, and `answer`; optionally `id`, `topic`,
-    `difficulty`, `pass_rate`. Other columns are kept. A row of a task with a verifier has no answer but that task's
+    `difficulty`, `pass_rate`. Other columns are kept. MATH's columns are read too: `level` as difficulty, `subject` or
+    `type` as topic, and the box in `solution` as answer. A row of a task with a verifier has no answer but that task's
     columns: `nums` and `target` are Countdown's. All bad rows are counted, the first five named."""
     problems, errors, places = [], [], {}
     names = ("question", "prompt", "problem", "messages")
     for place, row in rows:
         try:
-            name = judging_task(row)
-            if hasattr(load_task(name), "complete_row"):
-                row = load_task(name).complete_row(row)
-            answer = "" if name else text_field(row, ("answer",))
+            row, task = from_math(row), task_of(row)
+            if hasattr(load_task(task), "complete_row"):
+                row = load_task(task).complete_row(row)
+            answer = "" if hasattr(load_task(task), "is_right") else text_field(row, ("answer",))
             if "####" in answer:  # GSM8K: a worked solution that ends in "#### 72"
                 answer = extract_answer(answer) or ""
                 if not answer:
@@ -179,7 +181,7 @@ def read_problems(rows: list[tuple[str, dict]], source: str) -> list[Problem]:
             topic = as_text("topic", row["topic"]) if row.get("topic") else ""
             read = {*names, "answer", "task", "id", "topic", "difficulty", "pass_rate", "completions", "mode"}
             columns = {name: value for name, value in row.items() if name not in read}
-            texts = {"question": question, "answer": answer.strip(), "id": id, "topic": topic, "task": name}
+            texts = {"question": question, "answer": answer.strip(), "id": id, "topic": topic, "task": task}
             problems.append(
                 Problem(**texts, difficulty=difficulty, pass_rate=pass_rate, messages=messages, columns=columns)
             )
@@ -189,10 +191,24 @@ def read_problems(rows: list[tuple[str, dict]], source: str) -> list[Problem]:
     return problems
 
 
-def judging_task(row: dict) -> str:
-    """The name of the task whose verifier judges this row's completions, "" if they are compared with its answer."""
+def task_of(row: dict) -> str:
+    """The task that a row comes from, "" for most: its field `task`, or Countdown if it has `nums`."""
     name = row.get("task") or ("countdown" if row.get("nums") is not None else "")
-    return name if isinstance(name, str) and hasattr(load_task(name), "is_right") else ""
+    return name if isinstance(name, str) and load_task(name) else ""
+
+
+def from_math(row: dict) -> dict:
+    """A row with fields that MATH (arXiv:2103.03874) and MATH-500 name otherwise, under our names."""
+    more = {}
+    if row.get("answer") is None and isinstance(row.get("solution"), str) and (box := last_boxed(row["solution"])):
+        more["answer"] = box
+    level = re.fullmatch(r"(?:Level )?([0-9]+)", str(row.get("level")))
+    if row.get("difficulty") is None and level:
+        more["difficulty"] = int(level[1])
+    topic = row.get("subject") or row.get("type")
+    if not row.get("topic") and isinstance(topic, str):
+        more["topic"] = topic
+    return row | more
 
 
 # ---- Files: JSON lines, and what their fields hold -----------------------------------------------------------------
@@ -433,66 +449,87 @@ class ProblemSampler:
     it stopped.
 
     mode "uniform": every item once per epoch, in an order that (seed, epoch) fixes.
-    "curriculum": the same, but from easy to hard by `difficulty` within each epoch.
-    "prioritized": with a chance proportional to 1 - success rate (Kimi K1.5, arXiv:2501.12599, section 2.3.4), at
-    least `FLOOR` so that nothing is lost for good; problems not drawn yet have a success rate of 0.
+    "curriculum": from the easiest ones by `difficulty` first, then from more and more of them; when `total_draws`, a
+    run's, are done, from all.
+    "prioritized": with a chance proportional to 1 - s, at least `floor` (Kimi K1.5, arXiv:2501.12599, section 2.3.4).
+    s is the recent success rate: at first the problem's `pass_rate`, or the mean of those that are known; each draw
+    moves it half of the way to the group's rate.
     """
 
-    FLOOR = 0.05
-
-    def __init__(self, items: list, mode: str = "uniform", seed: int = 0):
+    def __init__(self, items: list, mode: str = "uniform", seed: int = 0, floor: float = 0.05, total_draws: int = 0):
         if mode not in ("uniform", "curriculum", "prioritized"):
             raise ValueError(f"mode is 'uniform', 'curriculum' or 'prioritized', not {mode!r}")
         if mode == "curriculum" and any(item.difficulty is None for item in items):
             fail("--problem-sampling curriculum: needs problems that all have a difficulty")
-        self.items, self.size, self.mode, self.seed, self.drawn = items, len(items), mode, seed, 0
+        self.items, self.size, self.mode, self.seed, self.floor = items, len(items), mode, seed, floor
+        self.drawn, self.total_draws, self.unweighted = 0, max(1, total_draws), 0
         self.attempts, self.successes = [0] * self.size, [0.0] * self.size
+        rates = {i: getattr(item, "pass_rate", None) for i, item in enumerate(items)}
+        known = {i: rate for i, rate in rates.items() if rate is not None}
+        mean = sum(known.values()) / len(known) if known else 0.0
+        self.rates = [known.get(i, mean) for i in range(self.size)]
         self.epoch, self.order, self.last_draw = -1, [], []
 
     def draw(self, count: int) -> list:
-        self.last_draw = self.draw_prioritized(count) if self.mode == "prioritized" else self.draw_in_order(count)
+        draws = {"uniform": self.draw_uniform, "curriculum": self.draw_easiest, "prioritized": self.draw_prioritized}
+        self.last_draw = draws[self.mode](count)
         return [self.items[i] for i in self.last_draw]
 
-    def draw_in_order(self, count: int) -> list[int]:
+    def draw_uniform(self, count: int) -> list[int]:
         indices = []
         while len(indices) < count:
             epoch, position = divmod(self.drawn, self.size)
             if epoch != self.epoch:
                 self.epoch, self.order = epoch, list(range(self.size))
                 random.Random(f"epoch {epoch} {self.seed}").shuffle(self.order)
-                if self.mode == "curriculum":
-                    self.order.sort(key=lambda i: self.items[i].difficulty)  # stable: shuffled among equals
             part = self.order[position : position + count - len(indices)]
             indices += part
             self.drawn += len(part)
         return indices
 
+    def draw_easiest(self, count: int) -> list[int]:
+        """Uniformly, without replacement, from the share drawn / total_draws of the items that are the easiest."""
+        easiest_first = sorted(range(self.size), key=lambda i: self.items[i].difficulty)
+        share = min(1.0, max(self.drawn / self.total_draws, count / self.size))
+        pool = easiest_first[: math.ceil(share * self.size)]
+        random.Random(f"curriculum {self.drawn} {self.seed}").shuffle(pool)
+        self.drawn += count
+        return (pool * -(-count // len(pool)))[:count]
+
     def draw_prioritized(self, count: int) -> list[int]:
-        """Without replacement: the `count` largest of u ** (1 / weight), u uniform (Efraimidis and Spirakis 2006)."""
+        """Without replacement: the `count` largest of u ** (1 / weight), u uniform (Efraimidis and Spirakis 2006).
+        Items of weight 0 come after all others, at random, and are counted."""
         rng = random.Random(f"prioritized {self.drawn} {self.seed}")
-        rates = [s / n if n else 0.0 for s, n in zip(self.successes, self.attempts, strict=True)]
-        keys = [rng.random() ** (1 / max(self.FLOOR, 1 - rate)) for rate in rates]
+        weights = [max(self.floor, 1 - rate) for rate in self.rates]
+        keys = [rng.random() ** (1 / weight) if weight > 0 else rng.random() - 1 for weight in weights]
         self.drawn += count
         order = sorted(range(self.size), key=lambda i: -keys[i])
-        return (order * (count // self.size + 1))[:count]
+        chosen = (order * -(-count // self.size))[:count]
+        self.unweighted += sum(weights[i] == 0 for i in chosen)
+        return chosen
 
     def record(self, problems: list, rates: list[float]) -> None:
         """The success rates of the problems of the last draw, in its order. The ledger counts how often a problem was
-        drawn and sums up its rates."""
+        drawn, sums up its rates, and keeps the recent one."""
         for index, _, rate in zip(self.last_draw, problems, rates, strict=True):
             self.attempts[index] += 1
             self.successes[index] += rate
+            self.rates[index] += (rate - self.rates[index]) / 2
 
     def summary(self) -> dict[str, float]:
         """The share of problems drawn so far, and their mean success rate over all their draws."""
         rates = [s / n for s, n in zip(self.successes, self.attempts, strict=True) if n]
-        return {"sampler/seen": len(rates) / self.size, "sampler/success_rate": sum(rates) / max(1, len(rates))}
+        values = {"sampler/seen": len(rates) / self.size, "sampler/success_rate": sum(rates) / max(1, len(rates))}
+        return values | ({"sampler/unweighted": self.unweighted} if self.mode == "prioritized" else {})
 
     def state_dict(self) -> dict:
-        return {"drawn": self.drawn, "attempts": list(self.attempts), "successes": list(self.successes)}
+        ledger = {"attempts": list(self.attempts), "successes": list(self.successes), "rates": list(self.rates)}
+        return ledger | {"drawn": self.drawn, "total_draws": self.total_draws, "unweighted": self.unweighted}
 
     def load_state_dict(self, state: dict) -> None:
         if len(state["attempts"]) != self.size:
             fail(f"--resume: the run had {len(state['attempts'])} problems to draw from, now there are {self.size}")
-        self.drawn = state["drawn"]
+        self.drawn, self.unweighted = state["drawn"], state["unweighted"]
+        self.total_draws = state["total_draws"]
         self.attempts, self.successes = list(state["attempts"]), list(state["successes"])
+        self.rates = list(state["rates"])

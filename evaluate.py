@@ -30,12 +30,18 @@ def sample_within_budget(
     tokens gets the stop sentence, which closes the think block, and goes on to its answer; one that has closed it just
     goes on. max_new_tokens: after the budget. The stop sentence counts towards the completion's length."""
     rollout = sample_groups(policy, prompts, group_size, budget, temperature, seed)
-    stop, inserts = tokenizer(stop_sentence, add_special_tokens=False).input_ids, []
+    stop, inserts = stop_ids(tokenizer, stop_sentence), []
     for text, finished in zip(decode(tokenizer, rollout), rollout.finished.tolist(), strict=True):
         thinking = "<think>" in text and "</think>" not in text
         inserts.append(None if finished else stop if thinking else [])
     whole = common.continue_groups(policy, rollout, inserts, max_new_tokens, temperature, derive_seed("answers", seed))
     return replace(whole, loss_mask=None)
+
+
+def stop_ids(tokenizer, stop_sentence: str) -> list[int]:
+    """The stop sentence's token ids. One that doesn't close the think block is followed by the tag that does."""
+    closed = "</think>" in stop_sentence
+    return tokenizer(stop_sentence if closed else stop_sentence + "</think>", add_special_tokens=False).input_ids
 
 
 def majority_answer(answers: list[str | None]) -> str | None:
@@ -122,7 +128,7 @@ class Args:
     think_budget: AtLeast1 | None = None
     """tokens after which a completion that is still thinking gets --stop-sentence and goes on to its answer"""
     stop_sentence: str = "</think>"
-    """closes the think block; Qwen3's begins "Considering the limited time by the user, I have to ..." """
+    """what is inserted; </think> follows it if it has none. Qwen3's begins "Considering the limited time by ..." """
     system_prompt: str = SYSTEM_PROMPT
     """system turn of the chat template; '' for none"""
     format_style: Literal["answer-tags", "think"] = "answer-tags"
@@ -167,7 +173,7 @@ def main(args: Args) -> None:
         room, limits, sample = args.max_new_tokens, "--max-new-tokens", sample_groups
         if args.think_budget:
             limits = "--think-budget + --stop-sentence + --max-new-tokens"
-            room += args.think_budget + len(tokenizer(args.stop_sentence, add_special_tokens=False).input_ids)
+            room += args.think_budget + len(stop_ids(tokenizer, args.stop_sentence))
             budget = {"budget": args.think_budget, "stop_sentence": args.stop_sentence}
             sample = partial(sample_within_budget, tokenizer=tokenizer, **budget)
         for mode in modes:
@@ -203,10 +209,11 @@ def main(args: Args) -> None:
     header += ["format", "greedy format", "length", *(f"T={t:g}" for t in args.temperatures)]
     print(format_table(header, rows))
     if not several:
-        summary = summarize(records)
-        shown = ["length_right", "length_wrong", "truncated", "no_answer"]
+        summary = summarize(records) | diversity(records)
+        shown = ["length_right", "length_wrong", "truncated", "no_answer", "reflection_words", "entropy"]
         if args.num_samples > 1:
-            if not any(problem.task for problem in problems):  # many answers are right: equal ones are no majority
+            shown.append("distinct")
+            if all(problem.answer for problem in problems):  # else many are right: equal ones are no majority
                 summary["majority"] = majority_accuracy(records)
                 shown.append("majority")
             shown += [name for name in summary if name.startswith("pass_at_")]
@@ -216,6 +223,17 @@ def main(args: Args) -> None:
             print("right by: " + "  ".join(shown))
     if args.output:
         print(f"samples file: {args.output}")
+
+
+def diversity(records: list[dict]) -> dict[str, float]:
+    """entropy: nats per token, estimated without bias as the mean of -log p of the tokens that were sampled. distinct:
+    different texts among a problem's completions."""
+    completions = [c for record in records for c in record["completions"]]
+    entropy = -sum(c["logprob"] for c in completions) / max(1, sum(c["length"] for c in completions))
+    return {
+        "entropy": entropy,
+        "distinct": sum(len({c["text"] for c in r["completions"]}) for r in records) / len(records),
+    }
 
 
 def accuracy_row(name: str, sampled: list[dict], greedy: list[dict]) -> list:

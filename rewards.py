@@ -52,9 +52,11 @@ class RewardFlags:
     format_style: Literal["answer-tags", "think"] = "answer-tags"
     """<think>..</think><answer>..</answer> | <think>..</think>, then text with \\boxed{} or #### (--system-prompt)"""
     length_weight: NonNegative = 0.0
-    """weight of the length reward (Kimi K1.5): shorter right answers of a group get more, up to +-0.5"""
+    """weight of the length reward (Kimi K1.5): shorter right answers of a group get more, up to +-0.5. From the first
+    iteration on it teaches short wrong answers: set --length-reward-start"""
     length_reward_start: AtLeast0 = 0
-    """iteration from which the length reward counts"""
+    """iteration from which the length reward counts; sensible once accuracy has stopped rising, such as half of
+    --iterations"""
     language_weight: NonNegative = 0.0
     """weight of the language reward (DeepSeek-R1): the share of the reasoning's words in --language's script"""
     language: Literal[*sorted(LANGUAGES)] = "en"
@@ -63,6 +65,10 @@ class RewardFlags:
     """weight of the soft overlong penalty (DAPO): down to -1 at --max-new-tokens"""
     overlong_buffer: AtLeast1 = 8
     """tokens before --max-new-tokens over which that penalty sets in"""
+    reward_model: str | None = None
+    """directory of a reward model (train_rm.py): its score is added to the rewards above"""
+    reward_model_weight: NonNegative = 1.0
+    """weight of the reward model's score, which has mean 0 over its training pairs"""
     truncated: Literal["score", "wrong", "mask"] = "score"
     """completions cut by the length limit: scored like others | never right | advantage 0 (a KL still counts them)"""
     judge_model: str | None = None
@@ -71,9 +77,14 @@ class RewardFlags:
     """a reward model (train_rm.py) that scores such an answer instead: above 0 is right"""
 
 
-def check_rewards(flags: RewardFlags, max_new_tokens: int) -> None:
-    """Ends with one line if no reward has a weight or the penalty's buffer is longer than a completion."""
+def check_rewards(flags: RewardFlags, max_new_tokens: int, model: str) -> None:
+    """Ends with one line if no reward has a weight, the penalty's buffer is longer than a completion, or the reward
+    model doesn't read the token ids of `model`, the policy's path."""
     weights = [name for name in vars(flags) if name.endswith("_weight")]
+    if flags.reward_model:
+        common.check_vocabulary("--reward-model", flags.reward_model, model)
+    else:
+        weights.remove("reward_model_weight")
     if not any(getattr(flags, name) for name in weights):
         names = ", ".join(map(as_flag, weights))
         fail(f"{names} are all 0: there is nothing to learn from")
@@ -91,7 +102,8 @@ def score_completions(
 ) -> dict[str, Tensor]:
     """Each reward by name, (P, G), unweighted, on the CPU. texts: (B,); problems: (P,).
 
-    is_right: a Verifier, or a function (text, problem) -> bool; None: the rules of plumbing/answers.py.
+    is_right: a Verifier, or a function (text, problem) -> bool; None: the rules of plumbing/answers.py. The
+    reward model's score is called "model".
     """
     G, lengths = rollout.group_size, rollout.lengths.cpu()
     verify = is_right if isinstance(is_right, Verifier) else Verifier(is_right=is_right)
@@ -105,6 +117,8 @@ def score_completions(
         components["language"] = torch.tensor([language_reward(text, flags.language) for text in texts])
     if flags.overlong_weight:
         components["overlong"] = overlong_penalty(lengths, max_new_tokens, flags.overlong_buffer)
+    if verify.reward_model is not None:
+        components["model"] = common.rollout_scores(verify.reward_model, rollout, 8192).cpu()
     components = {name: values.view(-1, G) for name, values in components.items()}
     if flags.length_weight:
         components["length"] = length_reward(lengths.view(-1, G), components["accuracy"])
@@ -114,6 +128,7 @@ def score_completions(
 def reward_weights(flags: RewardFlags, iteration: int) -> dict[str, float]:
     """Each reward's weight by name, in this iteration."""
     weights = {name.removesuffix("_weight"): value for name, value in vars(flags).items() if name.endswith("_weight")}
+    weights["model"] = weights.pop("reward_model")
     if iteration < flags.length_reward_start:
         weights["length"] = 0.0
     return weights
@@ -204,11 +219,17 @@ def length_reward(lengths, correct):
 # ---- Is the answer right? ------------------------------------------------------------------------------------------
 
 
+def verifier_prompt(problem: Problem) -> str:
+    """What a judge or a verifier model is asked; it then sees the given answer."""
+    return f"Question: {problem.question}\nReference answer: {problem.answer}"
+
+
 class Verifier:
     """Decides whether completions are right: by the problem's task if it has an `is_right`, else by rule (numbers and
     strings), else symbolically (math-verify), else, if there is one, by a model. `--judge-model` is a causal LM that is
     asked for yes or no, `--verifier-model` a reward model (train_rm.py) that scores the answer above 0. `counts`:
-    completions found right by each, and wrong.
+    completions found right by each, and wrong. `reward_model` is loaded here and decides nothing: score_completions
+    adds its score as a reward.
 
     flags: with judge_model and verifier_model. is_right: a function (text, problem) -> bool that decides instead.
     """
@@ -216,6 +237,8 @@ class Verifier:
     def __init__(self, flags=None, device="cpu", dtype=torch.float32, is_right: Callable | None = None):
         self.counts: Counter = Counter()
         self.is_right = is_right
+        path = getattr(flags, "reward_model", None)
+        self.reward_model = common.load_reward_model(path, device, dtype) if path else None
         judge, verifier = getattr(flags, "judge_model", None), getattr(flags, "verifier_model", None)
         if judge and verifier:
             fail("--judge-model and --verifier-model: only one of them")
@@ -248,8 +271,9 @@ class Verifier:
         stages = [self.found_right_by(text, problem) for text, problem in zip(texts, problems, strict=True)]
         if self.model is not None and self.is_right is None:
             answers = [extract_answer(text) for text in texts]
-            wrong = [(p, a) for p, a, s in zip(problems, answers, stages, strict=True) if a and not s and not p.task]
-            rows = dict.fromkeys(wrong)  # each answer that the rules don't match is asked about once
+            rows = {  # each answer that the rules don't match is asked about once; one that a task judges, never
+                (p, a): None for p, a, s in zip(problems, answers, stages, strict=True) if p.answer and a and not s
+            }
             open_questions = [(p, a) for p, a in rows if len(a) <= MAX_ANSWER_CHARS]
             right = dict(zip(open_questions, self.ask(open_questions), strict=True))
             for row, pair in enumerate(zip(problems, answers, strict=True)):
@@ -259,7 +283,7 @@ class Verifier:
         return [float(stage is not None) for stage in stages]
 
     def found_right_by(self, text: str, problem: Problem) -> str | None:
-        is_right = self.is_right or (load_task(problem.task).is_right if problem.task else None)
+        is_right = self.is_right or getattr(load_task(problem.task), "is_right", None)
         if is_right is not None:
             return "task" if is_right(text, problem) else None
         return matched_by(extract_answer(text), problem.answer)
@@ -270,7 +294,7 @@ class Verifier:
             return []
         for token in self.tokenizer.all_special_tokens:  # an answer may not end its turn and begin another
             pairs = [(problem, answer.replace(token, " ")) for problem, answer in pairs]
-        texts = [f"Question: {problem.question}\nReference answer: {problem.answer}" for problem, _ in pairs]
+        texts = [verifier_prompt(problem) for problem, _ in pairs]
         if self.yes:
             ask = "Is the given answer the same as the reference answer? Reply with yes or no."
             texts = [f"{text}\nGiven answer: {answer}\n{ask}" for text, (_, answer) in zip(texts, pairs, strict=True)]

@@ -37,6 +37,7 @@ from plumbing.evaluation import comparison_table, evaluate_policy
 from plumbing.flags import (
     AtLeast0,
     AtLeast1,
+    AtLeast2,
     Group,
     NonNegative,
     OptimizationFlags,
@@ -45,7 +46,6 @@ from plumbing.flags import (
     SamplingFlags,
     SetupFlags,
     check_minibatch,
-    fail,
     parse_args,
 )
 from plumbing.metrics import (
@@ -75,7 +75,7 @@ class Args:
     """number of iterations: sample a batch, then update"""
     prompts_per_step: AtLeast1 = 32
     """P, prompts in an iteration"""
-    group_size: AtLeast1 = 8
+    group_size: AtLeast2 = 8
     """G, completions sampled for each prompt"""
     max_new_tokens: AtLeast1 = 40
     """length limit of a completion, tokens"""
@@ -165,10 +165,8 @@ def main(args: Args) -> None:
     # ------------------------------------------------------------------------------------------------------------ Setup
     batch_size = args.prompts_per_step * args.group_size
     minibatch_size = args.minibatch_size or batch_size
-    if args.group_size < 2:
-        fail(f"--group-size {args.group_size}: must be at least 2: the group is the baseline")
     check_minibatch(minibatch_size, args.group_size, batch_size)
-    check_rewards(args.rewards, args.max_new_tokens)
+    check_rewards(args.rewards, args.max_new_tokens, args.model)
 
     device = common.resolve_device(args.setup.device)
     dtype = common.resolve_dtype(args.setup.dtype, device)
@@ -177,7 +175,8 @@ def main(args: Args) -> None:
     problems = encode_problems(tokenizer, problems, args.setup.system_prompt, config, args.max_new_tokens)
     eval_problems = load_eval_problems(args.problems, args.setup.eval_data, args.run.eval_problems)
     eval_problems = encode_problems(tokenizer, eval_problems, args.setup.system_prompt, config, args.max_new_tokens)
-    sampler = ProblemSampler(problems, args.sampling.problem_sampling, args.seed)
+    draws = args.iterations * args.prompts_per_step
+    sampler = ProblemSampler(problems, args.sampling.problem_sampling, args.seed, args.sampling.priority_floor, draws)
     verify = Verifier(args.rewards, device, dtype)
     evaluation = tokenizer, eval_problems, args.max_new_tokens, args.rewards.format_style, batch_size, args.seed, verify
 
@@ -224,7 +223,8 @@ def main(args: Args) -> None:
         samples = rollout, texts, components
         clock.lap("reward")
         if args.dynamic_sampling:  # DAPO section 3.2: sample until there are P groups that are not uniform
-            kept.append((rollout, rewards, (~is_uniform(rewards)).nonzero()[:, 0].tolist()))
+            by_rule = sum(weights[name] * values for name, values in components.items() if name != "model")
+            kept.append((rollout, rewards, (~is_uniform(by_rule)).nonzero()[:, 0].tolist()))
             found = sum(len(groups) for _, _, groups in kept)
             if found < args.prompts_per_step and len(kept) < args.max_sampling_rounds:
                 continue

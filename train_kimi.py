@@ -43,6 +43,7 @@ from plumbing.evaluation import comparison_table, evaluate_policy
 from plumbing.flags import (
     AtLeast0,
     AtLeast1,
+    AtLeast2,
     Group,
     NonNegative,
     OptimizationFlags,
@@ -80,7 +81,7 @@ class Args:
     """number of iterations: sample a batch, then update"""
     prompts_per_step: AtLeast1 = 32
     """P, prompts in an iteration"""
-    group_size: AtLeast1 = 8
+    group_size: AtLeast2 = 8
     """G, completions sampled for each prompt"""
     max_new_tokens: AtLeast1 = 40
     """length limit of a completion, tokens"""
@@ -145,10 +146,8 @@ def main(args: Args) -> None:
     # ------------------------------------------------------------------------------------------------------------ Setup
     batch_size = args.prompts_per_step * args.group_size
     minibatch_size = args.minibatch_size or max(1, args.prompts_per_step // 4) * args.group_size
-    if args.group_size < 2:
-        fail(f"--group-size {args.group_size}: must be at least 2: the group is the baseline")
     check_minibatch(minibatch_size, args.group_size, batch_size)
-    check_rewards(args.rewards, args.max_new_tokens)
+    check_rewards(args.rewards, args.max_new_tokens, args.model)
     if args.update_epochs == 1 and minibatch_size == batch_size:
         fail(f"--minibatch-size {minibatch_size}: with one epoch at most half the batch: tau acts from the 2nd update")
     if args.baseline == "log-z" and args.tau == 0:
@@ -161,7 +160,8 @@ def main(args: Args) -> None:
     problems = encode_problems(tokenizer, problems, args.setup.system_prompt, config, args.max_new_tokens)
     eval_problems = load_eval_problems(args.problems, args.setup.eval_data, args.run.eval_problems)
     eval_problems = encode_problems(tokenizer, eval_problems, args.setup.system_prompt, config, args.max_new_tokens)
-    sampler = ProblemSampler(problems, args.sampling.problem_sampling, args.seed)
+    draws = args.iterations * args.prompts_per_step
+    sampler = ProblemSampler(problems, args.sampling.problem_sampling, args.seed, args.sampling.priority_floor, draws)
     verify = Verifier(args.rewards, device, dtype)
     evaluation = tokenizer, eval_problems, args.max_new_tokens, args.rewards.format_style, batch_size, args.seed, verify
 

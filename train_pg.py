@@ -134,7 +134,7 @@ def value_loss(values: Tensor, returns: Tensor, weights: Tensor) -> tuple[Tensor
 def main(args: Args) -> None:
     # ------------------------------------------------------------------------------------------------------------ Setup
     batch_size = args.prompts_per_step * args.group_size
-    check_rewards(args.rewards, args.max_new_tokens)
+    check_rewards(args.rewards, args.max_new_tokens, args.model)
 
     device = common.resolve_device(args.setup.device)
     dtype = common.resolve_dtype(args.setup.dtype, device)
@@ -143,7 +143,8 @@ def main(args: Args) -> None:
     problems = encode_problems(tokenizer, problems, args.setup.system_prompt, config, args.max_new_tokens)
     eval_problems = load_eval_problems(args.problems, args.setup.eval_data, args.run.eval_problems)
     eval_problems = encode_problems(tokenizer, eval_problems, args.setup.system_prompt, config, args.max_new_tokens)
-    sampler = ProblemSampler(problems, args.sampling.problem_sampling, args.seed)
+    draws = args.iterations * args.prompts_per_step
+    sampler = ProblemSampler(problems, args.sampling.problem_sampling, args.seed, args.sampling.priority_floor, draws)
     verify = Verifier(args.rewards, device, dtype)
     evaluation = tokenizer, eval_problems, args.max_new_tokens, args.rewards.format_style, batch_size, args.seed, verify
 

@@ -99,8 +99,6 @@ class Args:
     """c, how far a value may move from the one at sampling time before its loss stops pulling"""
     missing_eos_score: float | None = None
     """score of a completion without EOS, instead of its own; None: the text is judged as it is"""
-    reward_model: str | None = None
-    """directory of a reward model (train_rm.py): its score is the reward; the verifiers' are only logged"""
     value_learning_rate: Positive = 3e-4
     """learning rate of the critic's AdamW, for the embedded model; 1e-5 for real ones"""
     gamma: Share = 1.0
@@ -172,10 +170,9 @@ def main(args: Args) -> None:
     batch_size = args.prompts_per_step * args.group_size
     minibatch_size = args.minibatch_size or max(1, args.prompts_per_step // 4) * args.group_size
     check_minibatch(minibatch_size, args.group_size, batch_size)
-    if args.reward_model:
-        common.check_vocabulary("--reward-model", args.reward_model, args.model)
-    else:
-        check_rewards(args.rewards, args.max_new_tokens)
+    check_rewards(args.rewards, args.max_new_tokens, args.model)
+    if args.rewards.reward_model and args.rewards.accuracy_weight:
+        print("note: the rules' rewards count beside the model's; --accuracy-weight 0 --format-weight 0 drops them")
 
     device = common.resolve_device(args.setup.device)
     dtype = common.resolve_dtype(args.setup.dtype, device)
@@ -184,7 +181,8 @@ def main(args: Args) -> None:
     problems = encode_problems(tokenizer, problems, args.setup.system_prompt, config, args.max_new_tokens)
     eval_problems = load_eval_problems(args.problems, args.setup.eval_data, args.run.eval_problems)
     eval_problems = encode_problems(tokenizer, eval_problems, args.setup.system_prompt, config, args.max_new_tokens)
-    sampler = ProblemSampler(problems, args.sampling.problem_sampling, args.seed)
+    draws = args.iterations * args.prompts_per_step
+    sampler = ProblemSampler(problems, args.sampling.problem_sampling, args.seed, args.sampling.priority_floor, draws)
     verify = Verifier(args.rewards, device, dtype)
     evaluation = tokenizer, eval_problems, args.max_new_tokens, args.rewards.format_style, batch_size, args.seed, verify
 
@@ -195,7 +193,6 @@ def main(args: Args) -> None:
         common.checkpoint_layers(policy)
         common.checkpoint_layers(value_model)
     ref = common.load_policy(args.model, device, dtype).requires_grad_(False) if args.kl_coef > 0 else None
-    reward_model = common.load_reward_model(args.reward_model, device, dtype) if args.reward_model else None
     optimizer = common.MasterAdamW(policy, lr=args.learning_rate, eps=1e-5)
     value_optimizer = common.MasterAdamW(value_model, lr=args.value_learning_rate, eps=1e-5)
     # checkpointed besides the policy
@@ -227,10 +224,6 @@ def main(args: Args) -> None:
         texts = decode(tokenizer, rollout)
         components = score_completions(texts, batch, rollout, args.rewards, args.max_new_tokens, verify)  # name: (P, G)
         weights = reward_weights(args.rewards, iteration)  # name: float; a new component needs a weight too
-        if reward_model is not None:  # its score replaces the rules' rewards, which are only logged
-            model_scores = common.rollout_scores(reward_model, rollout, args.optimization.micro_batch_tokens)  # (B,)
-            components["model"] = model_scores.view(-1, args.group_size).cpu()
-            weights = dict.fromkeys(components, 0.0) | {"model": 1.0}
         rewards = sum(weights[name] * values for name, values in components.items())  # (P, G)
         sampler.record(batch, components["accuracy"].mean(1).tolist())
         add_rollout_metrics(metrics, rollout, rewards, components)

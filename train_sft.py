@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import common
-from curate import Demonstration, encode_demonstrations, load_demonstrations
+from curate import Demonstration, encode_demonstrations, mix_demonstrations
 from data import ProblemSampler, encode_problems, is_held_out, load_eval_problems
 from plumbing.evaluation import comparison_table, evaluate_policy
 from plumbing.flags import (
@@ -50,8 +50,9 @@ class Args:
     """the policy to start from: local model directory or hub name"""
     from_scratch: bool = False
     """random weights: only the model's config and tokenizer are read"""
-    data: str = "arithmetic-demonstrations"
-    """a task's demonstrations, a .jsonl file (prompt, completion), or a samples file; a tenth is held out"""
+    data: tuple[str, ...] = ("arithmetic-demonstrations",)
+    """a task's demonstrations, .jsonl files (prompt, completion), samples files; a tenth is held out. FILE:COUNT draws
+    that many of a file's, so that several files are mixed"""
     demonstrations: AtLeast1 = 20000
     """how many arithmetic-demonstrations to make"""
     keep: Literal["correct", "best"] = "correct"
@@ -102,7 +103,7 @@ def main(args: Args) -> None:
     device = common.resolve_device(args.setup.device)
     dtype = common.resolve_dtype(args.setup.dtype, device)
     tokenizer, config = common.load_tokenizer(args.model), common.load_config(args.model)
-    demonstrations = load_demonstrations(args.data, args.demonstrations, keep=args.keep)
+    demonstrations = mix_demonstrations(args.data, args.demonstrations, args.keep)
     context = common.context_length(config)
     demonstrations = encode_demonstrations(tokenizer, demonstrations, args.setup.system_prompt, context)
     held_out = [d for d in demonstrations if is_held_out(d.question)][: args.run.eval_problems]

@@ -26,7 +26,7 @@ import common  # noqa: E402
 import train_grpo  # noqa: E402
 import train_pg  # noqa: E402
 from benchmarks.learning import machine, read_scalars, run_script  # noqa: E402
-from curate import encode_demonstrations, load_demonstrations  # noqa: E402
+from curate import encode_demonstrations, mix_demonstrations  # noqa: E402
 from data import encode_problems, load_train_problems  # noqa: E402
 from plumbing.evaluation import format_table  # noqa: E402
 from plumbing.flags import as_flag, fail, from_flat, parse_args, reason, to_flat  # noqa: E402
@@ -85,9 +85,9 @@ def trained_models(script: str, args) -> int:
 def frozen_models(script: str, args) -> list[str]:
     """The paths of the models that are only passed forward: reference, reward model, judge, verifier."""
     reference = script in ("train_ppo", "train_grpo") and args.kl_coef > 0
-    paths = [args.model if reference else None, args.reward_model if script == "train_ppo" else None]
+    paths = [args.model if reference else None]
     if script in RL:
-        paths += [args.rewards.judge_model, args.rewards.verifier_model]
+        paths += [args.rewards.reward_model, args.rewards.judge_model, args.rewards.verifier_model]
     return [path for path in paths if path]
 
 
@@ -110,7 +110,7 @@ def longest_row(script: str, args, tokenizer, config) -> tuple[int, int]:
         return max(len(problem.prompt_ids) for problem in problems), args.max_new_tokens
     context = common.context_length(config)
     if script == "train_sft":
-        demonstrations = load_demonstrations(args.data, args.demonstrations, keep=args.keep)
+        demonstrations = mix_demonstrations(args.data, args.demonstrations, args.keep)
         demonstrations = encode_demonstrations(tokenizer, demonstrations, args.setup.system_prompt, context)
         return max(((len(d.prompt_ids), len(d.completion_ids)) for d in demonstrations), key=sum)
     system_prompt = args.system_prompt if script == "train_rm" else args.setup.system_prompt

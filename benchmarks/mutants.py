@@ -45,7 +45,7 @@ train_grpo.py test_grpo.py test_runs.py
     weights of a micro-batch: <<weights[micro]=>common.token_weights(rollout.trained[micro], args.loss_norm, 40)>>,
     temperature missing in the update: completion_logprobs(policy, rollout, micro<<, temperature=>>>)
     one seed for all batches: derive_seed(args.seed, "sample"<<, global_step=>>>)
-    dynamic sampling keeps what teaches nothing: (<<~=>>>is_uniform(rewards)).nonzero()
+    dynamic sampling keeps what teaches nothing: (<<~=>>>is_uniform(by_rule)).nonzero()
     truncated completions are the ones kept: advantages.where(<<rollout.finished=>~rollout.finished>>, 0.0)
     rows with a KL alone not passed backward: (advantages != 0).any(1)<< | (args.kl_coef != 0)=>>>
 train_pg.py test_pg.py test_runs.py
@@ -129,8 +129,12 @@ data.py test_data.py test_runs.py
     ledger by position, not by problem: zip(<<self.last_draw=>range(len(rates))>>, problems, rates
     every epoch in one order: random.Random(f"epoch <<{epoch} =>>>{self.seed}")
     every prioritized draw alike: random.Random(f"prioritized <<{self.drawn} =>>>{self.seed}")
-    what succeeds comes first: max(self.FLOOR, <<1 - rate=>rate>>)
+    what succeeds comes first: max(self.floor, <<1 - rate=>rate>>)
+    rates don't move: self.rates[index] += (rate - self.rates[index]) / <<2=>1e9>>
+    pass rates ignored: self.rates = [<<known.get(i, mean)=>0.0>> for
     curriculum from hard to easy: key=lambda i: <<=>->>self.items[i].difficulty
+    a curriculum that ends at once: share = min(1.0, max(<<self.drawn / self.total_draws=>1.0>>,
+    a resumed curriculum forgets its length: self.total_draws = <<state["total_draws"]=>self.total_draws>>
     too many across an epoch's end: self.order[position : position + count<< - len(indices)=>>>]
     ledger not restored: <<list(state["attempts"]), list(state["successes"])=>self.attempts, self.successes>>
     a mode moves a problem over the split: hashlib.sha256(<<text=>question>>.encode())

@@ -69,7 +69,7 @@ def main(args: Args) -> None:
         model = run / "final"
     rows, curves = [], []
     for kl_coef in args.kl_coefs:
-        flags = f"--reward-model {model} --kl-coef {kl_coef} {args.flags}"
+        flags = f"--reward-model {model} --accuracy-weight 0 --format-weight 0 --kl-coef {kl_coef} {args.flags}"
         run, seconds, _ = run_script("train_ppo.py", args.seed, flags)
         scalars = read_scalars(run)
         curves.append((kl_coef, scalars))

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
 from benchmarks.learning import machine, new_figure, save_figure  # noqa: E402
 from data import encode_problems, load_problems  # noqa: E402
-from evaluate import sample_within_budget  # noqa: E402
+from evaluate import sample_within_budget, stop_ids  # noqa: E402
 from plumbing.evaluation import evaluate, format_table, interval, summarize  # noqa: E402
 from plumbing.flags import SYSTEM_PROMPT, fail  # noqa: E402
 
@@ -49,7 +49,7 @@ def main(args: Args) -> None:
     def measure(mode: str, budget: int | None) -> tuple:
         room, sample = args.max_new_tokens, common.sample_groups
         if budget:
-            room += budget + len(tokenizer(args.stop_sentence, add_special_tokens=False).input_ids)
+            room += budget + len(stop_ids(tokenizer, args.stop_sentence))
             options = {"tokenizer": tokenizer, "budget": budget, "stop_sentence": args.stop_sentence}
             sample = partial(sample_within_budget, **options)
         encoded = encode_problems(tokenizer, problems, SYSTEM_PROMPT, policy.config, room, mode=mode)

@@ -32,8 +32,9 @@ def evaluate(
     rewards: dict[str, Callable] | None = None,
 ) -> list[dict]:
     """A record for each problem: its row and `completions`, a list of {text, answer, correct, format, reward, length,
-    finished}. reward = correct. problems: encoded (see data.encode_problems). batch_size: completions sampled at once.
+    finished, logprob}. reward = correct; logprob: the sum over its tokens, at the temperature.
 
+    problems: encoded (see data.encode_problems). batch_size: completions sampled at once.
     is_right: a Verifier or a function (text, problem) -> bool; None: the rules. sample: a function with sample_groups'
     arguments. rewards: other rewards by name, functions (text, problem) -> float; each is a field of the completions.
     """
@@ -46,6 +47,7 @@ def evaluate(
         prompts, batch_seed = [problems[i].prompt_ids for i in batch], derive_seed("evaluate", seed, start)
         rollout = sample(policy, prompts, num_samples, max_new_tokens, temperature, batch_seed)
         texts, lengths, finished = decode(tokenizer, rollout), rollout.lengths.tolist(), rollout.finished.tolist()
+        logprobs = rollout.sampler_logprobs.sum(1).tolist()
         correct = verify(texts, [problems[i] for i in batch for _ in range(num_samples)])
         completions = [
             {
@@ -56,8 +58,9 @@ def evaluate(
                 "reward": right,
                 "length": length,
                 "finished": ended,
+                "logprob": logprob,
             }
-            for text, right, length, ended in zip(texts, correct, lengths, finished, strict=True)
+            for text, right, length, ended, logprob in zip(texts, correct, lengths, finished, logprobs, strict=True)
         ]
         for p, i in enumerate(batch):
             group = completions[p * num_samples : (p + 1) * num_samples]

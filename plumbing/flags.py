@@ -55,6 +55,7 @@ NonNegative = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
 AtLeast0 = Annotated[int, Range(0)]
 AtLeast1 = Annotated[int, Range(1)]
+AtLeast2 = Annotated[int, Range(2)]
 
 
 def ranges(hint) -> list[Range]:
@@ -153,7 +154,9 @@ class SamplingFlags:
     temperature: Positive = 1.0
     """sampling temperature; also applied to all logprobs"""
     problem_sampling: Literal["uniform", "curriculum", "prioritized"] = "uniform"
-    """each problem once per epoch | easy to hard | problems that fail more often are drawn more often"""
+    """each problem once per epoch | the easiest first, and by the end of the run all | those that fail more often"""
+    priority_floor: Share = 0.05
+    """prioritized: a problem's weight is 1 - its recent success rate, and at least this; at 0 what is solved is left"""
 
 
 @dataclass
@@ -249,5 +252,7 @@ def from_flat(default, values: dict):
             changes[field.name] = from_flat(value, {n: v for n, v in values.items() if n in to_flat(value)})
         elif field.name in values:
             value = values[field.name]
-            changes[field.name] = tuple(value) if get_origin(hints[field.name]) is tuple else value
+            if get_origin(hints[field.name]) is tuple:
+                value = (value,) if isinstance(value, str) else tuple(value)
+            changes[field.name] = value
     return dataclasses.replace(default, **changes)

@@ -169,6 +169,11 @@ class Health:
             "every completion is cut by the length limit, so none has an answer: a larger --max-new-tokens, or a model "
             "that ends what it writes (train_sft.py)",
         ),
+        "drop of rollout/finished": (
+            lambda drop: drop > 0.5,
+            "completions have grown into the length limit, which cuts most of them now: look at the texts for "
+            "repetition; a larger --max-new-tokens, --overlong-weight, or --loss-norm token or constant",
+        ),
         "loss/kl": (
             lambda kl: kl > 5,
             "the policy is far from its reference: a larger --kl-coef or --tau, a lower --learning-rate",
@@ -176,6 +181,7 @@ class Health:
     }
 
     def __init__(self, run_dir: Path, tokenizer, max_bad_updates: int):
+        self.most_finished = 0.0
         self.run_dir, self.tokenizer, self.max_bad_updates = run_dir, tokenizer, max_bad_updates
         self.bad_updates, self.streaks = 0, Counter()
 
@@ -205,6 +211,10 @@ class Health:
 
     def watch(self, logged: dict[str, float]) -> None:
         """Called with what an iteration has logged."""
+        finished = logged.get("rollout/finished", 0.0)
+        self.most_finished = max(self.most_finished, finished)
+        if finished:  # else it is the sign above
+            logged = logged | {"drop of rollout/finished": self.most_finished - finished}
         for tag, (is_sign, advice) in self.SIGNS.items():
             self.streaks[tag] = self.streaks[tag] + 1 if tag in logged and is_sign(logged[tag]) else 0
             if self.streaks[tag] == self.PATIENCE and not self.streaks[f"{tag} told"]:

@@ -18,6 +18,7 @@ from data import (
     encode_prompts,
     fail_on,
     load_problems,
+    number_field,
     placed_rows,
     prompt_field,
     read_messages,
@@ -67,8 +68,8 @@ def load_preference_pairs(source: str, seed: int = 0, flags: PairFlags | None = 
     """Preference pairs. Prints how many there are and what was dropped.
 
     source: "arithmetic-pairs", N-best samples of the embedded model; a .jsonl file with the fields `prompt` (or
-    `question`), `chosen`, `rejected`; or a samples file of evaluate.py, which holds several scored completions of each
-    problem. seed: of the random choice of a prompt's pairs.
+    `question`), `chosen`, `rejected`, optionally `weight`; or a samples file of evaluate.py, which holds several scored
+    completions of each problem. seed: of the random choice of a prompt's pairs.
     """
     flags = flags or PairFlags()
     dropped = Counter()
@@ -92,7 +93,8 @@ def load_preference_pairs(source: str, seed: int = 0, flags: PairFlags | None = 
     if flags.balance_topics:
         kept = balance(kept, "--balance-topics", source, seed, dropped)
     mean = sum(pair.weight for pair in kept) / len(kept)
-    kept = [replace(pair, weight=pair.weight / mean if flags.pair_weight == "gap" else 1.0) for pair in kept]
+    weighted = flags.pair_weight == "gap" or not samples
+    kept = [replace(pair, weight=pair.weight / mean if weighted else 1.0) for pair in kept]
     print(f"pairs: {len(kept)} of {len({p.question for p in kept})} prompts from {source}; dropped: {listed(dropped)}")
     return kept
 
@@ -155,7 +157,11 @@ def read_pairs(rows: list[tuple[str, dict]], source: str, dropped: Counter) -> l
             if chosen == rejected:
                 raise ValueError("chosen and rejected are equal")
             dropped["duplicate pairs"] += (question, messages, chosen, rejected) in pairs
-            pair = Pair(question, chosen, rejected, place, str(row.get("topic") or ""), messages=messages)
+            weight = number_field(row, "weight")
+            if weight is not None and weight <= 0:
+                raise ValueError(f"field 'weight' is {weight:g}, a number above 0 is expected")
+            topic, weight = str(row.get("topic") or ""), 1.0 if weight is None else weight
+            pair = Pair(question, chosen, rejected, place, topic, weight, messages=messages)
             pairs.setdefault((question, messages, chosen, rejected), pair)
         except ValueError as error:
             errors.append(f"{place}: {error}")

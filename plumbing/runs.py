@@ -102,7 +102,8 @@ def run_directory(args) -> Path:
     model, script = Path(args.model), Path(getfile(type(args))).stem
     if model.name == "final":  # a run's result: named after its script
         model = Path(model.resolve().parent.name.partition("__")[0] + "-final")
-    data = Path(getattr(args, "data", None) or args.problems).stem
+    data = getattr(args, "data", None) or args.problems
+    data = "+".join(Path(source).stem for source in (data if isinstance(data, tuple) else [data]))
     parts = script, data, model.name, f"s{args.seed}", time.strftime("%Y%m%d-%H%M%S")
     directory = Path(flags.run_root) / re.sub(r"[^\w.-]", "-", "__".join(parts))
     while directory.exists():

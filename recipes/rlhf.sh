@@ -18,8 +18,9 @@ train sft sft --model "$MODEL" --data "$DEMONSTRATIONS" --problems "$PROBLEMS" $
 python evaluate.py --model "$(final sft)" --problems "$PROBLEMS" --split all --eval-problems "$SAMPLED" \
     --num-samples 8 --output "$OUT/pairs.jsonl" $SAMPLE
 train rm rm --model "$(final sft)" --data "$OUT/pairs.jsonl" $RM
-train ppo ppo --model "$(final sft)" --problems "$PROBLEMS" --reward-model "$(final rm)" --kl-coef "$KL" $PPO $QUICK
-train ppo-no-kl ppo --model "$(final sft)" --problems "$PROBLEMS" --reward-model "$(final rm)" --kl-coef 0 $PPO $QUICK
+SCORE="--reward-model $(final rm) --accuracy-weight 0 --format-weight 0" # the preference alone
+train ppo ppo --model "$(final sft)" --problems "$PROBLEMS" $SCORE --kl-coef "$KL" $PPO $QUICK
+train ppo-no-kl ppo --model "$(final sft)" --problems "$PROBLEMS" $SCORE --kl-coef 0 $PPO $QUICK
 train dpo dpo --model "$(final sft)" --problems "$PROBLEMS" --data "$OUT/pairs.jsonl" $DPO
 
 STAGES="base=$MODEL"

@@ -4,7 +4,9 @@ A task is a file in tasks/. `--problems NAME` draws from its `draw_problem`, `tr
 from its `demonstrations`. To make a task of your own, copy this file.
 """
 
+import itertools
 import random
+import re
 
 DIFFICULTIES = range(1, 7)
 
@@ -32,6 +34,13 @@ def draw_problem(rng: random.Random, difficulty: int) -> dict:
     topic = "add" if min(steps) > 0 else "subtract" if max(steps) < 0 else "mixed"
     answer = str(first + sum(steps))
     return {"question": question, "answer": answer, "id": question, "topic": topic, "difficulty": difficulty}
+
+
+def steps_are_right(text: str, problem) -> bool:
+    """Whether the thinking is the running totals, all right: an answer that is right after a wrong one is luck."""
+    totals = list(itertools.accumulate(map(int, re.findall(r"[+-]?[0-9]+", problem.question))))[1:]
+    thinking, closed, _ = text.removeprefix("<think>").partition("</think>")
+    return bool(closed) and thinking.split() == [*map(str, totals)]
 
 
 def demonstrations(count: int, seed: int = 0) -> list[tuple[str, str]]:

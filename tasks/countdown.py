@@ -115,6 +115,16 @@ def read_expression(text: str) -> tuple[Fraction, list[int]]:
     return value, numbers
 
 
+def steps_are_right(text: str, problem) -> bool:
+    """Whether the thinking shows tries such as 3+5-8=0, each with its right value."""
+    thinking, closed, _ = text.partition("</think>")
+    tries = re.findall(r"([0-9(][-+*/() 0-9]*)=\s*(-?[0-9]+)", thinking)
+    try:
+        return bool(closed and tries) and all(read_expression(left)[0] == int(right) for left, right in tries)
+    except (ValueError, ZeroDivisionError):
+        return False
+
+
 # ---- The teacher ---------------------------------------------------------------------------------------------------
 
 

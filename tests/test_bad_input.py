@@ -60,8 +60,8 @@ def few(tmp_path_factory) -> str:
 NO_WEIGHT = {"accuracy_weight": 0, "format_weight": 0}
 ALL_0 = "--accuracy-weight, --format-weight, --length-weight, --language-weight, --overlong-weight are all 0"
 FLAGS = [
-    (train_grpo, {"group_size": 1}, "--group-size 1: must be at least 2"),
-    (train_grpo, {"group_size": 0}, "--group-size 0: must be 1 or more"),
+    (train_grpo, {"group_size": 1}, "--group-size 1: must be 2 or more"),
+    (train_grpo, {"group_size": 0}, "--group-size 0: must be 2 or more"),
     (train_grpo, {"minibatch_size": 4}, "--minibatch-size 4: must be a multiple of --group-size 8, at most 256"),
     (train_grpo, {"minibatch_size": 12}, "--minibatch-size 12: must be a multiple of --group-size 8, at most 256"),
     (train_grpo, {"minibatch_size": 512}, "--minibatch-size 512: must be a multiple of --group-size 8, at most 256"),
@@ -93,7 +93,9 @@ FLAGS = [
         {"judge_model": "a/b", "verifier_model": "a/b"},
         "--judge-model and --verifier-model: only one of them",
     ),
-    (train_kimi, {"group_size": 1}, "--group-size 1: must be at least 2"),
+    (train_grpo, {"reward_model": EMBEDDED}, f"--reward-model {EMBEDDED}: has 2 labels, a reward model has one"),
+    (train_grpo, {"priority_floor": 1.5}, "--priority-floor 1.5: must be 0 or more and at most 1"),
+    (train_kimi, {"group_size": 1}, "--group-size 1: must be 2 or more"),
     (train_kimi, {"baseline": "log-z", "tau": 0}, "--baseline log-z: needs --tau above 0"),
     (train_kimi, {"tau": -1}, "--tau -1.0: must be 0 or more"),
     (train_kimi, {"minibatch_size": 256}, "--minibatch-size 256: with one epoch at most half the batch"),

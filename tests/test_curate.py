@@ -9,10 +9,18 @@ from test_bad_input import refuse
 
 import curate
 import evaluate
-from curate import Demonstration, chosen_samples, encode_demonstrations, fuse_modes, load_demonstrations
-from data import Problem, encode_completions, encode_prompts, is_held_out, load_problems, placed_rows
-from plumbing.pairs import balance
-from rewards import accuracy_reward, format_reward
+from curate import (
+    Demonstration,
+    chosen_samples,
+    encode_demonstrations,
+    fuse_modes,
+    load_demonstrations,
+    mix_demonstrations,
+)
+from data import Problem, encode_completions, encode_prompts, is_held_out, load_problems, load_task, placed_rows
+from plumbing.flags import parse_args
+from plumbing.pairs import balance, load_preference_pairs
+from rewards import accuracy_reward, format_reward, verifier_prompt
 
 
 def problem(question: str, answer: str = "1", **fields) -> Problem:
@@ -317,3 +325,120 @@ def test_bad_input(changes, message, tmp_path, capsys):
     flags = {name: files.get(value, value) for name, value in changes.items()}
     assert message in refuse(curate, {"output": tmp_path / "out.jsonl"} | flags, capsys)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+# ---- Rates, right steps, pairs ---------------------------------------------------------------------------------------
+
+
+def make(tmp_path, rows: list[dict], *flags: str) -> list[dict]:
+    """The rows that curate.py writes, made of a samples file of these rows."""
+    output = str(tmp_path / "out.jsonl")
+    argv = ["--samples", write(tmp_path / "s.jsonl", rows), "--output", output, *flags]
+    curate.main(parse_args(curate.Args, argv))
+    return [row for _, row in placed_rows(output)]
+
+
+def test_pass_rates_are_written(tmp_path):
+    """The sampler has nothing to begin with; difficulty, which may mean anything, is overwritten."""
+    half = [completion("<answer>1</answer>", True), completion("<answer>2</answer>", False)]
+    (row,) = make(tmp_path, [record("a", *half, difficulty=7)])
+    assert row["pass_rate"] == 0.5 and row["difficulty"] == 7
+    (problem,) = load_problems(str(tmp_path / "out.jsonl"), "all")
+    assert problem.pass_rate == 0.5
+
+
+@pytest.mark.parametrize(
+    ("answer", "kept"),
+    [
+        *(("18", True), ("18 eggs", True), (r"\frac{1}{2}", True), ("x^2+1", True), ("(C)", True), ("New York", True)),
+        *(("The proof follows by induction on n", False), ("nan", False), ("9" * 1001, False), ("$", False)),
+    ],
+)
+def test_gold_answers_that_no_rule_can_compare_are_dropped(answer, kept):
+    dropped = Counter()
+    assert bool(curate.drop_unverifiable([problem("q", answer)], dropped)) == kept
+    assert dropped == ({} if kept else {"gold answer can't be verified": 1})
+
+
+def test_what_a_task_judges_can_be_verified():
+    countdown = Problem("1,2=3", "", columns={"nums": [1, 2], "target": 3}, task="countdown")
+    assert curate.drop_unverifiable([countdown], Counter()) == [countdown]
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "right"),
+    [
+        ("arithmetic", "<think>19 14</think><answer>14</answer>", True),
+        ("arithmetic", "<think>18 14</think><answer>14</answer>", False),  # by luck
+        ("arithmetic", "<think>14</think><answer>14</answer>", False),
+        ("arithmetic", "<think>19 14 14</think><answer>14</answer>", False),
+        ("arithmetic", "<think>19 14<answer>14</answer>", False),
+        ("countdown", "<think>3+5-8=0 wait 3-5+8=6 等一下 3+5+8=16</think><answer>3+5+8</answer>", True),
+        ("countdown", "<think>3+5-8=1 wait 3+5+8=16</think><answer>3+5+8</answer>", False),
+        ("countdown", "<think>(3+5)*8=64 wait 8-5-3 = 0</think>", True),
+        ("countdown", "<think>3/(5-5)=1</think>", False),
+        ("countdown", "<think>hm</think><answer>3+5+8</answer>", False),
+    ],
+)
+def test_a_task_knows_its_right_steps(task, text, right):
+    question = {"arithmetic": "12+7-5=", "countdown": "3,5,8=16"}[task]
+    assert load_task(task).steps_are_right(text, Problem(question, "14")) == right
+
+
+def test_demonstrations_with_a_wrong_step_are_dropped(tmp_path, capsys):
+    """What is right by luck is taught."""
+    sound, lucky = "<think>19 14</think><answer>14</answer>", "<think>18 14</think><answer>14</answer>"
+    rows = [record("12+7-5=", completion(sound, True), completion(lucky, True), answer="14", task="arithmetic")]
+    assert [row["completion"] for row in make(tmp_path, rows, "--make", "correct")] == [sound, lucky]
+    assert [row["completion"] for row in make(tmp_path, rows, "--make", "correct", "--right-steps")] == [sound]
+    assert "completions dropped: 1 right answers after a wrong step" in capsys.readouterr().out
+    others = [record("a", completion(sound, True))]
+    flags = {"samples": write(tmp_path / "o.jsonl", others), "output": tmp_path / "x.jsonl", "right_steps": True}
+    assert "has no problem of a task that knows" in refuse(curate, flags | {"make": "correct"}, capsys)
+    assert "--right-steps: is about completions" in refuse(curate, flags, capsys)
+
+
+def test_pairs_of_a_shorter_and_a_longer_right_answer(tmp_path):
+    """The rejected one is wrong, or cut: then the preference is one for being right."""
+    texts = ["<think>long way</think><answer>1</answer>", "<answer>1</answer>", "<think>x</think><answer>1</answer>"]
+    right = [completion(text, True) | {"length": len(text)} for text in texts]
+    wrong = completion("", False) | {"length": 0}
+    cut = completion("<think>" * 30, True, finished=False) | {"length": 999}
+    rows = make(tmp_path, [record("a", *right, wrong, cut), record("b", right[0], wrong)], "--make", "shorter")
+    assert rows == [{"prompt": "a", "chosen": texts[1], "rejected": texts[0]}]
+    assert load_preference_pairs(str(tmp_path / "out.jsonl"))[0].chosen == texts[1]
+
+
+def test_verifier_pairs_ask_as_the_verifier_does(tmp_path):
+    right = [completion(f"<answer>{answer}</answer>", True) for answer in ("1", "1.0")]
+    wrong = [completion(f"<answer>{answer}</answer>", False) for answer in ("2", "3", "2")]
+    nothing = completion("<think>", False)
+    rows = make(tmp_path, [record("a", *right, *wrong, nothing), record("b", *wrong)], "--make", "verifier")
+    asked = ["Question: a\nReference answer: 1"] * 2 + ["Question: b\nReference answer: 1"] * 2
+    assert [row["prompt"] for row in rows] == asked and asked[0] == verifier_prompt(problem("a", "1"))
+    assert [(r["chosen"], r["rejected"]) for r in rows] == [("1", "2"), ("1.0", "3"), ("1", "2"), ("1", "3")]
+
+
+def test_pairs_have_weights(tmp_path, capsys):
+    rows = [
+        {"prompt": "a", "chosen": "1", "rejected": "2", "weight": 3},
+        {"prompt": "b", "chosen": "1", "rejected": "2"},
+    ]
+    assert [p.weight for p in load_preference_pairs(write(tmp_path / "p.jsonl", rows))] == [1.5, 0.5]
+    for weight in (0, -1, "much", float("nan")):
+        with pytest.raises(SystemExit):
+            load_preference_pairs(write(tmp_path / "q.jsonl", [rows[0], rows[1] | {"weight": weight}]))
+        assert "q.jsonl:2: field 'weight' is" in capsys.readouterr().err
+
+
+def test_several_files_are_mixed(tmp_path, capsys):
+    first = write(tmp_path / "a.jsonl", [{"prompt": f"a{i}", "completion": "x"} for i in range(10)])
+    second = write(tmp_path / "b.jsonl", [{"prompt": f"b{i}", "completion": "y"} for i in range(10)])
+    mixed = [d.question for d in mix_demonstrations((first, f"{second}:3"), 100, "correct")]
+    assert mixed[:10] == [f"a{i}" for i in range(10)] and len(set(mixed)) == 13 and mixed[10][0] == "b"
+    assert len(mix_demonstrations((f"{first}:10", "arithmetic-demonstrations:7"), 100, "correct")) == 17
+    for source in (f"{second}:11", f"{second}:0"):
+        with pytest.raises(SystemExit) as stopped:
+            mix_demonstrations((source,), 100, "correct")
+        assert stopped.value.code == 2
+        assert f"error: --data {source}: from 1 to 10 can be drawn from {second}\n" == capsys.readouterr().err

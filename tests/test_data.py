@@ -24,6 +24,7 @@ from data import (
     load_eval_problems,
     load_problems,
     load_train_problems,
+    read_problems,
     write_jsonl,
 )
 from plumbing.pairs import load_preference_pairs
@@ -463,7 +464,9 @@ def test_a_rate_is_recorded_for_the_place_in_the_last_draw(mode):
         assert sampler.attempts == attempts and sampler.successes == pytest.approx(successes)
     assert len(set(sampler.last_draw)) == 4 < len(sampler.last_draw) and sum(attempts) == 36
     rates = [s / n for s, n in zip(successes, attempts, strict=True)]
-    assert sampler.summary() == pytest.approx({"sampler/seen": 1.0, "sampler/success_rate": sum(rates) / 4})
+    assert sampler.summary() | {"sampler/unweighted": 0} == pytest.approx(
+        {"sampler/seen": 1.0, "sampler/success_rate": sum(rates) / 4, "sampler/unweighted": 0}
+    )
     with pytest.raises(ValueError):
         sampler.record(drawn[:5], rates[:5])  # not what was drawn
 
@@ -475,26 +478,38 @@ def test_a_sampler_takes_any_items():
         ProblemSampler([Problem("a", "1")], "curriculum")
 
 
-def test_curriculum_goes_from_easy_to_hard_within_an_epoch():
-    problems = load_problems("arithmetic", "train", 60)
-    sampler = ProblemSampler(problems, "curriculum", seed=1)
-    for _ in range(2):
-        epoch = sampler.draw(60)
-        assert [p.difficulty for p in epoch] == sorted(p.difficulty for p in problems)
-        assert len({p.id for p in epoch}) == 60
-    assert ProblemSampler(problems, "curriculum", seed=2).draw(10) != ProblemSampler(
-        problems, "curriculum", seed=1
-    ).draw(10)
+def test_a_curriculum_begins_with_the_easiest_and_ends_with_all():
+    """A run never gets through the easy ones; a resumed one with more iterations draws others; a draw has one twice."""
+    problems = load_problems("arithmetic", "train", 600)
+    sampler, draws = ProblemSampler(problems, "curriculum", seed=1, total_draws=1200), []
+    for step in range(60):
+        draws.append(sampler.draw(20))
+        assert len({p.id for p in draws[-1]}) == 20
+        if step == 30:
+            state = json.loads(json.dumps(sampler.state_dict()))
+    difficulties = [[p.difficulty for p in draw] for draw in draws]
+    assert set(difficulties[0]) == {1} and max(difficulties[19]) == 2 and set(difficulties[59]) == {1, 2, 3, 4, 5, 6}
+    means = [sum(sum(d) for d in difficulties[i : i + 10]) / 200 for i in range(0, 60, 10)]
+    assert means == sorted(means) and 3.0 < means[-1] < 3.5
+    after = [p.difficulty for _ in range(20) for p in sampler.draw(20)]
+    assert 3.3 < sum(after) / 400 < 3.7
+    longer = ProblemSampler(problems, "curriculum", seed=1, total_draws=4000)
+    longer.load_state_dict(state)
+    assert [longer.draw(20) for _ in range(29)] == draws[31:]
+    other = ProblemSampler(problems, "curriculum", seed=2, total_draws=1200)
+    assert other.draw(20) != draws[0]
 
 
 def test_prioritized_prefers_what_fails_and_loses_nothing_for_good():
-    """Chance proportional to 1 - success rate with a floor of 0.05: of ten problems always solved and ten solved half
-    the time, the latter come about ten times as often; the same again after a resume."""
+    """Chance proportional to 1 - recent success rate with a floor of 0.05: of ten problems solved again and again and
+    ten solved half the time, the latter come about ten times as often; the same again after a resume."""
     problems = load_problems("arithmetic", "train", 20)
     sampler, solved = ProblemSampler(problems, "prioritized", seed=1), set(problems[:10])
-    everything = sampler.draw(20)
-    assert set(everything) == set(problems)
-    sampler.record(everything, [1.0 if problem in solved else 0.5 for problem in everything])
+    for _ in range(8):  # the recent rate goes half of the way each time
+        everything = sampler.draw(20)
+        assert set(everything) == set(problems)
+        sampler.record(everything, [1.0 if problem in solved else 0.5 for problem in everything])
+    assert sampler.rates[0] == pytest.approx(1 - 0.5**8) and sampler.rates[19] == pytest.approx(0.5 - 0.5**9)
     state = json.loads(json.dumps(sampler.state_dict()))
     draws = [sampler.draw(1)[0] for _ in range(4000)]
     share = sum(problem in solved for problem in draws) / 4000
@@ -504,9 +519,31 @@ def test_prioritized_prefers_what_fails_and_loses_nothing_for_good():
     resumed = ProblemSampler(problems, "prioritized", seed=1)
     resumed.load_state_dict(state)
     assert [resumed.draw(1)[0] for _ in range(100)] == draws[:100]
-    assert resumed.summary() == {"sampler/seen": 1.0, "sampler/success_rate": 0.75}
+    assert resumed.summary() == {"sampler/seen": 1.0, "sampler/success_rate": 0.75, "sampler/unweighted": 0}
     with pytest.raises(ValueError, match="mode"):
         ProblemSampler(problems, "random")
+
+
+def test_prioritized_begins_with_known_pass_rates():
+    """All problems look alike until each was drawn, which a run of 1,920 draws never gets to; a difficulty, which may
+    mean anything, is taken for a rate; an unknown one comes first, or last."""
+    problems = [Problem(str(i), "1", difficulty=i / 100, pass_rate=1.0 if i < 50 else 0.5) for i in range(100)]
+    problems += [Problem("unknown", "1", difficulty=1.0)]
+    sampler = ProblemSampler(problems, "prioritized", seed=1)
+    assert sampler.rates == [1.0] * 50 + [0.5] * 50 + [0.75]
+    drawn = [p for _ in range(300) for p in sampler.draw(5)]
+    share = sum(p.pass_rate == 1.0 for p in drawn) / 1500
+    assert 0.05 / 0.55 - 0.03 < share < 0.05 / 0.55 + 0.03
+
+
+def test_without_a_floor_what_is_solved_is_left_until_nothing_else_is():
+    problems = [Problem(str(i), "1", pass_rate=1.0 if i < 6 else 0.5) for i in range(10)]
+    sampler = ProblemSampler(problems, "prioritized", seed=1, floor=0.0)
+    assert all({p.pass_rate for p in sampler.draw(4)} == {0.5} for _ in range(20))
+    assert sampler.summary()["sampler/unweighted"] == 0
+    seven = [sampler.draw(7) for _ in range(30)]
+    assert all(sum(p.pass_rate == 0.5 for p in draw) == 4 for draw in seven)
+    assert len({p.question for draw in seven for p in draw}) == 10 and sampler.summary()["sampler/unweighted"] == 90
 
 
 def test_demonstrations_from_jsonl(tmp_path, capsys):
@@ -524,3 +561,20 @@ def test_make_tiny_writes_the_shipped_tokenizer(tmp_path, monkeypatch):
         assert (tmp_path / name).read_text() == Path(EMBEDDED, name).read_text()
     made, shipped = (json.loads(Path(d, "config.json").read_text()) for d in (tmp_path, EMBEDDED))
     assert made | {"transformers_version": ""} == shipped | {"transformers_version": ""}
+
+
+def test_maths_own_columns_are_read():
+    """MATH names its columns otherwise: without them there is no answer, no curriculum and no topic."""
+    row = {"problem": "1+1?", "solution": r"So $1+1 = \boxed{2}$.", "level": "Level 5", "type": "Algebra"}
+    hub = {"problem": "x", "answer": "3", "solution": r"\boxed{4}", "level": 2, "subject": "Geometry"}
+    ours = {"question": "y", "answer": "5", "difficulty": 7, "topic": "mine", "level": "Level 1", "type": "z"}
+    odd = {"question": "z", "answer": "6", "level": "hard", "type": ["a"]}
+    read = read_problems([(str(i), row) for i, row in enumerate((row, hub, ours, odd))], "rows")
+    assert [(p.answer, p.difficulty, p.topic) for p in read] == [
+        ("2", 5, "Algebra"),
+        ("3", 2, "Geometry"),
+        ("5", 7, "mine"),
+        ("6", None, ""),
+    ]
+    with pytest.raises(SystemExit):
+        read_problems([("row", {"problem": "x", "solution": "no box"})], "rows")

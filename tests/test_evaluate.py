@@ -112,7 +112,7 @@ def test_the_command_writes_a_samples_file(tmp_path, capsys):
     assert "95% interval" in printed and "difficulty 6" in printed and "pass_at_4" in printed and "majority" in printed
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(lines) == 12
-    assert set(lines[0]) == {"question", "answer", "id", "topic", "difficulty", "completions"}
+    assert set(lines[0]) == {"question", "answer", "id", "task", "topic", "difficulty", "completions"}
     assert {"text", "reward", "correct", "length", "finished"} <= set(lines[0]["completions"][0])
     rate = sum(c["correct"] for line in lines for c in line["completions"]) / 48
     assert f"{rate:.3f}" in printed
@@ -383,3 +383,34 @@ def test_a_reward_model_as_verifier(tmp_path):
         with torch.no_grad():
             assert (common.completion_scores(verify.model, rollout, [0]).item() > 0) == bool(right)
     assert 0 < sum(found) < 30
+
+
+def test_any_stop_sentence_closes_the_think_block(embedded):
+    """A sentence without the tag leaves the block open, and no completion has an answer."""
+    policy, tokenizer = embedded
+    problems = arithmetic(embedded, "arithmetic:5-6", 6)
+    sentence = "Given limited time, I'll provide a direct answer now."
+    assert evaluate.stop_ids(tokenizer, "...</think>") == tokenizer("...</think>", add_special_tokens=False).input_ids
+    sample = partial(sample_within_budget, tokenizer=tokenizer, budget=4, stop_sentence=sentence)
+    records = evaluate.evaluate(policy, tokenizer, problems, 2, 20, sample=sample)
+    texts = [c["text"] for r in records for c in r["completions"]]
+    stopped = [text for text in texts if sentence in text]
+    assert len(stopped) > 3 and all(sentence + "</think>" in text for text in stopped)
+    sample = partial(sample_within_budget, tokenizer=tokenizer, budget=4, stop_sentence="...")
+    records = evaluate.evaluate(policy, tokenizer, problems, 2, 20, sample=sample)
+    assert sum(c["answer"] is not None for r in records for c in r["completions"] if "..." in c["text"]) > 3
+
+
+def test_entropy_and_distinct_completions(embedded):
+    """The estimate's mean is the entropy that the logits have; equal texts count once."""
+    policy, tokenizer = embedded
+    problems = arithmetic(embedded, "arithmetic", 30)
+    records = evaluate.evaluate(policy, tokenizer, problems, 16, 40)
+    found = evaluate.diversity(records)
+    rollout = common.sample_groups(policy, [p.prompt_ids for p in problems], 16, 40, 1.0, 9)
+    _, entropy = common.completion_logprobs(policy, rollout, list(range(480)))
+    exact = (entropy * rollout.mask).sum() / rollout.mask.sum()
+    assert found["entropy"] == pytest.approx(exact.item(), rel=0.1)
+    assert found["distinct"] == sum(len({c["text"] for c in r["completions"]}) for r in records) / 30 > 2
+    greedy = evaluate.diversity(evaluate.evaluate(policy, tokenizer, problems[:3], 4, 20, temperature=0.0))
+    assert greedy["distinct"] == 1.0

@@ -476,6 +476,15 @@ def test_signs_of_collapse_are_told_once(tmp_path, capsys):
         assert error.startswith(f"warning: {tag} ") and error.count("\n") == 1 and "--" in error
 
 
+def test_a_length_that_explodes_is_told(tmp_path, capsys):
+    """Completions grow into the limit; a model that has always been cut there is another sign."""
+    for first, told in ((0.95, 1), (0.4, 0)):
+        health = Health(tmp_path, None, 10)
+        for finished in (first, 0.5, *[0.3] * 9):
+            health.watch({"rollout/finished": finished})
+        assert capsys.readouterr().err.count("warning: drop of rollout/finished 0.65 for 5 iterations") == told
+
+
 def test_a_run_that_truncates_everything_says_so(tmp_path, capsys):
     run(train_grpo.main, quick(train_grpo, tmp_path, iterations=6, max_new_tokens=2))
     error = capsys.readouterr().err

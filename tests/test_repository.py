@@ -29,7 +29,7 @@ MAY_IMPORT = {  # of our own modules; a train script may import any of these
     "plumbing.evaluation": "rewards plumbing.metrics data common plumbing.answers plumbing.flags",
     "evaluate": "plumbing.evaluation rewards plumbing.metrics data common plumbing.answers plumbing.flags",
     "plumbing.pairs": "evaluate plumbing.evaluation data common plumbing.flags",
-    "curate": "plumbing.pairs evaluate plumbing.evaluation data common plumbing.answers plumbing.flags",
+    "curate": "plumbing.pairs evaluate plumbing.evaluation rewards data common plumbing.answers plumbing.flags",
 }
 TASKS = {f"tasks.{path.stem}": path for path in Path("tasks").glob("*.py")}
 ROOMS = {

@@ -212,16 +212,43 @@ def test_ppo_without_a_kl_loads_no_reference(tmp_path, monkeypatch):
     assert calls["loads"] == 3
 
 
-def test_ppo_learns_from_a_reward_model_and_logs_the_verifiers_apart(tmp_path):
-    """The score of the model is the whole reward; accuracy stays visible, so that overoptimisation can be seen."""
+@pytest.fixture(scope="module")
+def scorer(tmp_path_factory) -> str:
+    """A reward model of random weights."""
+    directory = tmp_path_factory.mktemp("rm")
     config = AutoConfig.from_pretrained(EMBEDDED, num_labels=1)
     model = AutoModelForSequenceClassification.from_config(config)
-    save_model(tmp_path / "rm", model, common.load_tokenizer(EMBEDDED))
-    flags = {"iterations": 1, "update_epochs": 1, "kl_coef": 0.0, "reward_model": str(tmp_path / "rm")}
-    args = quick(train_ppo, tmp_path / "runs", **flags)
-    values = scalars(run(train_ppo.main, args))
+    save_model(directory / "rm", model, common.load_tokenizer(EMBEDDED))
+    return str(directory / "rm")
+
+
+@RL_SCRIPTS
+def test_a_learned_reward_is_added_to_the_rules(script, scorer, tmp_path, capsys):
+    """The model's score replaces the rules' rewards, or is only logged; its weight is ignored."""
+    flags = {"iterations": 1, "reward_model": scorer, "reward_model_weight": 2.0}
+    values = scalars(run(script.main, quick(script, tmp_path, **flags)))
+    model, right, form = (values[f"reward/{name}"][0][1] for name in ("model", "accuracy", "format"))
+    assert values["reward/total"][0][1] == pytest.approx(2 * model + right + 0.2 * form, abs=1e-5) and model != 0
+    assert ("the rules' rewards count beside" in capsys.readouterr().out) == (script is train_ppo)
+
+
+def test_the_reward_model_alone(scorer, tmp_path):
+    flags = {"iterations": 1, "reward_model": scorer, "accuracy_weight": 0.0, "format_weight": 0.0}
+    values = scalars(run(train_grpo.main, quick(train_grpo, tmp_path, **flags)))
     assert values["reward/total"][0][1] == pytest.approx(values["reward/model"][0][1])
-    assert values["reward/total"][0][1] != pytest.approx(values["reward/accuracy"][0][1])
+    assert values["reward/accuracy"][0][1] > 0  # logged, so that overoptimisation can be seen
+
+
+def test_a_group_is_uniform_by_the_rules_alone(scorer, tmp_path, monkeypatch):
+    """A score is never equal for all of a group: --dynamic-sampling would keep every one."""
+    join, kept = common.join_groups, []
+    monkeypatch.setattr(common, "join_groups", lambda parts, limit: kept.extend(parts) or join(parts, limit))
+    flags = {"iterations": 1, "reward_model": scorer, "dynamic_sampling": True, "max_sampling_rounds": 1}
+    args = quick(train_grpo, tmp_path, **flags, problems="arithmetic:5-6", prompts_per_step=16)
+    run(train_grpo.main, args)
+    ((rollout, rewards, groups),) = kept
+    assert len(rewards) == 16 and 0 < len(groups) < 16
+    assert train_grpo.is_uniform(rewards).sum() < 16 - len(groups)  # texts that are equal have equal scores
 
 
 def test_ppo_scores_a_cut_completion_as_told(tmp_path, monkeypatch):
@@ -237,6 +264,62 @@ def test_ppo_scores_a_cut_completion_as_told(tmp_path, monkeypatch):
     scores, lengths = seen[0]
     assert (scores == -2.0).any() and (scores >= 0).any()
     assert (lengths[scores == -2.0] == 9).all()
+
+
+ADVANTAGES = {
+    train_pg: ("pg_loss", 1),
+    train_ppo: ("ppo_loss", 2),
+    train_grpo: ("grpo_loss", 3),
+    train_kimi: ("kimi_loss", 2),
+}
+
+
+def advantages_by_row(script, monkeypatch, args) -> tuple[common.Rollout, torch.Tensor, dict[int, torch.Tensor]]:
+    """The one Rollout of a run, its rewards (B,), and each row's advantage as the loss got it, on its real tokens."""
+    (name, place), seen, rows, found = ADVANTAGES[script], [], [], {}
+    metrics, logprobs, loss = script.add_rollout_metrics, common.completion_logprobs, getattr(script, name)
+
+    def remember_rewards(m, rollout, rewards, components):
+        seen.append((rollout, rewards.flatten()))
+        return metrics(m, rollout, rewards, components)
+
+    def remember_rows(model, rollout, micro, *others):
+        rows[:] = micro
+        return logprobs(model, rollout, micro, *others)
+
+    def remember_advantages(*values, **others):
+        found.update(zip(list(rows), values[place].clone(), strict=True))
+        return loss(*values, **others)
+
+    monkeypatch.setattr(script, "add_rollout_metrics", remember_rewards)
+    monkeypatch.setattr(common, "completion_logprobs", remember_rows)
+    monkeypatch.setattr(script, name, remember_advantages)
+    run(script.main, args)
+    ((rollout, rewards),) = seen
+    width = rollout.mask.shape[1]
+    return rollout, rewards, {row: A.expand(width)[rollout.mask[row]] for row, A in sorted(found.items())}
+
+
+@pytest.mark.parametrize("script", list(ADVANTAGES), ids=lambda script: script.__name__)
+def test_with_truncated_mask_cut_completions_have_no_advantage(script, tmp_path, monkeypatch):
+    """Those that ended are left out instead, or none."""
+    args = quick(script, tmp_path, iterations=1, truncated="mask", max_new_tokens=12, prompts_per_step=8)
+    rollout, _, advantages = advantages_by_row(script, monkeypatch, args)
+    assert len(advantages) == 32 and 4 < rollout.finished.sum() < 28
+    for row, A in advantages.items():
+        assert rollout.finished[row] or not A.any()
+    assert sum(A.any().item() for A in advantages.values()) > 4
+
+
+@pytest.mark.parametrize("baseline", ["none", "batch-mean"])
+def test_without_a_critic_the_advantage_is_the_return(baseline, tmp_path, monkeypatch):
+    """The reward stands before or behind the last token, or is baselined where no baseline is wanted."""
+    args = quick(train_pg, tmp_path, iterations=1, baseline=baseline)
+    _, rewards, advantages = advantages_by_row(train_pg, monkeypatch, args)
+    assert len(advantages) == 16 and rewards.std() > 0
+    for row, A in advantages.items():
+        expected = rewards[row] - (rewards.mean() if baseline == "batch-mean" else 0.0)
+        assert torch.allclose(A, expected.expand_as(A), atol=1e-6)
 
 
 def test_what_a_user_reads_at_the_end(learned, tmp_path, capsys):
