@@ -4,6 +4,7 @@ none."""
 import ast
 import contextlib
 import importlib.util
+import inspect
 import io
 import json
 import re
@@ -320,6 +321,38 @@ def test_without_a_critic_the_advantage_is_the_return(baseline, tmp_path, monkey
     for row, A in advantages.items():
         expected = rewards[row] - (rewards.mean() if baseline == "batch-mean" else 0.0)
         assert torch.allclose(A, expected.expand_as(A), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("script", "name"),
+    [(train_kimi, "kimi_loss"), (train_dpo, "dpo_loss"), (train_rm, "reward_model_loss")],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_the_weights_of_rows_in_a_step(script, name, tmp_path, monkeypatch):
+    """A minibatch counts as a part of the batch, so that a step is too small; or pairs weigh alike."""
+    loss, step, steps = getattr(script, name), common.MasterAdamW.step, [[]]
+
+    def remember(*values, **others):
+        if values[0].requires_grad:
+            steps[-1] += inspect.signature(loss).bind(*values, **others).arguments["row_weights"].tolist()
+        return loss(*values, **others)
+
+    def end_step(*values, **others):
+        steps.append([])
+        return step(*values, **others)
+
+    monkeypatch.setattr(script, name, remember)
+    monkeypatch.setattr(common.MasterAdamW, "step", end_step)
+    if script is train_kimi:
+        run(script.main, quick(script, tmp_path, iterations=1, minibatch_size=8))
+        assert len(steps) > 2 and all(sum(weights) == pytest.approx(1) for weights in steps[:-1] if weights)
+        assert all(max(weights) == pytest.approx(1 / 8) for weights in steps[:-1] if weights)
+        return
+    rows = [{"prompt": f"{i}+1=", "chosen": str(i + 1), "rejected": "0", "weight": 1 + 2 * (i % 2)} for i in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = small(script, tmp_path / "runs", iterations=1, data=str(tmp_path / "pairs.jsonl"), minibatch_size=40)
+    run(script.main, args)
+    assert len(steps[0]) == 40 and {round(weight, 6) for weight in steps[0]} == {round(w / 80, 6) for w in (1, 3)}
 
 
 def test_what_a_user_reads_at_the_end(learned, tmp_path, capsys):
