@@ -115,14 +115,21 @@ def read_expression(text: str) -> tuple[Fraction, list[int]]:
     return value, numbers
 
 
+def tries_in(text: str) -> list[tuple[str, bool]]:
+    """The tries in a completion's thinking, such as 3+5-8=0: each expression, and whether its value is right."""
+    tries = []
+    for expression, value in re.findall(r"([0-9(][-+*/() 0-9]*)=\s*(-?[0-9]{1,9})", text.partition("</think>")[0]):
+        try:
+            tries.append((expression.strip(), read_expression(expression)[0] == int(value)))
+        except (ValueError, ZeroDivisionError):
+            tries.append((expression.strip(), False))
+    return tries
+
+
 def steps_are_right(text: str, problem) -> bool:
-    """Whether the thinking shows tries such as 3+5-8=0, each with its right value."""
-    thinking, closed, _ = text.partition("</think>")
-    tries = re.findall(r"([0-9(][-+*/() 0-9]*)=\s*(-?[0-9]+)", thinking)
-    try:
-        return bool(closed and tries) and all(read_expression(left)[0] == int(right) for left, right in tries)
-    except (ValueError, ZeroDivisionError):
-        return False
+    """Whether the thinking shows tries, each with its right value."""
+    tries = tries_in(text)
+    return "</think>" in text and bool(tries) and all(right for _, right in tries)
 
 
 # ---- The teacher ---------------------------------------------------------------------------------------------------

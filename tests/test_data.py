@@ -554,12 +554,15 @@ def test_demonstrations_from_jsonl(tmp_path, capsys):
     assert "e.jsonl:1: no field 'completion'" in capsys.readouterr().err
 
 
-def test_make_tiny_writes_the_shipped_tokenizer(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["make_tiny.py", str(tmp_path)])
+@pytest.mark.parametrize(
+    ("shipped_in", "flags"), [(EMBEDDED, ()), ("models/tiny-countdown", ("--characters", "等一下"))]
+)
+def test_make_tiny_writes_the_shipped_tokenizer(shipped_in, flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["make_tiny.py", str(tmp_path), *flags])
     runpy.run_path("models/make_tiny.py", run_name="__main__")
     for name in ("tokenizer.json", "chat_template.jinja"):
-        assert (tmp_path / name).read_text() == Path(EMBEDDED, name).read_text()
-    made, shipped = (json.loads(Path(d, "config.json").read_text()) for d in (tmp_path, EMBEDDED))
+        assert (tmp_path / name).read_text() == Path(shipped_in, name).read_text()
+    made, shipped = (json.loads(Path(d, "config.json").read_text()) for d in (tmp_path, shipped_in))
     assert made | {"transformers_version": ""} == shipped | {"transformers_version": ""}
 
 

@@ -266,5 +266,6 @@ def test_the_glossary_explains_every_tag():
     assert missing == []
 
 
-def test_the_embedded_model_is_small():
-    assert Path("models/tiny-arithmetic/model.safetensors").stat().st_size <= 4_000_000
+@pytest.mark.parametrize("name", ["tiny-arithmetic", "tiny-countdown"])
+def test_the_embedded_models_are_small(name):
+    assert Path(f"models/{name}/model.safetensors").stat().st_size <= 4_000_000

@@ -282,3 +282,12 @@ def test_decode(embedded):
     completions = [tokenizer(t).input_ids + [tokenizer.eos_token_id] for t in ("a", "b", "c</think>", "d")]
     rollout = make_rollout(prompts, completions, group_size=2)
     assert decode(tokenizer, rollout) == ["a", "b", "<think>c</think>", "<think>d"]
+
+
+@pytest.mark.parametrize("first", [3, 16, 21, 35])
+def test_a_uniform_of_zero_draws_the_first_token_that_is_possible(first):
+    """A token without any probability is drawn: before the first possible one in its block, or in a block before."""
+    logits = torch.full((1, 40), -torch.inf)
+    logits[0, first:] = 0.0
+    tokens, logprobs = sample_tokens(logits, 1.0, torch.zeros(1))
+    assert tokens.tolist() == [first] and logprobs.isfinite().all()
