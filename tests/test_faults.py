@@ -52,9 +52,15 @@ LOSSES = {
     train_rm: "reward_model_loss",
     train_sft: "sft_loss",
 }
+
+
+def slow(script):
+    return pytest.param(script, marks=pytest.mark.slow)
+
+
 SCRIPTS = pytest.mark.parametrize(  # every script in a full run of the tests, GRPO in a fast one
     "script",
-    [train_grpo, *(pytest.param(script, marks=pytest.mark.slow) for script in LOSSES if script is not train_grpo)],
+    [train_grpo, *(slow(script) for script in LOSSES if script is not train_grpo)],
     ids=lambda module: module.__name__,
 )
 
@@ -511,7 +517,11 @@ def test_a_seed_fixes_everything(script, tmp_path):
         assert texts(first, "samples") == texts(second, "samples") != texts(other, "samples")
 
 
-@SCRIPTS
+@pytest.mark.parametrize(
+    "script",
+    [train_grpo, train_sft, *(slow(script) for script in LOSSES if script not in (train_grpo, train_sft))],
+    ids=lambda module: module.__name__,
+)
 def test_micro_batches_change_memory_only(script, tmp_path, monkeypatch):
     """The first update's gradient and metrics are equal within 1e-5, whatever --micro-batch-tokens is."""
     gradients, step = [], common.MasterAdamW.step

@@ -103,6 +103,8 @@ def test_calibration_by_hand():
     margins = torch.stack([logit[0], -logit[0], logit[1], logit[1]])
     assert calibration_error(margins) == pytest.approx(0.5 * 0.05 + 0.5 * 0.05)
     assert calibration_error(-logit[1:]) == pytest.approx(0.95)  # sure, and wrong
+    unsure = torch.tensor([0.52], dtype=torch.float64).logit()
+    assert calibration_error(unsure) == pytest.approx(0.48)  # in the first bin, and right
     assert calibration_error(torch.zeros(4)) == 0.0  # ties: a coin, and known to be one
     torch.manual_seed(0)
     margins = 3 * double(200_000)
