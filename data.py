@@ -181,10 +181,8 @@ def read_problems(rows: list[tuple[str, dict]], source: str) -> list[Problem]:
             topic = as_text("topic", row["topic"]) if row.get("topic") else ""
             read = {*names, "answer", "task", "id", "topic", "difficulty", "pass_rate", "completions", "mode"}
             columns = {name: value for name, value in row.items() if name not in read}
-            texts = {"question": question, "answer": answer.strip(), "id": id, "topic": topic, "task": task}
-            problems.append(
-                Problem(**texts, difficulty=difficulty, pass_rate=pass_rate, messages=messages, columns=columns)
-            )
+            answer = answer.strip()
+            problems.append(Problem(question, answer, id, topic, difficulty, pass_rate, messages, task, columns))
         except ValueError as error:
             errors.append(f"{place}: {error}")
     fail_on(errors, source)

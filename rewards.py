@@ -53,10 +53,9 @@ class RewardFlags:
     """<think>..</think><answer>..</answer> | <think>..</think>, then text with \\boxed{} or #### (--system-prompt)"""
     length_weight: NonNegative = 0.0
     """weight of the length reward (Kimi K1.5): shorter right answers of a group get more, up to +-0.5. From the first
-    iteration on it teaches short wrong answers: set --length-reward-start"""
+    iteration on it degenerates (in recipes/kimi.sh the think tags go first): set --length-reward-start"""
     length_reward_start: AtLeast0 = 0
-    """iteration from which the length reward counts; sensible once accuracy has stopped rising, such as half of
-    --iterations"""
+    """iteration from which the length reward counts: late, when accuracy has risen, such as half of --iterations"""
     language_weight: NonNegative = 0.0
     """weight of the language reward (DeepSeek-R1): the share of the reasoning's words in --language's script"""
     language: Literal[*sorted(LANGUAGES)] = "en"

@@ -82,7 +82,7 @@ class Args:
     data: str = "arithmetic-pairs"
     """the embedded model's pairs, a .jsonl file (prompt, chosen, rejected), or a samples file; a tenth is held out"""
     problems: str = "arithmetic"
-    """its held-out problems are evaluated: "arithmetic", a .jsonl file (question, answer), or a hub dataset"""
+    """its held-out problems are evaluated: "arithmetic", "countdown", a .jsonl file, or a hub dataset"""
     seed: int = 1
     """random seed"""
     iterations: AtLeast0 = 200

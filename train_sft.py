@@ -58,7 +58,7 @@ class Args:
     keep: Literal["correct", "best"] = "correct"
     """of a samples file: every right completion | the best one of each problem"""
     problems: str = "arithmetic"
-    """its held-out problems are evaluated: "arithmetic", a .jsonl file (question, answer), or a hub dataset"""
+    """its held-out problems are evaluated: "arithmetic", "countdown", a .jsonl file, or a hub dataset"""
     seed: int = 1
     """random seed"""
     iterations: AtLeast0 = 200

@@ -355,6 +355,44 @@ def test_the_weights_of_rows_in_a_step(script, name, tmp_path, monkeypatch):
     assert len(steps[0]) == 40 and {round(weight, 6) for weight in steps[0]} == {round(w / 80, 6) for w in (1, 3)}
 
 
+def test_masters_keep_what_16_bits_round_away():
+    """Pins: gradients of all micro-batches but the last are lost, steps too small for bf16 vanish, a checkpoint has no
+    masters, so that a resumed run begins at rounded ones."""
+    layer = torch.nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)
+    optimizer = common.MasterAdamW(layer, lr=1e-5)
+    weight = layer.weight.detach().float().requires_grad_()
+    reference = torch.optim.AdamW([weight], lr=1e-5, weight_decay=0.0)
+    inputs = torch.randn(6, 2, 4, 8, dtype=torch.bfloat16)
+    for step, micro_batches in enumerate(inputs):
+        weight.grad = torch.zeros_like(weight)
+        for x in micro_batches:
+            copy = layer.weight.detach().clone().requires_grad_()
+            torch.nn.functional.linear(x, copy).float().square().sum().backward()
+            weight.grad += copy.grad.float()
+            layer(x).float().square().sum().backward()
+        for chosen in (optimizer, reference):
+            chosen.step()
+            chosen.zero_grad()
+        assert torch.allclose(optimizer.masters[0], weight, atol=1e-7)
+        assert torch.equal(layer.weight, weight.to(torch.bfloat16)) and layer.weight.grad is None
+        if step == 2:
+            state = {"weights": layer.state_dict(), "optimizer": optimizer.state_dict()}
+            resumed = torch.nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)
+            resumed.load_state_dict(copy_of(state["weights"]))
+            again = common.MasterAdamW(resumed, lr=1e-5)
+            again.load_state_dict(copy_of(state["optimizer"]))
+            layer, optimizer = resumed, again
+    assert not torch.equal(weight, weight.to(torch.bfloat16).float())
+
+
+def copy_of(state: dict) -> dict:
+    """As a checkpoint gives it back."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
 def test_what_a_user_reads_at_the_end(learned, tmp_path, capsys):
     """The before/after table, where the model is, the TensorBoard command; and that a policy loss near 0 is expected,
     where it is ("loss is 0, is it broken?"), not where it isn't."""
