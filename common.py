@@ -53,6 +53,8 @@ def resolve_device(device: str) -> torch.device:
         torch.empty(1, device=resolved)
         if resolved.type == "cuda" and resolved.index is not None:
             torch.cuda.set_device(resolved)  # streams and graphs are the current device's
+        if resolved.type == "cuda":
+            torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every new shape, which every batch brings
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {device}: not usable on this machine ({reason(error)}); try --device auto")
     print(f"device: {resolved}")
@@ -412,10 +414,12 @@ def sample_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple
     ends = weights.sum(-1).cumsum(-1)  # (R, blocks)
     total = ends[:, -1:]
     target = keep_below(uniforms[:, None] * total, total)
-    block = torch.searchsorted(ends, target, right=True)
+    # NaN logits give an index past the end, which would end a GPU's process before anything can be saved: clamped
+    block = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[1] - 1)
     start = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
     inside = weights[torch.arange(R, device=logits.device), block[:, 0]].cumsum(-1)  # (R, BLOCK)
     tokens = block * BLOCK + torch.searchsorted(inside, keep_below(target - start, inside[:, -1:]), right=True)
+    tokens = tokens.clamp(max=V - 1)
     return tokens[:, 0], (scaled.gather(1, tokens) - largest - total.log())[:, 0]
 
 
@@ -623,6 +627,8 @@ class Masters:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
+        if not state["masters"] and any(w is not m for w, m in zip(self.weights, self.masters, strict=True)):
+            fail("--resume: the run's weights are float32, which 16 bits would round: go on with --dtype float32")
         super().load_state_dict({name: value for name, value in state.items() if name != "masters"})
         for master, saved in zip(self.masters, state["masters"], strict=False):  # [] if the run's weights were fp32
             master.copy_(saved)

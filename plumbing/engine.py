@@ -58,12 +58,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, bias: Tensor | No
     # a key are more queries of it.
     if bias is None:
         bias = causal_bias(T, q.device)[None]
-    q = (q * scaling).reshape(R, T, KVH, H // KVH, D).permute(0, 2, 3, 1, 4).reshape(R * KVH, -1, D)
+    q = (q.float() * scaling).reshape(R, T, KVH, H // KVH, D).permute(0, 2, 3, 1, 4).reshape(R * KVH, -1, D)
     k, v = (t.transpose(1, 2).reshape(R * KVH, S, D) for t in (k, v))
-    scores = (q @ k.transpose(1, 2)).view(R, KVH, -1, T, S).float()
+    scores = (q @ k.float().transpose(1, 2)).view(R, KVH, -1, T, S)
     scores = scores.add_(bias[:, None, None]).softmax(-1).to(v.dtype)  # in place: autograd needs them no more
     out = scores.view(R * KVH, -1, S) @ v  # (R * KVH, H / KVH * T, D)
     return out.view(R, KVH, -1, T, D).permute(0, 3, 1, 2, 4).reshape(R, T, H, D)
+
+
+def products(q: Tensor, k: Tensor) -> Tensor:
+    """q @ k^T of batches of matrices in float32, also of 16-bit inputs, as fused attention has its scores: Qwen2.5's
+    keys are so large that 16-bit ones would be off by whole units."""
+    if q.is_cuda and q.dtype != torch.float32:
+        return torch.bmm(q, k.transpose(1, 2), out_dtype=torch.float32)
+    return q.float() @ k.float().transpose(1, 2)
 
 
 def causal_bias(T: int, device: torch.device) -> Tensor:
@@ -187,12 +195,17 @@ def takes_groups(model: PreTrainedModel) -> bool:
             model.set_attn_implementation("groups")
             packed = PackedGroups(prompts, completions, mask, torch.tensor([0, 0, 1], device=device))
             error = (packed.run(base)[packed.ends] - expected).norm(dim=1) / expected.norm(dim=1)
-            model.takes_groups = error.max().item() < (0.05 if model.dtype.itemsize == 2 else 1e-3)
-        except Exception:  # whatever a model raises that was not written for this
-            model.takes_groups = False
+            limit = 0.05 if model.dtype.itemsize == 2 else 1e-3
+            model.takes_groups = error.max().item() < limit
+            why = f"its hidden states differ by {error.max().item():.2g}, more than {limit:g}"
+        except (torch.OutOfMemoryError, torch.AcceleratorError):  # says nothing about the model
+            raise
+        except Exception as error:  # whatever a model raises that was not written for this
+            model.takes_groups, why = False, (str(error).strip() or type(error).__name__).splitlines()[0]
         if not model.takes_groups:
             model.set_attn_implementation(before)
-            print("note: this model's attention is its own: sampling and training take the slow path", file=sys.stderr)
+            slow = "sampling and training take the slow path"
+            print(f"note: this model's attention is its own: {slow} ({why})", file=sys.stderr)
     return model.takes_groups
 
 
@@ -325,10 +338,10 @@ class GroupDecoder:
         self.store(keys, k)
         self.store(values, v)
         q = q.reshape(R, KVH, H // KVH, D)
-        scores = (q.flatten(0, 1) @ keys.flatten(0, 1).transpose(1, 2)).view(R, KVH, H // KVH, -1)
-        old = self.to_slots(q) @ self.prompt_keys[layer].flatten(0, 1).transpose(1, 2)
+        scores = products(q.flatten(0, 1), keys.flatten(0, 1)).view(R, KVH, H // KVH, -1)
+        old = products(self.to_slots(q), self.prompt_keys[layer].flatten(0, 1))
         scores = torch.cat([self.to_rows(old, R, KVH), scores], -1)
-        scores = scores.float().mul_(scaling).add_(self.bias[:R, None, None]).softmax(-1).to(v.dtype)
+        scores = scores.mul_(scaling).add_(self.bias[:R, None, None]).softmax(-1).to(v.dtype)
         old, new = scores.split([self.width, keys.shape[2]], -1)
         out = (new.reshape(R * KVH, H // KVH, -1) @ values.flatten(0, 1)).view(R, KVH, H // KVH, D)
         out = out + self.to_rows(self.to_slots(old) @ self.prompt_values[layer].flatten(0, 1), R, KVH)
@@ -354,32 +367,36 @@ class GraphDecoder(GroupDecoder):
     """
 
     check_every = 8  # to look is to wait for the GPU
+    stream = None  # all captures' own: libraries keep a workspace for each stream
 
     def __init__(self, model: PreTrainedModel, prompts: list[list[int]], group_size: int, max_new_tokens: int):
         super().__init__(model, prompts, group_size, max_new_tokens)
         last = getattr(model, "graph_decoder", None)
-        if last is not None and last.shape[:2] == (len(prompts), group_size):
-            self.width = max(self.width, last.width)  # only ever wider, so that the graphs soon last
+        if last is not None and last["shape"][:2] == (len(prompts), group_size):
+            self.width = max(self.width, last["shape"][2])  # only ever wider, so that the graphs soon last
         self.width, self.capacity = (-(-n // 64) * 64 for n in (self.width, max_new_tokens))  # rarely anew
         self.shape = len(prompts), group_size, self.width, self.capacity
         self.graphs: dict[int, tuple] = {}  # of each number of rows: the graph and its logits
 
     def prefill(self) -> Tensor:
         last = getattr(self.model, "graph_decoder", None)
-        reusable = last is not None and last.shape == self.shape
+        reusable = last is not None and last["shape"] == self.shape
         if reusable:
-            self.keys, self.values, self.graphs = last.keys, last.values, last.graphs
+            self.keys, self.values, self.graphs = last["keys"], last["values"], last["graphs"]
         else:
             self.model.graph_decoder = last = None  # frees its memory first
         logits = super().prefill()
         self.tokens, self.positions = torch.zeros_like(self.lengths), torch.zeros_like(self.lengths)
         names = "tokens", "positions", "bias", "column", "slot", "rows", "prompt_keys", "prompt_values"
         for name in names if reusable else ():
-            old, new = getattr(last, name), getattr(self, name)
+            old, new = last[name], getattr(self, name)
             for there, here in [(old, new)] if torch.is_tensor(old) else zip(old, new, strict=True):
                 there.copy_(here)
             setattr(self, name, old)
-        self.model.graph_decoder = self
+        # what the next batch of this shape goes on with; not the decoder, which has the model: a circle would keep a
+        # model's memory long after its last use
+        kept = "shape", "keys", "values", "graphs", *names
+        self.model.graph_decoder = {name: getattr(self, name) for name in kept}
         return logits
 
     def store(self, buffer: Tensor, new: Tensor) -> None:
@@ -408,7 +425,7 @@ class GraphDecoder(GroupDecoder):
 
     def capture(self, R: int) -> tuple:
         inputs = self.tokens[:R], self.positions[:R]
-        stream = torch.cuda.Stream()
+        stream = GraphDecoder.stream = GraphDecoder.stream or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # what libraries allocate at a first call must not be part of the graph
             for _ in range(2):
@@ -416,6 +433,6 @@ class GraphDecoder(GroupDecoder):
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         pool = next((other.pool() for other, _ in self.graphs.values()), None)  # one memory pool for all sizes
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
             logits = super().compute(*inputs)
         return graph, logits

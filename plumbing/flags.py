@@ -197,7 +197,7 @@ class RunFlags:
 
 # ---- Parsing -------------------------------------------------------------------------------------------------------
 
-RESUME_MAY_CHANGE = ("iterations", "eval_every", "save_every", "keep_checkpoints", "device", "run_root")
+RESUME_MAY_CHANGE = ("iterations", "eval_every", "save_every", "keep_checkpoints", "device", "dtype", "run_root")
 
 
 def parse_args(Args, argv: list[str] | None = None):

@@ -61,7 +61,7 @@ def test_the_graph_equals_the_plain_path_and_sees_new_weights(monkeypatch):
         with torch.no_grad():
             for parameter in policy.parameters():
                 parameter.mul_(1.02)
-    assert policy.graph_decoder.graphs
+    assert policy.graph_decoder["graphs"]
 
 
 def test_packed_gradients_are_the_padded_ones(monkeypatch):

@@ -1053,6 +1053,15 @@ def test_a_bf16_checkpoint_keeps_its_masters(tmp_path):
         assert torch.equal(weight, master.bfloat16())
 
 
+def test_a_float32_run_does_not_go_on_rounded(capsys):
+    """From a CPU to a GPU: the masters would begin at the weights' 16-bit rounding, and nothing says so."""
+    state = common.MasterAdamW(make_model("llama"), lr=1e-3).state_dict()
+    rounded = common.MasterAdamW(make_model("llama").to(torch.bfloat16), lr=1e-3)
+    with pytest.raises(SystemExit):
+        rounded.load_state_dict(state)
+    assert "go on with --dtype float32" in capsys.readouterr().err
+
+
 class SGD(common.Masters, torch.optim.SGD):
     pass
 

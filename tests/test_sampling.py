@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import EMBEDDED, EOS, VOCABULARY, make_model, ragged_prompts
+from conftest import EMBEDDED, EOS, SHAPE, VOCABULARY, make_model, ragged_prompts
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 import common
 from common import completion_logprobs, join_groups, load_policy, make_rollout, sample_groups, sample_tokens
@@ -47,7 +48,7 @@ def test_which_models_take_groups(model, capsys):
     assert capsys.readouterr().err.count("slow path") == (0 if expected else 1)
 
 
-def test_an_attention_that_ignores_the_groups_is_found_out():
+def test_an_attention_that_ignores_the_groups_is_found_out(capsys):
     """A model that drops unknown keywords would compute one long row of all prompts: wrong, and no error."""
     model = make_model("llama")
     for layer in model.base_model.layers:
@@ -55,6 +56,7 @@ def test_an_attention_that_ignores_the_groups_is_found_out():
             *args, **kwargs
         )
     assert not takes_groups(model)
+    assert "slow path (Expected attn_mask" in capsys.readouterr().err  # and why
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -291,3 +293,35 @@ def test_a_uniform_of_zero_draws_the_first_token_that_is_possible(first):
     logits[0, first:] = 0.0
     tokens, logprobs = sample_tokens(logits, 1.0, torch.zeros(1))
     assert tokens.tolist() == [first] and logprobs.isfinite().all()
+
+
+def test_logits_that_are_not_numbers_draw_a_token_of_the_vocabulary():
+    """An index past the end: on a GPU it ends the process before the run can save or say anything."""
+    tokens, _ = sample_tokens(torch.full((2, 37), torch.nan), 1.0, torch.tensor([0.0, 0.99]))
+    assert (tokens >= 0).all() and (tokens < 37).all()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_16_bit_decoding_and_training_are_one_model(seed):
+    """Scores rounded to 16 bits before the softmax: with keys as large as Qwen2.5's, sampler and trainer are two
+    models. The gap between them must be a fraction of what 16-bit weights and activations cost anyway."""
+    torch.manual_seed(seed)
+    heads = {"num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64, "hidden_size": 224}
+    config = Qwen2Config(**SHAPE | {"vocab_size": 200}, **heads, num_hidden_layers=4, intermediate_size=256)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)
+            if name.endswith(("k_proj.bias", "q_proj.bias")):
+                parameter.normal_(0, 27 if name.endswith("k_proj.bias") else 3)
+    model.generation_config.eos_token_id = EOS
+    model = model.to(torch.bfloat16)
+    rollout = sample_groups(model, [[5, 6, 7, 8, 9, 10] * 4, [12] * 3, [13, 14, 15]], 4, 40, seed=3)
+    assert model.takes_groups
+    rows = list(range(12))
+    with torch.no_grad():
+        trained, _ = completion_logprobs(model, rollout, rows)
+        exact, _ = completion_logprobs(model.float(), rollout, rows)
+    gap, cost = ((trained - other)[rollout.mask].abs().mean() for other in (rollout.sampler_logprobs, exact))
+    assert gap < 0.3 * cost
