@@ -593,17 +593,33 @@ def token_weights(mask: Tensor, loss_norm: str, max_new_tokens: int) -> Tensor:
     raise ValueError(f"loss_norm is 'sequence', 'token' or 'constant', not {loss_norm!r}")
 
 
+def check_host_memory(parameters: int) -> None:
+    """Ends with one line if an offloaded optimizer doesn't fit: 16 bytes a parameter, with masters, two moments and a
+    gradient. Where the system doesn't say what is free, nothing is checked."""
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), math.inf)
+    if 16 * parameters > free:
+        need = f"{16 * parameters / 1e9:.1f} GB of host memory, {free / 1e9:.1f} GB are free"
+        fail(f"--offload-optimizer: needs {need}; take a smaller model or a machine with more memory")
+
+
 class Masters:
     """Mixin for a torch optimizer: its parameters are fp32 master copies of the model's weights (the weights themselves
     if they are fp32). At a learning rate of 1e-6 most steps are smaller than bf16 can resolve; in fp32 they add up.
     Gradients are collected in fp32 too, over all micro-batches. Clip `optimizer.masters`.
 
     Weights with requires_grad=False are left out. Another optimizer: `class MyOptimizer(Masters, torch.optim.SGD):
-    pass`."""
+    pass`. offload: masters, the optimizer's state and the collected gradients are in host memory; a gradient leaves the
+    GPU as soon as autograd has it, so that at most one layer's is there."""
 
-    def __init__(self, model: nn.Module, lr: float, **options):
+    def __init__(self, model: nn.Module, lr: float, offload: bool = False, **options):
         self.weights = [p for p in model.parameters() if p.requires_grad]
-        self.masters = [w if w.dtype == torch.float32 else w.detach().float() for w in self.weights]
+        if offload:
+            check_host_memory(sum(w.numel() for w in self.weights))
+            self.masters = [torch.empty(w.shape, pin_memory=w.is_cuda).copy_(w.detach()) for w in self.weights]
+        else:
+            self.masters = [w if w.dtype == torch.float32 else w.detach().float() for w in self.weights]
         for weight, master in zip(self.weights, self.masters, strict=True):
             if master is not weight:
                 weight.register_post_accumulate_grad_hook(lambda w, master=master: self.collect(w, master))
@@ -611,7 +627,8 @@ class Masters:
 
     @staticmethod
     def collect(weight: Tensor, master: Tensor) -> None:
-        master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
+        gradient = weight.grad.to(master.device)
+        master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
         weight.grad = None
 
     @torch.no_grad()
@@ -622,12 +639,12 @@ class Masters:
                 weight.copy_(master)  # in place: the sampler reads the same tensors
 
     def state_dict(self) -> dict:
-        copies = [] if all(w is m for w, m in zip(self.weights, self.masters, strict=True)) else self.masters
+        copies = [] if all(w.dtype == torch.float32 for w in self.weights) else self.masters  # the weights say the same
         return super().state_dict() | {"masters": copies}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        if not state["masters"] and any(w is not m for w, m in zip(self.weights, self.masters, strict=True)):
+        if not state["masters"] and any(w.dtype != torch.float32 for w in self.weights):
             fail("--resume: the run's weights are float32, which 16 bits would round: go on with --dtype float32")
         super().load_state_dict({name: value for name, value in state.items() if name != "masters"})
         for master, saved in zip(self.masters, state["masters"], strict=False):  # [] if the run's weights were fp32
@@ -637,8 +654,8 @@ class Masters:
 class MasterAdamW(Masters, torch.optim.AdamW):
     """AdamW over fp32 master weights, without weight decay unless it is asked for."""
 
-    def __init__(self, model: nn.Module, lr: float, weight_decay: float = 0.0, **options):
-        super().__init__(model, lr, weight_decay=weight_decay, fused=True, **options)
+    def __init__(self, model: nn.Module, lr: float, offload: bool = False, weight_decay: float = 0.0, **options):
+        super().__init__(model, lr, offload, weight_decay=weight_decay, fused=True, **options)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

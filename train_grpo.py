@@ -185,7 +185,7 @@ def main(args: Args) -> None:
     if args.optimization.gradient_checkpointing:
         common.checkpoint_layers(policy)
     ref = common.load_policy(args.model, device, dtype).requires_grad_(False) if args.kl_coef else None
-    optimizer = common.MasterAdamW(policy, lr=args.learning_rate)
+    optimizer = common.MasterAdamW(policy, args.learning_rate, args.optimization.offload_optimizer)
     run.restore(optimizer=optimizer, sampler=sampler)  # checkpointed besides the policy
     iteration, global_step = run.progress["iteration"], run.progress["global_step"]  # global_step: completions sampled
     before, scores = run.progress.get("before"), run.progress.get("scores")

@@ -169,7 +169,7 @@ def main(args: Args) -> None:
     policy = common.load_policy(run.start_from, device, dtype, tokenizer.eos_token_id)
     if args.optimization.gradient_checkpointing:
         common.checkpoint_layers(policy)
-    optimizer = common.MasterAdamW(policy, lr=args.learning_rate)
+    optimizer = common.MasterAdamW(policy, args.learning_rate, args.optimization.offload_optimizer)
     run.restore(optimizer=optimizer, sampler=sampler)  # checkpointed besides the policy
     iteration, global_step = run.progress["iteration"], run.progress["global_step"]  # global_step: completions sampled
     before, scores = run.progress.get("before"), run.progress.get("scores")

@@ -152,13 +152,13 @@ def main(args: Args) -> None:
     policy = common.load_policy(run.start_from, device, dtype, tokenizer.eos_token_id)
     if args.optimization.gradient_checkpointing:
         common.checkpoint_layers(policy)
-    optimizer = common.MasterAdamW(policy, lr=args.learning_rate)
+    optimizer = common.MasterAdamW(policy, args.learning_rate, args.optimization.offload_optimizer)
     stateful = {"optimizer": optimizer, "sampler": sampler}  # checkpointed besides the policy
     if args.baseline == "value":
         value_model = common.load_value_model(args.model, device, dtype)
         if args.optimization.gradient_checkpointing:
             common.checkpoint_layers(value_model)
-        value_optimizer = common.MasterAdamW(value_model, lr=args.value_learning_rate)
+        value_optimizer = common.MasterAdamW(value_model, args.value_learning_rate, args.optimization.offload_optimizer)
         value_health = Health(run.dir, tokenizer, args.optimization.max_bad_updates)
         stateful |= {"critic": value_model, "value_optimizer": value_optimizer}
     run.restore(**stateful)

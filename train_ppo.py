@@ -193,8 +193,9 @@ def main(args: Args) -> None:
         common.checkpoint_layers(policy)
         common.checkpoint_layers(value_model)
     ref = common.load_policy(args.model, device, dtype).requires_grad_(False) if args.kl_coef > 0 else None
-    optimizer = common.MasterAdamW(policy, lr=args.learning_rate, eps=1e-5)
-    value_optimizer = common.MasterAdamW(value_model, lr=args.value_learning_rate, eps=1e-5)
+    offload = args.optimization.offload_optimizer
+    optimizer = common.MasterAdamW(policy, args.learning_rate, offload, eps=1e-5)
+    value_optimizer = common.MasterAdamW(value_model, args.value_learning_rate, offload, eps=1e-5)
     # checkpointed besides the policy
     run.restore(optimizer=optimizer, sampler=sampler, critic=value_model, value_optimizer=value_optimizer)
     iteration, global_step = run.progress["iteration"], run.progress["global_step"]  # global_step: completions sampled

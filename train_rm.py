@@ -147,7 +147,8 @@ def main(args: Args) -> None:
     rm.config.score_mean = 0.0  # found at the end
     if args.optimization.gradient_checkpointing:
         common.checkpoint_layers(rm)
-    optimizer = common.MasterAdamW(rm, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    options = {"offload": args.optimization.offload_optimizer, "weight_decay": args.weight_decay}
+    optimizer = common.MasterAdamW(rm, args.learning_rate, betas=(0.9, 0.95), **options)
     run.restore(optimizer=optimizer, sampler=sampler)  # checkpointed besides the model
 
     def evaluate_now() -> dict[str, float]:

@@ -121,7 +121,8 @@ def main(args: Args) -> None:
     policy = common.load_policy(run.start_from, device, dtype, tokenizer.eos_token_id, from_scratch)
     if args.optimization.gradient_checkpointing:
         common.checkpoint_layers(policy)
-    optimizer = common.MasterAdamW(policy, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    options = {"offload": args.optimization.offload_optimizer, "weight_decay": args.weight_decay}
+    optimizer = common.MasterAdamW(policy, args.learning_rate, betas=(0.9, 0.95), **options)
     run.restore(optimizer=optimizer, sampler=sampler)  # checkpointed besides the policy
 
     def evaluate_now() -> dict[str, float]:

@@ -5,8 +5,8 @@
     python benchmarks/memory.py --measure DIR --problems gsm8k/train.jsonl        # the estimate against measured peaks
 
 The flags that are named change the time only; where those don't help, --prompts-per-step too. The table's models are
-those of Qwen2.5 by their configs, in bfloat16 with fp32 masters, as on any GPU; 5% of its memory are left for what an
-allocator can't use.
+those of Qwen2.5 (8B: Qwen3) by their configs, in bfloat16 with fp32 masters, as on any GPU; 5% of its memory are left
+for what an allocator can't use.
 """
 
 import importlib
@@ -41,6 +41,7 @@ QWEN = {
     "1.5B": (1536, 8960, 28, 12, 2, True),
     "3B": (2048, 11008, 36, 16, 2, True),
     "7B": (3584, 18944, 28, 28, 4, False),
+    "8B": (4096, 12288, 36, 32, 8, False),  # Qwen3's
 }
 GPUS = 24, 48, 80, 141  # GB
 SETTINGS = "", "--gradient-checkpointing", "--micro-batch-tokens 1024", "--micro-batch-tokens 8192", "--baseline value"
@@ -175,11 +176,16 @@ def memory_needs(case: Case) -> dict[str, float]:
         sampling = cached * cache_bytes(config, case.dtype) + 3 * 4 * rows * config.vocab_size
     if script == "train_dpo" and args.loss != "simpo":
         sampling += size * item  # an evaluation loads the reference
+    optimizer, gradients = size * trained * (8 if item == 4 else 12), size * trained * 4  # two moments, fp32 masters
+    if args.optimization.offload_optimizer and case.cpu:
+        optimizer = size * trained * 12  # fp32 weights have masters then too
+    elif args.optimization.offload_optimizer:  # all in host memory but one weight's gradient
+        optimizer, gradients = 0, item * max(config.vocab_size * hidden, 3 * hidden * width)
     return {
         "weights": (size * trained + sum(frozen)) * item,
-        "optimizer": size * trained * (8 if item == 4 else 12),  # Adam's two moments, and fp32 masters
+        "optimizer": optimizer,
         "sampling": sampling,
-        "training": size * trained * 4 + kept + scores + (0 if script == "train_rm" else head),  # gradients, in fp32
+        "training": gradients + kept + scores + (0 if script == "train_rm" else head),  # gradients in fp32
     }
 
 
@@ -198,12 +204,14 @@ def flags_that_fit(case: Case, memory: float) -> dict | None:
     flags = to_flat(case.args)
     P, budget = flags.get("prompts_per_step", 1), flags["micro_batch_tokens"]
     budgets = [budget, *(2**n for n in range(14, 9, -1) if 2**n < budget)]
+    switches = [{}, {"gradient_checkpointing": True}]
+    switches += [] if case.cpu else [{"offload_optimizer": True} | switch for switch in switches]
     for prompts in (P // 2**n for n in range(20)):
         if prompts < P and (prompts < 2 or prompts * flags["group_size"] < (flags.get("minibatch_size") or 0)):
             return None
-        for checkpointing in (True,) if flags["gradient_checkpointing"] else (False, True):
+        for switch in switches:
             for budget in budgets:
-                change = {"micro_batch_tokens": budget, "gradient_checkpointing": checkpointing}
+                change = {"micro_batch_tokens": budget} | switch
                 change |= {"prompts_per_step": prompts} if case.script in RL else {}
                 change = {name: value for name, value in change.items() if value != flags[name]}
                 if peak(replace(case, args=from_flat(case.args, change))) <= memory:
@@ -261,7 +269,7 @@ def table(args: Args) -> list[list]:
         for memory in GPUS:
             change = flags_that_fit(case, memory * 0.95e9)
             row.append("doesn't fit" if change is None else as_flags(change) or "as it is")
-        rows.append(row)
+        rows.append([*row, f"{16 * size / 1e9:.0f} GB"])  # masters, two moments and a gradient, in float32
     return rows
 
 
@@ -294,7 +302,7 @@ def main(args: Args) -> None:
     else:
         sizes = f"{args.prompts_per_step} x {args.group_size} completions of {args.max_new_tokens} tokens"
         print(f"train_grpo.py, {sizes}, prompts of up to {args.prompt} tokens, bfloat16\n")
-        print(format_table(["", "as it is", *(f"{memory} GB" for memory in GPUS)], table(args)))
+        print(format_table(["", "as it is", *(f"{memory} GB" for memory in GPUS), "host, if offloaded"], table(args)))
 
 
 if __name__ == "__main__":

@@ -169,6 +169,8 @@ class OptimizationFlags:
     """tokens (prompt and completion of each row) in one forward and backward pass; changes memory only"""
     gradient_checkpointing: bool = False
     """keep only each layer's input for the backward pass and compute the layer again there: less memory, slower"""
+    offload_optimizer: bool = False
+    """keep fp32 masters, Adam's state and gradients in host memory: 2 bytes a parameter on the GPU, not 18; slower"""
     max_grad_norm: Positive = 1.0
     """gradients are clipped to this norm"""
     max_bad_updates: AtLeast1 = 10
@@ -197,7 +199,16 @@ class RunFlags:
 
 # ---- Parsing -------------------------------------------------------------------------------------------------------
 
-RESUME_MAY_CHANGE = ("iterations", "eval_every", "save_every", "keep_checkpoints", "device", "dtype", "run_root")
+RESUME_MAY_CHANGE = (
+    "iterations",
+    "eval_every",
+    "save_every",
+    "keep_checkpoints",
+    "device",
+    "dtype",
+    "offload_optimizer",
+    "run_root",
+)
 
 
 def parse_args(Args, argv: list[str] | None = None):

@@ -136,7 +136,8 @@ def explain(kind, error, trace) -> None:
     """What a run prints when it ends in an error: one line if memory or disk space ran out."""
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         lower = "--micro-batch-tokens (training), or --prompts-per-step, --group-size or --max-new-tokens (sampling)"
-        advice = f"lower {lower}, add --gradient-checkpointing; python benchmarks/memory.py says which flags fit"
+        advice = f"lower {lower}, add --gradient-checkpointing or --offload-optimizer"
+        advice += "; python benchmarks/memory.py says which flags fit"
         print(f"error: out of memory ({reason(error)}); {advice}", file=sys.stderr)
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         print(f"error: {reason(error)}; make room on the disk, then go on with --resume", file=sys.stderr)

@@ -122,6 +122,20 @@ def test_the_command_takes_the_flags_of_a_script(monkeypatch, capsys):
 
 def test_the_table_of_models_and_gpus():
     rows = memory.table(memory.Args())
-    assert [row[0] for row in rows] == ["0.5B (0.49e9)", "1.5B (1.54e9)", "3B (3.09e9)", "7B (7.62e9)"]
-    assert rows[0][2:] == ["as it is"] * 4 and rows[3][2:] == ["doesn't fit"] * 4
-    assert rows[1][2:] == ["doesn't fit", "--micro-batch-tokens 4096", "as it is", "as it is"]
+    sizes = ["0.5B (0.49e9)", "1.5B (1.54e9)", "3B (3.09e9)", "7B (7.62e9)", "8B (8.19e9)"]
+    assert [row[0] for row in rows] == sizes
+    assert rows[0][2:6] == ["as it is"] * 4 and all("--offload-optimizer" in cell for cell in rows[3][2:6])
+    offloaded = "--micro-batch-tokens 4096 --offload-optimizer"
+    assert rows[1][2:] == [offloaded, "--micro-batch-tokens 4096", "as it is", "as it is", "25 GB"]
+
+
+def test_an_offloaded_optimizer_leaves_the_card():
+    """2 bytes a parameter, and one weight's gradient; on a CPU there is no other memory, and masters are added."""
+    config = common.load_config(EMBEDDED)
+    changes = {"offload_optimizer": True, "dtype": torch.bfloat16}
+    there = memory.memory_needs(replace(case(train_grpo, **changes), cpu=False))
+    here = memory.memory_needs(replace(case(train_grpo, dtype=torch.bfloat16), cpu=False))
+    assert there["weights"] == 2000 and there["optimizer"] == 0
+    gradient = 2 * 3 * config.hidden_size * config.intermediate_size
+    assert there["training"] - gradient == here["training"] - 4000
+    assert needs(train_grpo, offload_optimizer=True)["optimizer"] == 12_000

@@ -1062,6 +1062,36 @@ def test_a_float32_run_does_not_go_on_rounded(capsys):
     assert "go on with --dtype float32" in capsys.readouterr().err
 
 
+OFFLOADED = [(train_grpo, "float32"), (train_grpo, "bfloat16"), slow(train_ppo, "bfloat16"), slow(train_pg, "float32")]
+OFFLOADED += [slow(train_kimi, "float32"), slow(train_sft, "bfloat16"), slow(train_dpo, "bfloat16")]
+
+
+@pytest.mark.parametrize(("script", "dtype"), OFFLOADED, ids=lambda value: getattr(value, "__name__", value))
+def test_an_offloaded_optimizer_changes_no_byte(script, dtype, tmp_path):
+    """Pins: gradients of some micro-batches lost on the way, masters of another rounding. A run that is resumed with
+    and without it goes on to the same weights."""
+    short = small if script in (train_sft, train_dpo) else quick
+    flags = {"iterations": 3, "micro_batch_tokens": 200, "save_every": 1, "dtype": dtype, "keep_checkpoints": 3}
+    runs = [run(script.main, short(script, tmp_path, offload_optimizer=offload, **flags)) for offload in (False, True)]
+    assert weights(runs[0] / "final") == weights(runs[1] / "final")
+    assert weights(runs[0] / "final") != weights(runs[0] / "checkpoints/step_000001")
+    for run_dir, flag in zip(runs, ("--offload-optimizer", "--no-offload-optimizer"), strict=True):
+        expected = weights(run_dir / "final")
+        for done in ("checkpoints/step_000002", "checkpoints/step_000003", "final"):
+            shutil.rmtree(run_dir / done)
+        run(script.main, parse_args(script.Args, ["--resume", str(run_dir), flag]))
+        assert weights(run_dir / "final") == expected
+
+
+def test_offloading_beyond_the_host_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(Path, "read_text", lambda path: "MemTotal: 9 kB\nMemAvailable:  1000 kB\n")
+    common.check_host_memory(64_000)
+    with pytest.raises(SystemExit) as stopped:
+        common.check_host_memory(64_001)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith("error: --offload-optimizer: needs 0.0 GB of host memory")
+
+
 class SGD(common.Masters, torch.optim.SGD):
     pass
 
