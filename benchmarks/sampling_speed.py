@@ -52,26 +52,19 @@ def seconds(run, device: torch.device) -> tuple[float, int]:
     return time.perf_counter() - start, tokens
 
 
-def main(args: Args) -> None:
-    device = common.resolve_device(args.device)
-    dtype = getattr(torch, args.dtype)
-    tokenizer = common.load_tokenizer(args.model)
-    problems = load_problems(args.problems, "train")[: args.prompts]
-    prompts = encode_prompts(tokenizer, [p.messages or p.question for p in problems])
-    stock = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval()
-    ours = common.load_policy(args.model, device, dtype, tokenizer.eos_token_id)
-    our_precision = torch.get_float32_matmul_precision()
+def speeds(ours, stock, prompts: list[list[int]], group_size: int, limit: int, rounds: int) -> list[float]:
+    """Medians over the rounds of useful tokens a second: ours, `generate` as it comes, and with our precision."""
+    device, our_precision = ours.device, torch.get_float32_matmul_precision()
     eos = torch.tensor(ours.generation_config.eos_token_id, device=device)
-
     longest = max(map(len, prompts))
     padded = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
     attention = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
 
-    def run_ours(limit: int, round: int) -> int:
+    def run_ours(round: int) -> int:
         torch.set_float32_matmul_precision(our_precision)
-        return int(common.sample_groups(ours, prompts, args.group_size, limit, seed=round).mask.sum())
+        return int(common.sample_groups(ours, prompts, group_size, limit, seed=round).mask.sum())
 
-    def run_generate(limit: int, round: int, precision: str) -> int:
+    def run_generate(round: int, precision: str) -> int:
         torch.set_float32_matmul_precision(precision)
         torch.manual_seed(round)
         ids = stock.generate(
@@ -81,56 +74,60 @@ def main(args: Args) -> None:
             temperature=1.0,
             top_k=0,  # the plain softmax, as ours: without the default's sort of the vocabulary
             max_new_tokens=limit,
-            num_return_sequences=args.group_size,
+            num_return_sequences=group_size,
             eos_token_id=eos.tolist(),
             pad_token_id=0,
         )[:, longest:]
         ended = torch.isin(ids, eos).cumsum(1)
         return int(((ended == 0) | ((ended == 1) & torch.isin(ids, eos))).sum())
 
+    runs = [run_ours, lambda round: run_generate(round, "highest"), lambda round: run_generate(round, our_precision)]
+    found: list[list[float]] = [[] for _ in runs]
+    for round in range(rounds + 1):
+        for values, run in zip(found, runs, strict=True):
+            taken, tokens = seconds(lambda run=run, round=round: run(round), device)
+            if round > 0:
+                values.append(tokens / taken)
+    torch.set_float32_matmul_precision(our_precision)
+    return [statistics.median(values) for values in found]
+
+
+def main(args: Args) -> None:
+    device = common.resolve_device(args.device)
+    dtype = getattr(torch, args.dtype)
+    tokenizer = common.load_tokenizer(args.model)
+    problems = load_problems(args.problems, "train")[: args.prompts]
+    prompts = encode_prompts(tokenizer, [p.messages or p.question for p in problems])
+    stock = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval()
+    ours = common.load_policy(args.model, device, dtype, tokenizer.eos_token_id)
     rows = []
     for limit in args.lengths:
-        runs = {
-            "ours": lambda r, limit=limit: run_ours(limit, r),
-            "generate": lambda r, limit=limit: run_generate(limit, r, "highest"),
-            "generate, same precision": lambda r, limit=limit: run_generate(limit, r, our_precision),
-        }
-        speeds: dict[str, list[float]] = {name: [] for name in runs}
-        for round in range(args.rounds + 1):
-            for name, run in runs.items():
-                taken, tokens = seconds(lambda run=run, round=round: run(round), device)
-                if round > 0:
-                    speeds[name].append(tokens / taken)
-        medians = [statistics.median(values) for values in speeds.values()]
+        medians = speeds(ours, stock, prompts, args.group_size, limit, args.rounds)
         row = [f"{args.prompts} x {args.group_size} x {limit}", *(f"{m:.0f}" for m in medians)]
         row += [f"{medians[0] / m:.2f}" for m in medians[1:]]
         if device.type == "cuda":
-            row.append(f"{floor(ours, prompts, args, limit) * medians[0]:.2f}")
+            row.append(f"{floor(ours, prompts, args.group_size, limit) * medians[0]:.2f}")
         rows.append(row)
     header = ["useful tokens/s", "ours", "generate", "with our precision", "ours/generate", "ours/with precision"]
     header += ["of the bandwidth floor"] * (device.type == "cuda")
-    print(f"{args.model}, {args.dtype}, prompts of {min(map(len, prompts))} to {longest} tokens\n{machine()}\n")
+    tokens = f"prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens"
+    print(f"{args.model}, {args.dtype}, {tokens}\n{machine()}\n")
     print(format_table(header, rows))
 
 
-def floor(model, prompts, args: Args, limit: int) -> float:
+def floor(model, prompts: list[list[int]], group_size: int, limit: int) -> float:
     """Seconds a token at least: every step reads all weights once, and on average half of the completions' cache and
     the prompts', at the bandwidth that a copy on this GPU reaches."""
     source = torch.empty(2**30, dtype=torch.uint8, device=model.device)
-    target, times = torch.empty_like(source), []
-    for _ in range(5):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        target.copy_(source)
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    bandwidth = 2 * source.numel() / min(times)
-    cached = sum(map(len, prompts)) + len(prompts) * args.group_size * limit / 2
+    target = torch.empty_like(source)
+    times = [seconds(lambda: target.copy_(source), model.device)[0] for _ in range(6)]
+    bandwidth = 2 * source.numel() / min(times[1:])
+    cached = sum(map(len, prompts)) + len(prompts) * group_size * limit / 2
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     if not model.config.tie_word_embeddings:  # then the input's are only looked up
         weights -= model.get_input_embeddings().weight.numel() * model.dtype.itemsize
     read = weights + cached * cache_bytes(model.config, model.dtype)
-    return read / bandwidth / (len(prompts) * args.group_size)
+    return read / bandwidth / (len(prompts) * group_size)
 
 
 if __name__ == "__main__":
