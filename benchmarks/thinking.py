@@ -61,7 +61,9 @@ def plot(curves: list[tuple[str, dict]], path: Path) -> None:
     for axes, tag in zip(plots, PANELS, strict=True):
         for i, (name, scalars) in enumerate(curves):
             axes.plot(*curve(scalars, tag), color=f"C{i}", marker="o", label=name)
-        axes.set_ylim(0, 1.02 if tag == "eval/accuracy" else None)
+        if tag != "eval/accuracy":
+            axes.autoscale(axis="y")
+            axes.set_ylim(bottom=0)
     save_figure(figure, path)
 
 
