@@ -2,7 +2,7 @@ r"""Are the tests strong? One mistake at a time is put into a copy of the workin
 
     python benchmarks/mutants.py                  # all of them: an hour where the tests are strong
     python benchmarks/mutants.py --fast           # by the fast tests alone
-    python benchmarks/mutants.py --only grpo      # those whose file or name has this text
+    python benchmarks/mutants.py --only grpo dpo  # those whose file or name has one of these texts
     python benchmarks/mutants.py --check          # runs no test: is each text there exactly once, and does it compile?
 
 First the likely test files run, then the whole fast suite, then the slow tests. Tests that compare the files' text (the
@@ -79,14 +79,14 @@ train_dpo.py test_dpo.py
     smoothing without the other side: label_smoothing * logsigmoid(<<-=>>>logits)
     mean over padding too: logprobs.<<sum(1) / mask.sum(1)=>mean(1)>> if mean
     another model's reference from the cache: name.encode()<< + tensor.cpu().flatten().view(torch.uint8)=>)#>>
-train_rm.py test_rm.py
+train_rm.py test_rm.py test_runs.py
     margin helps: logsigmoid(margins <<-=>+>> margin)
     pairs weigh alike: reward_model_loss(pair[0::2], pair[1::2], args.margin<<, weights=>>>)
     calibration of the sure alone: index_add(0, index, right - confidence)<<=>[1:]>>
-train_sft.py test_runs.py
+train_sft.py test_faults.py test_runs.py
     loss climbs: return <<-=>>>(weights * logprobs).sum()
     a micro-batch normalised by itself: sft_loss(logprobs, weights[micro]<<=>/ weights[micro].sum()>>)
-common.py test_sampling.py test_logprobs.py test_grpo.py
+common.py test_sampling.py test_logprobs.py test_grpo.py test_runs.py
     EOS left out of the mask: = tokens, logprobs, <<~ended=>~(ended | torch.isin(tokens, eos))>>
     temperature missing in the sampler: scaled = <<logits if temperature == 1 else logits / temperature=>logits>>
     temperature missing in the logprobs: @ weight.T).float()<< / temperature=>>>
@@ -177,8 +177,8 @@ COMPARE_TEXT = "test_repository.py", "test_forks.py"
 
 @dataclass
 class Args:
-    only: str = ""
-    """only mutants whose file or name has this text"""
+    only: tuple[str, ...] = ()
+    """only mutants whose file or name has one of these texts"""
     check: bool = False
     """run no tests: only look whether each text is there exactly once and what results compiles"""
     fast: bool = False
@@ -255,7 +255,7 @@ def killer(copy: Path, mutant: Mutant, limit: float, fast: bool) -> str | None:
 
 
 def main(args: Args) -> None:
-    mutants = [m for m in read_mutants() if args.only in f"{m.file}: {m.name}"]
+    mutants = [m for m in read_mutants() if not args.only or any(o in f"{m.file}: {m.name}" for o in args.only)]
     for mutant in mutants:
         mutant.apply(ROOT)
     if args.check:

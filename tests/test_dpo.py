@@ -201,6 +201,8 @@ def test_all_pairs_of_a_samples_file(tmp_path, capsys):
     assert sum(weighted.values()) == pytest.approx(3)
     assert len(load_preference_pairs(file, flags=PairFlags(min_gap=0.05, max_pairs_per_prompt=2))) == 2
     assert "1 over --max-pairs-per-prompt" in capsys.readouterr().out
+    near = {(p.chosen, p.rejected) for p in load_preference_pairs(file, flags=PairFlags(min_gap=0.0))}
+    assert ("f", "g") in near and not {("h", "i"), ("i", "h")} & near  # equal scores are no preference
 
 
 def test_the_turns_and_the_mode_of_a_sample_reach_its_pair(tmp_path):
