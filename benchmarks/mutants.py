@@ -106,7 +106,7 @@ common.py test_sampling.py test_logprobs.py test_grpo.py test_runs.py
     dropout stays on: return model.to(device).<<eval=>train>>()
     inserted tokens are trained: [<<False=>True>>] * len(inserts[row])
     masters not saved: {"masters": <<copies=>[]>>}
-    only the last micro-batch counts: else <<master.grad.add_(weight.grad)=>weight.grad.float()>>
+    only the last micro-batch counts: else <<master.grad.add_(gradient)=>gradient.float()>>
     weights stay behind their masters: <<weight.copy_(master)=>pass>>
 plumbing/engine.py test_logprobs.py test_sampling.py
     predictor off by one: torch.arange(len(flat)<< - 1, self.ids.numel() - 1=>, self.ids.numel()>>,
