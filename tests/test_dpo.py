@@ -478,7 +478,8 @@ def test_the_soft_penalty_keeps_the_policy_near_the_reference(tmp_path):
     assert held < 0.7 * free
 
 
-@pytest.mark.parametrize("lost_work", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lost_work", [False, True])
 def test_an_interrupted_run_equals_the_uninterrupted_one(lost_work, tmp_path, monkeypatch):
     """Pins: a resume that misses optimizer, data cursor, the start model's samples, or takes the checkpoint for the
     reference. Weights to the byte, every event but times and memory to the bit; without its cache too."""

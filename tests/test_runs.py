@@ -474,7 +474,7 @@ class StopAtIterationThree(plumbing.runs.StopSignal):
         ("grpo-many-updates", True),
         slow("kimi", False),
         slow("kimi", True),
-        ("pg", False),
+        slow("pg", False),
         slow("pg", True),
         slow("ppo", False),
         slow("ppo", True),
@@ -1062,8 +1062,13 @@ def test_a_float32_run_does_not_go_on_rounded(capsys):
     assert "go on with --dtype float32" in capsys.readouterr().err
 
 
-OFFLOADED = [(train_grpo, "float32"), (train_grpo, "bfloat16"), slow(train_ppo, "bfloat16"), slow(train_pg, "float32")]
-OFFLOADED += [slow(train_kimi, "float32"), slow(train_sft, "bfloat16"), slow(train_dpo, "bfloat16")]
+OFFLOADED = [(train_grpo, "bfloat16"), slow(train_grpo, "float32"), slow(train_ppo, "bfloat16")]
+OFFLOADED += [
+    slow(train_pg, "float32"),
+    slow(train_kimi, "float32"),
+    slow(train_sft, "bfloat16"),
+    slow(train_dpo, "bfloat16"),
+]
 
 
 @pytest.mark.parametrize(("script", "dtype"), OFFLOADED, ids=lambda value: getattr(value, "__name__", value))
