@@ -647,7 +647,8 @@ class Masters:
         if not state["masters"] and any(w.dtype != torch.float32 for w in self.weights):
             fail("--resume: the run's weights are float32, which 16 bits would round: go on with --dtype float32")
         super().load_state_dict({name: value for name, value in state.items() if name != "masters"})
-        for master, saved in zip(self.masters, state["masters"], strict=False):  # [] if the run's weights were fp32
+        # [] if the run's weights were fp32: they say the same, once they are restored (a critic's before its optimizer)
+        for master, saved in zip(self.masters, state["masters"] or self.weights, strict=True):
             master.copy_(saved)
 
 

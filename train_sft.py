@@ -54,9 +54,9 @@ class Args:
     """a task's demonstrations, .jsonl files (prompt, completion), samples files; a tenth is held out. FILE:COUNT draws
     that many of a file's, so that several files are mixed"""
     demonstrations: AtLeast1 = 20000
-    """how many arithmetic-demonstrations to make"""
+    """how many demonstrations a task's teacher makes"""
     keep: Literal["correct", "best"] = "correct"
-    """of a samples file: every right completion | the best one of each problem"""
+    """what is taken from a samples file: every right completion | the best one of each problem"""
     problems: str = "arithmetic"
     """its held-out problems are evaluated: "arithmetic", "countdown", a .jsonl file, or a hub dataset"""
     seed: int = 1
