@@ -525,6 +525,8 @@ class ProblemSampler:
         return ledger | {"drawn": self.drawn, "total_draws": self.total_draws, "unweighted": self.unweighted}
 
     def load_state_dict(self, state: dict) -> None:
+        if "rates" not in state:
+            fail("--resume: written by an older version of this code, which must go on with it")
         if len(state["attempts"]) != self.size:
             fail(f"--resume: the run had {len(state['attempts'])} problems to draw from, now there are {self.size}")
         self.drawn, self.unweighted = state["drawn"], state["unweighted"]
