@@ -376,7 +376,7 @@ FILES = ("--problems", "--eval-data", "--data", "--samples", "--guesses", "--dec
 
 
 def bad_values(script) -> list[tuple[str, str, str]]:
-    """(flag, value, what must be said). One number of each range, one choice, one switch; every path."""
+    """(flag, value, what must be said). Every path; of three commands one number of each range, a choice, a switch."""
     cases, tried = [], set()
     for name, (_, hint) in all_fields(script.Args).items():
         flag, kind = as_flag(name), "path"
@@ -398,7 +398,7 @@ def bad_values(script) -> list[tuple[str, str, str]]:
         else:
             assert name in PATHS, f"{name}: a new kind of flag needs its bad values here"
             bad = PATHS[name]
-        if kind not in tried:
+        if kind == "path" or (kind not in tried and script in (train_grpo, evaluate, curate)):  # one parser for all
             cases += [(flag, value, said) for value, said in bad]
         tried |= {kind} - {"path"}
     return cases
