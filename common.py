@@ -593,12 +593,17 @@ def token_weights(mask: Tensor, loss_norm: str, max_new_tokens: int) -> Tensor:
     raise ValueError(f"loss_norm is 'sequence', 'token' or 'constant', not {loss_norm!r}")
 
 
-def check_host_memory(parameters: int) -> None:
-    """Ends with one line if an offloaded optimizer doesn't fit: 16 bytes a parameter, with masters, two moments and a
-    gradient. Where the system doesn't say what is free, nothing is checked."""
+def free_host_memory() -> float:
+    """Bytes; inf where the system doesn't say."""
     meminfo = Path("/proc/meminfo")
     lines = meminfo.read_text().splitlines() if meminfo.exists() else []
-    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), math.inf)
+    return next((int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable")), math.inf)
+
+
+def check_host_memory(parameters: int) -> None:
+    """Ends with one line if an offloaded optimizer doesn't fit: masters, two moments and a gradient take 16 bytes a
+    parameter."""
+    free = free_host_memory()
     if 16 * parameters > free:
         need = f"{16 * parameters / 1e9:.1f} GB of host memory, {free / 1e9:.1f} GB are free"
         fail(f"--offload-optimizer: needs {need}; take a smaller model or a machine with more memory")

@@ -15,7 +15,6 @@ from data import (
     MODES,
     Problem,
     add_mode,
-    as_dicts,
     encode_completions,
     encode_prompts,
     fail_on,
@@ -24,10 +23,11 @@ from data import (
     load_task,
     placed_rows,
     prompt_field,
+    prompt_value,
     read_problems,
     write_jsonl,
 )
-from evaluate import counts_as_right, read_samples
+from evaluate import counts_as_right, is_correct, read_samples
 from plumbing.answers import answers_match, extract_answer, is_mathematics, read_answer
 from plumbing.flags import AtLeast1, Range, Share, check_output, fail, parse_args
 from plumbing.pairs import balance, completion_field, listed, split_conversation
@@ -47,8 +47,7 @@ class Demonstration:
     completion_ids: tuple = field(default=(), compare=False, repr=False)
 
     def to_row(self) -> dict:
-        prompt = self.question if self.messages is None else as_dicts(self.messages)
-        return {"prompt": prompt, "completion": self.completion}
+        return {"prompt": prompt_value(self.question, self.messages), "completion": self.completion}
 
 
 def mix_demonstrations(sources: tuple[str, ...], count: int, keep: str) -> list[Demonstration]:
@@ -155,7 +154,7 @@ def shorter_pairs(records: list[dict]) -> list[dict]:
         question, messages = add_mode(record["question"], record["messages"], record.get("mode"))
         right = sorted((c for c in record["completions"] if counts_as_right(c)), key=text_length)
         if right and text_length(right[0]) < text_length(right[-1]):
-            prompt = question if messages is None else as_dicts(messages)
+            prompt = prompt_value(question, messages)
             rows.append({"prompt": prompt, "chosen": right[0]["text"], "rejected": right[-1]["text"]})
     return rows
 
@@ -164,18 +163,19 @@ def text_length(completion: dict) -> int:
     return completion.get("length", len(completion["text"]))
 
 
-def verifier_pairs(records: list[dict], problems: list[Problem]) -> list[dict]:
+def verifier_pairs(records: list[dict], problems: dict[str, Problem]) -> list[dict]:
     """What a verifier model (--verifier-model, a reward model) is trained on: asked about the reference answer, it
-    prefers an answer that is right to one that is wrong. Right ones are taken in every writing that was sampled."""
-    by_question, rows = {problem.question: problem for problem in problems}, []
+    prefers an answer that is right to one that is wrong. Right ones are taken in every writing that was sampled.
+    problems: by question."""
+    rows = []
     for record in records:
-        problem = by_question.get(record["question"])
-        if problem is None or not problem.answer:
+        problem = problems[record["question"]]
+        if not problem.answer:  # its task judges
             continue
         answers: dict[bool, dict] = {True: {}, False: {}}  # dicts, because they keep the order
         for completion in record["completions"]:
             if answer := extract_answer(completion["text"]):
-                answers[bool(completion.get("correct", completion["reward"] > 0))][answer] = None
+                answers[is_correct(completion)][answer] = None
         right = list(answers[True]) or [problem.answer]
         for i, wrong in enumerate(answers[False]):
             rows.append({"prompt": verifier_prompt(problem), "chosen": right[i % len(right)], "rejected": wrong})
@@ -239,24 +239,20 @@ def drop_unverifiable(problems: list[Problem], dropped: Counter) -> list[Problem
     return kept
 
 
-def drop_wrong_steps(records: list[dict], problems: list[Problem], source: str, dropped: Counter) -> list[dict]:
+def drop_wrong_steps(records: list[dict], problems: dict[str, Problem], source: str, dropped: Counter) -> list[dict]:
     """The records without the completions that are right by luck: a right answer after a wrong step. The problem's task
-    knows what a right step is."""
-    by_question, checks = {problem.question: problem for problem in problems}, 0
+    knows what a right step is. problems: by question."""
+    kept, checked = [], False
     for record in records:
-        problem = by_question.get(record["question"])
-        is_sound = getattr(load_task(problem.task), "steps_are_right", None) if problem else None
-        if is_sound:
-            right = [c for c in record["completions"] if counts_as_right(c)]
-            lucky = [c for c in right if not is_sound(c["text"], problem)]
-            checks += 1
-            dropped["right answers after a wrong step"] += len(lucky)
-            record["completions"] = [c for c in record["completions"] if c not in lucky]
-    if not checks:
-        fail(
-            f"--right-steps: {source} has no problem of a task that knows what a right step is, as tasks/arithmetic.py"
-        )
-    return records
+        problem, completions = problems[record["question"]], record["completions"]
+        if is_sound := getattr(load_task(problem.task), "steps_are_right", None):
+            checked = True
+            completions = [c for c in completions if not counts_as_right(c) or is_sound(c["text"], problem)]
+            dropped["right answers after a wrong step"] += len(record["completions"]) - len(completions)
+        kept.append(record | {"completions": completions})
+    if not checked:
+        fail(f"--right-steps: {source} has no problem of a task that knows its right steps, as tasks/arithmetic.py")
+    return kept
 
 
 OPTION = re.compile(r"(?:^|[\s({])\(?([A-Ea-e])[).:]", re.MULTILINE)
@@ -428,16 +424,16 @@ def main(args: Args) -> None:
         fail(f"{args.output} is not written: the filters leave nothing")
     rows = [problem.to_row() for problem in problems]
     if args.make != "problems":
-        kept = {problem.question for problem in problems}
+        kept = {problem.question: problem for problem in problems}
         records = [record for record in records if record["question"] in kept]
         if args.right_steps:
             lucky: Counter = Counter()
-            records = drop_wrong_steps(records, problems, args.samples, lucky)
+            records = drop_wrong_steps(records, kept, args.samples, lucky)
             print(f"completions dropped: {listed(lucky)}")
         if args.make == "shorter":
             rows = shorter_pairs(records)
         elif args.make == "verifier":
-            rows = verifier_pairs(records, problems)
+            rows = verifier_pairs(records, kept)
         else:
             chosen = fuse_modes(records) if args.make == "fusion" else demonstrations_from(records, args.make)
             rows = [demonstration.to_row() for demonstration in chosen]

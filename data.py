@@ -36,7 +36,7 @@ class Problem:
 
     def to_row(self) -> dict:
         """The problem as a line of a file: without prompt_ids."""
-        row = {"question": self.question if self.messages is None else as_dicts(self.messages)}
+        row = {"question": prompt_value(self.question, self.messages)}
         row |= {"answer": self.answer} if self.answer else {}
         row |= {"id": self.id, "topic": self.topic, "difficulty": self.difficulty}
         row |= {"task": self.task} if self.task else {}
@@ -68,7 +68,6 @@ def load_problems(source: str, split: str, limit: int | None = None, seed: int =
     task = None if is_file(source) else load_task(name)
     if task:
         problems = draw_problems(task, split, limit, seed, parse_difficulties(task, source, difficulties))
-        problems = [replace(problem, task=name) for problem in problems]
     elif is_file(source):
         problems = read_problems(placed_rows(source), source)
         problems = [p for p in problems if split == "all" or is_held_out(p.question) == (split == "eval")]
@@ -117,7 +116,7 @@ def parse_difficulties(task, source: str, text: str) -> list[int]:
 def draw_problems(task, split: str, limit: int | None, seed: int, difficulties: list[int]) -> list[Problem]:
     """At most `limit` distinct problems of a split, the difficulties in turn. A difficulty with few problems (there are
     1,700 chains of one operation) ends first, when 50,000 draws have found no other."""
-    limit = limit or (6000 if split == "train" else 3000)
+    limit, name = limit or (6000 if split == "train" else 3000), task.__name__.removeprefix("tasks.")
     by_difficulty = []
     for difficulty in difficulties:
         rng = random.Random(f"problems {split} {difficulty} {seed}")
@@ -127,7 +126,7 @@ def draw_problems(task, split: str, limit: int | None, seed: int, difficulties: 
             question = row["question"]
             in_vain += 1
             if question not in found and (split == "all" or is_held_out(question) == (split == "eval")):
-                found[question], in_vain = Problem(**row), 0
+                found[question], in_vain = Problem(**row, task=name), 0
         by_difficulty.append(list(found.values()))
     in_turn = [group[i] for i in range(max(map(len, by_difficulty))) for group in by_difficulty if i < len(group)]
     return in_turn[:limit]
@@ -338,6 +337,11 @@ def as_dicts(messages: tuple) -> list[dict]:
     return [{"role": role, "content": content} for role, content in messages]
 
 
+def prompt_value(question: str, messages: tuple | None) -> str | list[dict]:
+    """A prompt as a file holds it: its text, or its turns."""
+    return question if messages is None else as_dicts(messages)
+
+
 def add_mode(question: str, messages: tuple | None, mode: str | None) -> tuple[str, tuple | None]:
     """Qwen3's thinking mode (arXiv:2505.09388, section 4.3): a flag at the end of the user's turn."""
     if not mode:
@@ -487,9 +491,10 @@ class ProblemSampler:
 
     def draw_easiest(self, count: int) -> list[int]:
         """Uniformly, without replacement, from the share drawn / total_draws of the items that are the easiest."""
-        easiest_first = sorted(range(self.size), key=lambda i: self.items[i].difficulty)
+        if not self.order:
+            self.order = sorted(range(self.size), key=lambda i: self.items[i].difficulty)
         share = min(1.0, max(self.drawn / self.total_draws, count / self.size))
-        pool = easiest_first[: math.ceil(share * self.size)]
+        pool = self.order[: math.ceil(share * self.size)]
         random.Random(f"curriculum {self.drawn} {self.seed}").shuffle(pool)
         self.drawn += count
         return (pool * -(-count // len(pool)))[:count]

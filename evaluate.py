@@ -94,9 +94,14 @@ def read_samples(rows: list[tuple[str, dict]], source: str) -> list[dict]:
     return records
 
 
+def is_correct(completion: dict) -> bool:
+    """A completion of a samples file is right."""
+    return bool(completion.get("correct", completion["reward"] > 0))
+
+
 def counts_as_right(completion: dict) -> bool:
     """A completion of a samples file is right, and was not cut by the length limit."""
-    return bool(completion.get("correct", completion["reward"] > 0)) and completion.get("finished", True)
+    return is_correct(completion) and completion.get("finished", True)
 
 
 # ---- The command ---------------------------------------------------------------------------------------------------

@@ -52,8 +52,8 @@ class RewardFlags:
     format_style: Literal["answer-tags", "think"] = "answer-tags"
     """<think>..</think><answer>..</answer> | <think>..</think>, then text with \\boxed{} or #### (--system-prompt)"""
     length_weight: NonNegative = 0.0
-    """weight of the length reward (Kimi K1.5): shorter right answers of a group get more, up to +-0.5. From the first
-    iteration on it degenerates (in recipes/kimi.sh the think tags go first): set --length-reward-start"""
+    """weight of the length reward (Kimi K1.5): shorter right answers of a group get more, up to +-0.5. Counted from
+    the start it degenerates (recipes/kimi.sh loses its think tags): set --length-reward-start"""
     length_reward_start: AtLeast0 = 0
     """iteration from which the length reward counts: late, when accuracy has risen, such as half of --iterations"""
     language_weight: NonNegative = 0.0

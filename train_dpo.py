@@ -191,13 +191,13 @@ def judge_samples(policy, ref, tokenizer, problems, args: Args) -> tuple[list[fl
     """A completion of each problem, sampled at temperature 1, from the same random numbers each time: the verifier's
     rewards, and with `ref` the KL to it: the mean over completions of sum_t log pi - log pi_ref, unbiased since they
     are the policy's own."""
-    rewards, log_ratio = [], 0.0
+    rewards, log_ratio, verify = [], 0.0, Verifier()
     for start in range(0, len(problems), args.minibatch_size):
         chunk, seed = problems[start : start + args.minibatch_size], derive_seed(args.seed, "judge", start)
         prompts = [problem.prompt_ids for problem in chunk]
         rollout = common.sample_groups(policy, prompts, 1, args.max_new_tokens, seed=seed)
         texts = decode(tokenizer, rollout)
-        rewards += Verifier()(texts, chunk)
+        rewards += verify(texts, chunk)
         if ref is not None:
             budget = args.optimization.micro_batch_tokens
             logprobs, ref_logprobs = (common.rollout_logprobs(model, rollout, budget) for model in (policy, ref))

@@ -10,7 +10,6 @@ for what an allocator can't use.
 """
 
 import importlib
-import math
 import sys
 import tempfile
 from dataclasses import dataclass, replace
@@ -138,11 +137,7 @@ def cache_bytes(config, dtype: torch.dtype) -> int:
 
 def free_memory(device: torch.device) -> float:
     """Bytes; inf where it can't be known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
-    return next((int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable")), math.inf)
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else common.free_host_memory()
 
 
 def parameters(config) -> int:

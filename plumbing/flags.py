@@ -156,7 +156,7 @@ class SamplingFlags:
     problem_sampling: Literal["uniform", "curriculum", "prioritized"] = "uniform"
     """each problem once per epoch | the easiest first, and by the end of the run all | those that fail more often"""
     priority_floor: Share = 0.05
-    """prioritized: a problem's weight is 1 - its recent success rate, at least this; 0: solved ones are not drawn"""
+    """prioritized: a problem's weight is 1 - its recent success rate, and never below this; 0 drops what is solved"""
 
 
 @dataclass

@@ -84,6 +84,11 @@ def process_as_before():
     gc.unfreeze()
 
 
+def slow(*values):
+    """A case of parametrize that only `pytest -m ''` runs."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def ragged_prompts() -> list[list[int]]:
     return [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]]
 

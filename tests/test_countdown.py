@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import time
 from fractions import Fraction
 
@@ -106,13 +107,13 @@ def test_the_parser_agrees_with_pythons_on_what_both_allow(text):
     theirs = None
     if text.isascii() and not set(text) - set("0123456789+-*/() \n\t") and "//" not in text and "**" not in text:
         try:
-            theirs = by_python(ast.parse(f"({text}\n)", mode="eval").body)
+            without_zeros = re.sub(r"\b0+(?=[0-9])", "", text)  # Python refuses 03
+            theirs = by_python(ast.parse(f"({without_zeros}\n)", mode="eval").body)
         except (SyntaxError, ValueError, ZeroDivisionError):
             pass
+        assert ours is None or ours == theirs
     if theirs is not None and len(text) <= MAX_CHARS:
         assert ours == theirs
-    if ours is not None and not any(token.startswith("0") and token != "0" for token in text.split()):
-        assert theirs is None or ours == theirs
 
 
 def by_python(node) -> tuple[Fraction, list[int]]:

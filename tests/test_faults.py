@@ -22,6 +22,7 @@ from conftest import (
     refusal,
     run,
     scalars,
+    slow,
     small,
     start,
     texts,
@@ -52,10 +53,6 @@ LOSSES = {
     train_rm: "reward_model_loss",
     train_sft: "sft_loss",
 }
-
-
-def slow(script):
-    return pytest.param(script, marks=pytest.mark.slow)
 
 
 SCRIPTS = pytest.mark.parametrize(  # every script in a full run of the tests, GRPO in a fast one
@@ -98,7 +95,7 @@ MOMENTS = {  # a path in the run directory that shows that the moment has come
 
 @pytest.mark.parametrize(
     "moment",
-    [moment if "checkpoint" in moment else pytest.param(moment, marks=pytest.mark.slow) for moment in MOMENTS],
+    [moment if "checkpoint" in moment else slow(moment) for moment in MOMENTS],
 )
 def test_a_killed_process_resumes_to_the_same_bytes(moment, uninterrupted, tmp_path):
     """kill -9, and the resumed run equals the uninterrupted one: weights, events, sampler ledger."""
@@ -254,9 +251,7 @@ def test_a_process_stopped_at_once_says_so(capsys):
 # ---- The disk --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "limit", [pytest.param(1_000_000, marks=pytest.mark.slow), 4_000_000], ids=["weights", "optimizer"]
-)
+@pytest.mark.parametrize("limit", [slow(1_000_000), 4_000_000], ids=["weights", "optimizer"])
 def test_a_full_disk_leaves_the_old_checkpoint_whole(limit, saved_run, tmp_path, capfd):
     """A limit on the size of a file makes the kernel refuse a write in the middle, as a full disk does."""
     run_dir = shutil.copytree(saved_run, tmp_path / "run")
@@ -404,7 +399,7 @@ def break_loss(monkeypatch, module, how: str, calls: set[int] | None = None, nam
 @pytest.mark.parametrize(
     ("script", "how"),
     [(train_grpo, "loss"), (train_grpo, "gradient")]
-    + [pytest.param(script, "loss", marks=pytest.mark.slow) for script in LOSSES if script is not train_grpo],
+    + [slow(script, "loss") for script in LOSSES if script is not train_grpo],
 )
 def test_a_bad_update_is_skipped_and_counted(script, how, tmp_path, monkeypatch, capsys):
     """Pins: one NaN that ends a run of days. The weights stay finite and the run goes on."""

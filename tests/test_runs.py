@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EMBEDDED, assert_same_events, make_model, quick, refusal, run, scalars, small, texts, weights
+from conftest import EMBEDDED, assert_same_events, make_model, quick, refusal, run, scalars, slow, small, texts, weights
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import common
@@ -34,12 +34,6 @@ from plumbing.evaluation import comparison_table
 from plumbing.flags import parse_args
 from plumbing.metrics import Metrics
 from plumbing.runs import Run, load_checkpoint, run_directory, save_model
-
-
-def slow(*values):
-    """A case of parametrize that only `pytest -m ''` runs."""
-    return pytest.param(*values, marks=pytest.mark.slow)
-
 
 RL_SCRIPTS = pytest.mark.parametrize(
     "script", [train_grpo, slow(train_pg), slow(train_ppo), slow(train_kimi)], ids=lambda module: module.__name__
