@@ -357,39 +357,6 @@ def sample_groups(
     return Rollout(prompts, completion_ids[:, :T], mask[:, :T], sampler_logprobs[:, :T], finished, group_size)
 
 
-def continue_groups(
-    model: PreTrainedModel,
-    rollout: Rollout,
-    inserts: list[list[int] | None],
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    seed: int = 0,
-) -> Rollout:
-    """A Rollout whose row i goes on after the token ids inserts[i] (None: it stays as it is), for at most
-    max_new_tokens more. The inserted tokens are real (`mask`) but not the policy's own (`loss_mask`), such as a user's
-    next turn."""
-    G, device = rollout.group_size, rollout.mask.device
-    rows = [row for row, insert in enumerate(inserts) if insert is not None]
-    completions = [ids[mask].tolist() for ids, mask in zip(rollout.completion_ids, rollout.mask, strict=True)]
-    logprobs = [values[mask].tolist() for values, mask in zip(rollout.sampler_logprobs, rollout.mask, strict=True)]
-    trained = [values[mask].tolist() for values, mask in zip(rollout.trained, rollout.mask, strict=True)]
-    finished = rollout.finished.clone()
-    if rows:
-        heads = [rollout.prompt_ids[row // G] + completions[row] + inserts[row] for row in rows]
-        rest = sample_groups(model, heads, 1, max_new_tokens, temperature, seed)
-        for i, row in enumerate(rows):
-            new = rest.mask[i]
-            completions[row] += inserts[row] + rest.completion_ids[i][new].tolist()
-            logprobs[row] += [0.0] * len(inserts[row]) + rest.sampler_logprobs[i][new].tolist()
-            trained[row] += [False] * len(inserts[row]) + [True] * int(new.sum())
-        finished[rows] = rest.finished
-    whole = make_rollout(rollout.prompt_ids, completions, G, device)
-    whole.sampler_logprobs[whole.mask] = torch.tensor([value for row in logprobs for value in row], device=device)
-    whole.loss_mask = whole.mask.clone()
-    whole.loss_mask[whole.mask] = torch.tensor([value for row in trained for value in row], device=device)
-    return dataclasses.replace(whole, finished=finished)
-
-
 BLOCK = 16  # vocabulary entries in a block of the cumulative sum
 
 

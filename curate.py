@@ -27,9 +27,9 @@ from data import (
     read_problems,
     write_jsonl,
 )
-from evaluate import counts_as_right, is_correct, read_samples
+from evaluate import check_output, counts_as_right, is_correct, read_samples
 from plumbing.answers import answers_match, extract_answer, is_mathematics, read_answer
-from plumbing.flags import AtLeast1, Range, Share, check_output, fail, parse_args
+from plumbing.flags import AtLeast1, Range, Share, fail, parse_args
 from plumbing.pairs import balance, completion_field, listed, split_conversation
 from rewards import verifier_prompt
 

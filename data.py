@@ -402,16 +402,6 @@ def encode_problems(
     return [replace(problem, prompt_ids=tuple(ids)) for problem, ids in zip(problems, encoded, strict=True)]
 
 
-def follow_up_ids(tokenizer, text: str, finished: bool = True) -> list[int]:
-    """Token ids of a user's next turn, up to the point where the assistant's next text begins. They follow a
-    completion's ids. finished: the completion ends with its EOS; if not, the end of its turn comes first."""
-    if not tokenizer.chat_template:
-        return token_ids(tokenizer, ["\n\n" + text])[0]
-    turns = as_dicts((("user", "-"), ("assistant", "%%"), ("user", text)))
-    rest = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False).partition("%%")[2]
-    return token_ids(tokenizer, [rest.removeprefix(tokenizer.eos_token if finished else "")])[0]
-
-
 def encode_completions(tokenizer, completions: list[str], prompts: list[list[int]]) -> list[list[int]]:
     """Token ids of each completion and the EOS that ends it. They follow a prompt's ids and are never merged with them.
     If the template opens the think block in the prompt, `decode` put the tag in front of the text: it is left out."""

@@ -10,17 +10,30 @@ As a command it compares models and writes the samples file:
 Accuracy is reported *sampled at temperature 1* (the policy that RL trains) and greedy, each with a 95% interval.
 """
 
+import math
+import os
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import common
 from common import Rollout, derive_seed, sample_groups
 from data import MODES, check_text, decode, encode_problems, fail_on, load_problems, prompt_field, write_jsonl
 from plumbing.answers import answers_match
-from plumbing.evaluation import evaluate, format_table, group_by, interval, summarize
-from plumbing.flags import SYSTEM_PROMPT, AtLeast1, Positive, check_output, fail, parse_args
+from plumbing.evaluation import evaluate, format_table, group_by, summarize
+from plumbing.flags import SYSTEM_PROMPT, AtLeast1, Positive, fail, parse_args
+from plumbing.turns import continue_groups
 from rewards import Verifier
+
+
+def interval(rate: float, problems: int) -> tuple[float, float]:
+    """95% Wilson score interval. `problems`, not completions, is the sample size: several completions of one problem
+    are not independent, so with more than one each this errs on the wide side."""
+    z, n = 1.96, max(problems, 1)
+    center = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def sample_within_budget(
@@ -34,7 +47,7 @@ def sample_within_budget(
     for text, finished in zip(decode(tokenizer, rollout), rollout.finished.tolist(), strict=True):
         thinking = "<think>" in text and "</think>" not in text
         inserts.append(None if finished else stop if thinking else [])
-    whole = common.continue_groups(policy, rollout, inserts, max_new_tokens, temperature, derive_seed("answers", seed))
+    whole = continue_groups(policy, rollout, inserts, max_new_tokens, temperature, derive_seed("answers", seed))
     return replace(whole, loss_mask=None)
 
 
@@ -228,6 +241,14 @@ def main(args: Args) -> None:
             print("right by: " + "  ".join(shown))
     if args.output:
         print(f"samples file: {args.output}")
+
+
+def check_output(path: str | None) -> None:
+    """--output must be a file that can be written."""
+    if path and Path(path).is_dir():
+        fail(f"--output {path}: is a directory, a file's name is expected")
+    if path and not os.access(Path(path).resolve().parent, os.W_OK):
+        fail(f"--output {path}: its directory is not there or not writable")
 
 
 def diversity(records: list[dict]) -> dict[str, float]:

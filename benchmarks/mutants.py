@@ -104,7 +104,6 @@ common.py test_sampling.py test_logprobs.py test_grpo.py test_runs.py
     mean score added: scores <<-=>+>> getattr(reward_model.config,
     entropy's gradient turned round: -gradient[rows, None] <<-=>+>> bonus
     dropout stays on: return model.to(device).<<eval=>train>>()
-    inserted tokens are trained: [<<False=>True>>] * len(inserts[row])
     masters not saved: {"masters": <<copies=>[]>>}
     only the last micro-batch counts: else <<master.grad.add_(gradient)=>gradient.float()>>
     weights stay behind their masters: <<weight.copy_(master)=>pass>>
@@ -117,6 +116,8 @@ plumbing/engine.py test_logprobs.py test_sampling.py
     decoding one position late: self.compute(tokens, self.lengths + self.done<< - 1=>>>)
     plain decoding one position late: (self.lengths + self.done<<=>+ 1>>)[:, None]
     rows that stay lose their lengths: = self.group[rows], self.lengths[<<rows=>: len(rows)>>], self.bias[rows]
+plumbing/turns.py test_evaluate.py test_data.py
+    inserted tokens are trained: [<<False=>True>>] * len(inserts[row])
 plumbing/runs.py test_runs.py test_faults.py
     state not restored: <<value.load_state_dict(self._saved.pop(name))=>self._saved.pop(name)>>
     old events not purged: purge_step=<<purge=>None>>

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
 from benchmarks.learning import machine, new_figure, save_figure  # noqa: E402
 from data import encode_problems, load_problems  # noqa: E402
-from evaluate import sample_within_budget, stop_ids  # noqa: E402
-from plumbing.evaluation import evaluate, format_table, interval, summarize  # noqa: E402
+from evaluate import interval, sample_within_budget, stop_ids  # noqa: E402
+from plumbing.evaluation import evaluate, format_table, summarize  # noqa: E402
 from plumbing.flags import SYSTEM_PROMPT, fail  # noqa: E402
 
 

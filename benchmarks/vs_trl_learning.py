@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.learning import ROOT, machine, run_script  # noqa: E402
 from data import ProblemSampler  # noqa: E402
-from plumbing.evaluation import format_table, interval  # noqa: E402
+from evaluate import interval  # noqa: E402
+from plumbing.evaluation import format_table  # noqa: E402
 from rewards import accuracy_reward, format_reward  # noqa: E402
 
 FORMAT_WEIGHT = 0.2

@@ -76,15 +76,6 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def interval(rate: float, problems: int) -> tuple[float, float]:
-    """95% Wilson score interval. `problems`, not completions, is the sample size: several completions of one problem
-    are not independent, so with more than one each this errs on the wide side."""
-    z, n = 1.96, max(problems, 1)
-    center = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, center - half), min(1.0, center + half)
-
-
 # Words of a model that goes back over what it wrote: R1's "aha moments" (arXiv:2501.12948, table 3), which others found
 # in its base model too (arXiv:2503.20783, section 2.3). Counted from before the first update on.
 REFLECTION = re.compile(

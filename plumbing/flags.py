@@ -93,14 +93,6 @@ def check_minibatch(minibatch_size: int, group_size: int, batch_size: int) -> No
         fail(f"--minibatch-size {minibatch_size}: must be {allowed}")
 
 
-def check_output(path: str | None) -> None:
-    """--output must be a file that can be written."""
-    if path and Path(path).is_dir():
-        fail(f"--output {path}: is a directory, a file's name is expected")
-    if path and not os.access(Path(path).resolve().parent, os.W_OK):
-        fail(f"--output {path}: its directory is not there or not writable")
-
-
 def check_folder(flag: str, folder: str) -> None:
     """A directory that will be made must be writable, or the nearest one above it that is there."""
     path = Path(folder).resolve()

@@ -24,8 +24,8 @@ from data import (
     read_messages,
     text_field,
 )
-from evaluate import read_samples
-from plumbing.evaluation import evaluate, format_table, interval
+from evaluate import interval, read_samples
+from plumbing.evaluation import evaluate, format_table
 from plumbing.flags import AtLeast1, NonNegative, fail
 
 

@@ -19,7 +19,6 @@ from data import (
     encode_completions,
     encode_problems,
     encode_prompts,
-    follow_up_ids,
     is_held_out,
     load_eval_problems,
     load_problems,
@@ -28,6 +27,7 @@ from data import (
     write_jsonl,
 )
 from plumbing.pairs import load_preference_pairs
+from plumbing.turns import follow_up_ids
 from rewards import accuracy_reward, format_reward
 from tasks.arithmetic import demonstrations
 

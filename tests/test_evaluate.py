@@ -16,10 +16,11 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 import common
 import evaluate
 import plumbing.evaluation
-from data import Problem, encode_problems, encode_prompts, follow_up_ids, load_problems
-from evaluate import majority_accuracy, majority_answer, sample_within_budget
-from plumbing.evaluation import evaluate_policy, group_by, interval, pass_at_k, summarize
+from data import Problem, encode_problems, encode_prompts, load_problems
+from evaluate import interval, majority_accuracy, majority_answer, sample_within_budget
+from plumbing.evaluation import evaluate_policy, group_by, pass_at_k, summarize
 from plumbing.runs import save_model
+from plumbing.turns import continue_groups, follow_up_ids
 from rewards import Verifier, accuracy_reward, extract_answer, format_reward
 
 
@@ -171,7 +172,7 @@ def test_a_samplers_rollout_is_what_is_evaluated(embedded):
         calls.append((group_size, max_new_tokens, temperature, seed))
         rollout = common.sample_groups(policy, prompts, group_size, max_new_tokens, temperature, seed)
         inserts = [follow_up_ids(tokenizer, "1+1=", ended) for ended in rollout.finished.tolist()]
-        return common.continue_groups(policy, rollout, inserts, max_new_tokens, temperature, seed + 1)
+        return continue_groups(policy, rollout, inserts, max_new_tokens, temperature, seed + 1)
 
     (record, *_) = evaluate.evaluate(policy, tokenizer, problems, 2, 20, seed=3, sample=two_turns)
     prompts = [p.prompt_ids for p in sorted(problems, key=lambda p: len(p.prompt_ids))]
@@ -201,7 +202,7 @@ def test_a_completion_goes_on_after_inserted_tokens(name):
     model = make_model(name)
     first = common.sample_groups(model, ragged_prompts(), 2, 6, 0.7, seed=4)
     inserts = [[20, 21, 22], None, [], [23], None, [24, 25]]
-    whole = common.continue_groups(model, first, inserts, 7, 0.7, seed=5)
+    whole = continue_groups(model, first, inserts, 7, 0.7, seed=5)
     assert whole.prompt_ids == ragged_prompts() and whole.group_size == 2
     went_on = 0
     for row, insert in enumerate(inserts):
@@ -232,10 +233,10 @@ def test_a_completion_goes_on_after_inserted_tokens(name):
     assert (theirs[whole.mask & ~whole.trained] != 0).all()  # given tokens have logprobs, which no loss may use
     assert not whole.trained[~whole.mask].any() and (whole.sampler_logprobs[~whole.trained] == 0).all()
 
-    again = common.continue_groups(model, whole, [None] * 6, 7)
+    again = continue_groups(model, whole, [None] * 6, 7)
     assert torch.equal(again.trained, whole.trained) and torch.equal(again.completion_ids, whole.completion_ids)
     assert torch.equal(again.sampler_logprobs, whole.sampler_logprobs) and torch.equal(again.finished, whole.finished)
-    third = common.continue_groups(model, whole, [[30]] + [None] * 5, 3, 0.7, seed=6)  # turn after turn
+    third = continue_groups(model, whole, [[30]] + [None] * 5, 3, 0.7, seed=6)  # turn after turn
     assert third.lengths[0] == whole.lengths[0] + third.mask[0].sum() - whole.mask[0].sum() - 1
     assert third.lengths[1:].tolist() == whole.lengths[1:].tolist()
     theirs = common.rollout_logprobs(model, third, 64, temperature=0.7)

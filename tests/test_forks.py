@@ -388,7 +388,7 @@ def test_adapters_are_merged_into_an_ordinary_model(fork, tmp_path, monkeypatch,
 def test_the_users_second_turn_is_not_trained(fork, tmp_path, monkeypatch, embedded):
     """Pins: a loss on the user's tokens, logprobs shifted behind them, and an evaluation with one turn only."""
     module, tokenizer = fork(SECOND_TURN), embedded[1]
-    turns = remember(monkeypatch, common, "continue_groups")
+    turns = remember(monkeypatch, module, "continue_groups")
     scored = remember(monkeypatch, module, "score_completions")
     losses = remember(monkeypatch, module, "grpo_loss")
     run_dir = start(module, tmp_path)

@@ -27,7 +27,8 @@ MAY_IMPORT = {  # of our own modules; a train script may import any of these
     "plumbing.runs": "data common plumbing.flags",
     "plumbing.metrics": "data common plumbing.flags",
     "plumbing.evaluation": "rewards plumbing.metrics data common plumbing.answers plumbing.flags",
-    "evaluate": "plumbing.evaluation rewards plumbing.metrics data common plumbing.answers plumbing.flags",
+    "plumbing.turns": "data common",
+    "evaluate": "plumbing.turns plumbing.evaluation rewards data common plumbing.answers plumbing.flags",
     "plumbing.pairs": "evaluate plumbing.evaluation data common plumbing.flags",
     "curate": "plumbing.pairs evaluate plumbing.evaluation rewards data common plumbing.answers plumbing.flags",
 }
