@@ -1,0 +1,312 @@
+"""Repeats a run of train_grpo.py in TRL's GRPOTrainer, which trains on several GPUs: same start model, problems, order,
+prompts, rewards and flags. TABLE translates the flags; docs/scaling-out.md says what TRL does differently.
+
+    pip install trl==1.16.0
+    accelerate launch --multi_gpu --num_processes 8 recipes/trl_grpo.py --run runs/train_grpo__...
+
+It begins at the run's start model, not at the run's result. evaluate.py reads the model it writes, OUTPUT/final.
+"""
+
+import contextlib
+import importlib.metadata
+import io
+import os
+import shlex
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch  # noqa: E402
+import tyro  # noqa: E402
+from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: E402
+
+import common  # noqa: E402
+import train_grpo  # noqa: E402
+from data import ProblemSampler, chat_turns, decode, encode_problems, is_file, load_train_problems  # noqa: E402
+from plumbing.flags import (
+    SYSTEM_PROMPT,
+    AtLeast1,
+    as_flag,
+    check_folder,
+    check_minibatch,
+    check_ranges,
+    fail,
+    read_run,
+    to_flat,
+)  # noqa: E402
+from rewards import RewardFlags, Verifier, check_rewards, reward_weights, score_completions  # noqa: E402
+
+VERSION = "1.16.0"  # TABLE was read off this version's source
+
+# Flag of train_grpo.py -> the GRPOConfig field that takes the same value, or {value of the flag: GRPOConfig fields}.
+# A value that is not listed has no counterpart.
+TABLE = {
+    "seed": "seed",
+    "learning_rate": "learning_rate",
+    "group_size": "num_generations",
+    "max_new_tokens": "max_completion_length",
+    "temperature": "temperature",
+    "update_epochs": "num_iterations",
+    "clip_low": "epsilon",
+    "clip_high": "epsilon_high",
+    "kl_coef": "beta",
+    "unbiased_kl": "use_bias_correction_kl",
+    "max_grad_norm": "max_grad_norm",
+    "gradient_checkpointing": "gradient_checkpointing",
+    "loss_norm": {
+        "sequence": {"loss_type": "grpo"},
+        "token": {"loss_type": "dapo"},
+        "constant": {"loss_type": "dr_grpo"},
+    },
+    "normalize_std": {True: {"scale_rewards": "group"}, False: {"scale_rewards": "none"}},
+    "ratio_level": {
+        "token": {"importance_sampling_level": "token"},
+        "gspo": {"importance_sampling_level": "sequence"},  # TRL's "sequence" is the mean of the log-ratios
+    },
+    "truncated": {"score": {}, "wrong": {}, "mask": {"mask_truncated_completions": True}},
+    "problem_sampling": {"uniform": {}, "curriculum": {}},  # drawn before training; "prioritized" needs success rates
+    "dynamic_sampling": {False: {}},
+    "offload_optimizer": {False: {}},
+}
+COMPUTED = {  # flag -> the GRPOConfig field that `translate` computes from it, or the method that `main` replaces
+    "warmup_iterations": "create_scheduler",
+    "iterations": "max_steps",
+    "prompts_per_step": "steps_per_generation",
+    "minibatch_size": "gradient_accumulation_steps",
+    "micro_batch_tokens": "per_device_train_batch_size",
+    "dtype": "bf16",
+    "save_every": "save_steps",
+    "keep_checkpoints": "save_total_limit",
+}
+OUR_CODE = {"model", "problems", "eval_data", "system_prompt", *to_flat(RewardFlags())} - {"truncated"}  # as it is
+IGNORED = {"device", "eval_every", "eval_problems", "run_root", "run_name", "resume"}  # say nothing about training
+IGNORED |= {"max_sampling_rounds", "priority_floor"}  # belong to values without a counterpart
+IGNORED |= {"max_bad_updates"}  # TRL has no such check: it takes every step
+FIXED = {  # what train_grpo.py does without a flag
+    "top_p": 1.0,
+    "top_k": 0,
+    "use_vllm": False,
+    "shuffle_dataset": False,  # the rows come in our sampler's order
+    "disable_dropout": True,
+    "ddp_find_unused_parameters": False,
+    "report_to": "tensorboard",
+}
+
+
+@dataclass
+class Args:
+    run: str
+    """run directory of train_grpo.py"""
+    output: str | None = None
+    """directory for the model and TRL's logs; None: RUN/trl"""
+    iterations: AtLeast1 | None = None
+    """number of iterations; None: the run's"""
+
+
+def optimizer_steps(flags: dict) -> int:
+    """In one iteration."""
+    batch_size = flags["prompts_per_step"] * flags["group_size"]
+    return flags["update_epochs"] * batch_size // (flags["minibatch_size"] or batch_size)
+
+
+def translate(flags: dict, processes: int, prompt_tokens: int, gpu: bool) -> dict:
+    """GRPOConfig's fields. prompt_tokens: the longest prompt's. Ends with one line if a flag has no counterpart."""
+    fields = dict(FIXED)
+    for name, to in TABLE.items():
+        value = flags[name]
+        if isinstance(to, str):
+            fields[to] = value
+        elif value in to:
+            fields |= to[value]
+        else:
+            fail(f"{as_flag(name)} {value}: TRL has no counterpart; start the run without it")
+    if flags["unbiased_kl"] and flags["kl_coef"] and flags["ratio_level"] == "gspo":
+        fail("--unbiased-kl True: TRL has no counterpart with --ratio-level gspo (it weights the KL by that ratio)")
+
+    prompts, batch_size = flags["prompts_per_step"], flags["prompts_per_step"] * flags["group_size"]
+    minibatch_size, steps = flags["minibatch_size"] or batch_size, optimizer_steps(flags)
+    check_minibatch(minibatch_size, flags["group_size"], batch_size)
+    if batch_size % minibatch_size:
+        fail(f"--minibatch-size {minibatch_size}: TRL has no counterpart; it must divide {batch_size} completions")
+    if prompts % processes:
+        fail(f"--prompts-per-step {prompts}: not a multiple of the {processes} processes; change --num_processes")
+    if minibatch_size % processes:
+        fail(f"--minibatch-size {minibatch_size}: not a multiple of the {processes} processes; change --num_processes")
+    rows = minibatch_size // processes  # of one optimizer step, on one device
+    fitting = flags["micro_batch_tokens"] // (prompt_tokens + flags["max_new_tokens"])
+    device_rows = max(size for size in range(1, rows + 1) if rows % size == 0 and size <= max(1, fitting))
+    fields |= {
+        "max_steps": flags["iterations"] * steps,
+        "steps_per_generation": batch_size // processes // device_rows,
+        "gradient_accumulation_steps": rows // device_rows,
+        "per_device_train_batch_size": device_rows,
+        "logging_steps": steps,  # once an iteration
+        "bf16": flags["dtype"] == "bfloat16" or (flags["dtype"] == "auto" and gpu),
+        "use_cpu": not gpu,
+        "save_strategy": "steps" if flags["save_every"] else "no",
+        "save_steps": max(1, flags["save_every"]) * steps,
+        "save_total_limit": flags["keep_checkpoints"] or None,
+    }
+    return fields
+
+
+# ---- Prompts and rewards --------------------------------------------------------------------------------------------
+
+
+def trl_prompts(tokenizer, problems: list, system_prompt: str) -> list:
+    """The prompts as TRL takes them: messages, or texts for a model without a chat template. Ends with one line if TRL
+    would make other token ids of one than train_grpo.py did."""
+    turns = chat_turns(tokenizer, [problem.messages or problem.question for problem in problems], system_prompt)
+    chat = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    prompts = []
+    for problem, messages in zip(problems, turns, strict=True):
+        if tokenizer.chat_template:
+            prompts.append(messages)
+            ids = tokenizer.apply_chat_template(messages, **chat)["input_ids"]
+        else:
+            prompts.append("\n\n".join(message["content"] for message in messages))
+            ids = tokenizer(text=prompts[-1])["input_ids"]
+        if list(ids) != list(problem.prompt_ids):
+            fail(f"problem {problem.id!r}: TRL's token ids of its prompt differ from ours, so TRL can't repeat the run")
+    return prompts
+
+
+class Scores:
+    """Our rewards as TRL's reward functions, one for each, so that TRL logs them by name. They are computed once a
+    batch, by score_completions. A process has whole groups."""
+
+    def __init__(self, args: train_grpo.Args, tokenizer, problems: list, stops: list[int], device, dtype):
+        self.args, self.tokenizer, self.problems, self.stops, self.device = args, tokenizer, problems, stops, device
+        self.verify = Verifier(args.rewards, device, dtype)
+        self.steps = optimizer_steps(to_flat(args))
+        self.count, self.scored, self.components = 0, None, {}  # count: completions scored by this process
+        weights = reward_weights(args.rewards, args.rewards.length_reward_start)
+        used = {name: weight for name, weight in weights.items() if weight or name == "accuracy"}
+        if args.rewards.reward_model is None:
+            del used["model"]
+        self.weights, self.functions = list(used.values()), [self.function(name) for name in used]
+
+    def function(self, name: str):
+        def reward(completion_ids, problem, trainer_state, **_) -> list[float]:
+            if self.scored is not completion_ids:  # the first of the functions for this batch
+                self.scored, self.components = completion_ids, self.score(completion_ids, problem)
+            iteration = trainer_state.global_step // self.steps
+            counts = reward_weights(self.args.rewards, iteration)[name] > 0  # no length reward before its start
+            return (self.components[name] * counts).flatten().tolist()
+
+        reward.__name__ = name
+        return reward
+
+    def score(self, completion_ids: list[list[int]], indices: list[int]) -> dict:
+        """Each reward by name, (P, G). indices: each completion's problem."""
+        G, limit = self.args.group_size, self.args.max_new_tokens
+        batch = [self.problems[index] for index in indices[::G]]
+        rollout = common.make_rollout([problem.prompt_ids for problem in batch], completion_ids, G, self.device)
+        rollout.finished = torch.tensor([ids[-1] in self.stops for ids in completion_ids])
+        self.count += len(completion_ids)
+        texts = decode(self.tokenizer, rollout)
+        return score_completions(texts, batch, rollout, self.args.rewards, limit, self.verify)
+
+
+# ---- The run --------------------------------------------------------------------------------------------------------
+
+
+def prepare(flags: Args, processes: int, gpu: bool):
+    """The run's arguments, GRPOConfig's fields, tokenizer, problems, prompts, the order of all draws. Every check of
+    the input is here; no model has been loaded."""
+    args = read_run(train_grpo.Args, flags.run, "train_grpo.py")
+    args = replace(args, iterations=flags.iterations or args.iterations)
+    if args.iterations == 0:
+        fail(f"--run {flags.run}: has 0 iterations; give --iterations")
+    output = Path(flags.output or Path(flags.run) / "trl")
+    check_folder("--output", str(output))
+    if output.exists():
+        fail(f"--output {output}: exists; remove it, or name another directory")
+    try:
+        installed = importlib.metadata.version("trl")
+    except importlib.metadata.PackageNotFoundError:
+        installed = "none"
+    if installed != VERSION:
+        fail(f"TRL {VERSION} is needed, installed is {installed}: pip install trl=={VERSION}")
+    if gpu and processes == 1 and torch.cuda.device_count() > 1:
+        fail("several GPUs, one process: use accelerate launch --num_processes N, or set CUDA_VISIBLE_DEVICES=0")
+    translate(to_flat(args), processes, 1, gpu)  # the flags alone, before the problems are read
+    check_rewards(args.rewards, args.max_new_tokens, args.model)
+    tokenizer, config = common.load_tokenizer(args.model), common.load_config(args.model)
+    problems = load_train_problems(args.problems, args.setup.eval_data)
+    problems = encode_problems(tokenizer, problems, args.setup.system_prompt, config, args.max_new_tokens)
+    prompts = trl_prompts(tokenizer, problems, args.setup.system_prompt)
+    fields = translate(to_flat(args), processes, max(len(problem.prompt_ids) for problem in problems), gpu)
+    draws = args.iterations * args.prompts_per_step
+    sampler = ProblemSampler(problems, args.sampling.problem_sampling, args.seed, total_draws=draws)
+    order = []
+    for _ in range(args.iterations):
+        sampler.draw(args.prompts_per_step)
+        order += sampler.last_draw
+    return args, fields | {"output_dir": str(output)}, tokenizer, problems, prompts, order
+
+
+def main(flags: Args) -> None:
+    processes, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+    said = io.StringIO() if rank else sys.stderr  # every process makes the same checks, the first one speaks
+    try:
+        with contextlib.redirect_stderr(said):
+            args, fields, tokenizer, problems, prompts, order = prepare(flags, processes, gpu)
+    except SystemExit:
+        if rank:  # a process that ends takes the others with it: wait until the first one has spoken
+            time.sleep(30)
+            print(said.getvalue(), end="", file=sys.stderr)
+        raise
+
+    from datasets import Dataset  # seconds of imports: after the checks
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Trainer(GRPOTrainer):
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            """Ours: it rises by iteration, and its first step is not 0."""
+            steps, warmup = optimizer_steps(to_flat(args)), max(1, args.optimization.warmup_iterations)
+            rise = torch.optim.lr_scheduler.LambdaLR
+            self.lr_scheduler = rise(optimizer or self.optimizer, lambda step: min(1.0, (step // steps + 1) / warmup))
+            return self.lr_scheduler
+
+    config = GRPOConfig(**fields)  # before the model: FSDP and DeepSpeed want to know of it
+    model = AutoModelForCausalLM.from_pretrained(
+        common.resolve_model(args.model), dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    )
+    named = model.generation_config.eos_token_id  # as in common.load_policy: nothing but where to stop
+    stops = sorted({*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None})
+    model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=model.config.pad_token_id)
+    dtype = common.resolve_dtype(args.setup.dtype, config.device)
+    scores = Scores(args, tokenizer, problems, stops, config.device, dtype)
+    config.reward_weights = scores.weights
+    rows = Dataset.from_list([{"prompt": prompts[index], "problem": index} for index in order])
+    trainer = Trainer(model, scores.functions, args=config, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    final = Path(config.output_dir) / "final"
+    trainer.save_model(str(final))
+    counts = trainer.accelerator.gather(torch.tensor([scores.count], device=config.device)).tolist()
+    if trainer.accelerator.is_main_process:
+        print(f"\ncompletions: {sum(counts)} ({' + '.join(map(str, counts))})\nmodel: {final}")
+        print(f"curves: tensorboard --logdir {config.output_dir}\ncompare: {comparison(flags.run, args, final)}")
+    trainer.accelerator.end_training()
+
+
+def comparison(run: str, args: train_grpo.Args, final: Path) -> str:
+    """The command that evaluates the start model, ours if the run got that far, and TRL's."""
+    ours, source = Path(run) / "final", args.setup.eval_data or args.problems
+    stages = [f"start={args.model}", f"ours={ours}" if ours.exists() else "", f"trl={final}"]
+    words = ["python", "evaluate.py", "--stages", *filter(None, stages), "--problems", source]
+    words += ["--split", "all"] if args.setup.eval_data and is_file(source) else []
+    words += ["--max-new-tokens", str(args.max_new_tokens), "--format-style", args.rewards.format_style]
+    default = args.setup.system_prompt == SYSTEM_PROMPT
+    return shlex.join(words + ([] if default else ["--system-prompt", args.setup.system_prompt]))
+
+
+if __name__ == "__main__":
+    flags = tyro.cli(Args)
+    check_ranges(flags)
+    main(flags)
