@@ -287,8 +287,10 @@ def main(flags: Args) -> None:
     trainer = Trainer(model, scores.functions, args=config, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
     final = Path(config.output_dir) / "final"
-    trainer.save_model(str(final))
     counts = trainer.accelerator.gather(torch.tensor([scores.count], device=config.device)).tolist()
+    trainer.save_model(str(final))
+    # Else a CPU process can hang at its end: torch 2.13's gloo thread needs the GIL to drop the gathered tensor.
+    trainer.accelerator.wait_for_everyone()
     if trainer.accelerator.is_main_process:
         print(f"\ncompletions: {sum(counts)} ({' + '.join(map(str, counts))})\nmodel: {final}")
         print(f"curves: tensorboard --logdir {config.output_dir}\ncompare: {comparison(flags.run, args, final)}")
