@@ -1,7 +1,7 @@
 """One whole GRPO step, sampling to optimizer, against TRL's GRPOTrainer: same model, prompts, group size, length limit
 and one optimizer step in float32, each in a process of its own. Seconds are the median of the steps after the first.
 
-    pip install trl==1.16.0                              # for this benchmark only
+    pip install -r requirements-dev.txt
     python benchmarks/training_step.py --model DIR --problems gsm8k/train.jsonl
 
 TRL runs as it comes but for its precision: its default is mixed bfloat16. It comes with gradient checkpointing, which

@@ -18,7 +18,7 @@ from conftest import EMBEDDED, few_problems, quick, refusal, run, scalars, slow,
 import common
 import train_grpo
 from data import decode, encode_problems, load_problems
-from plumbing.flags import from_flat, to_flat
+from plumbing.flags import as_flag, from_flat, to_flat
 from recipes import trl_grpo
 from rewards import score_completions
 
@@ -42,6 +42,12 @@ def test_every_flag_is_translated_or_said_not_to_be():
     places = [set(trl_grpo.TABLE), set(trl_grpo.COMPUTED), trl_grpo.OUR_CODE, trl_grpo.IGNORED]
     assert set().union(*places) == set(DEFAULTS)
     assert sum(map(len, places)) == len(DEFAULTS)
+
+
+def test_the_page_has_every_flag_of_the_table():
+    page = Path("docs/scaling-out.md").read_text()
+    for name in (*trl_grpo.TABLE, *trl_grpo.COMPUTED, "max_bad_updates"):
+        assert f"`{as_flag(name)}" in page, name
 
 
 @pytest.mark.parametrize("processes", [1, 2, 8])
