@@ -55,6 +55,7 @@ def resolve_device(device: str) -> torch.device:
             torch.cuda.set_device(resolved)  # streams and graphs are the current device's
         if resolved.type == "cuda":
             torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every new shape, which every batch brings
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums in fp32, as on a CPU
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {device}: not usable on this machine ({reason(error)}); try --device auto")
     print(f"device: {resolved}")
@@ -410,7 +411,10 @@ def pack_rows(model: PreTrainedModel, rollout: Rollout, rows: list[int]) -> Pack
     return kind([rollout.prompt_ids[p] for p in prompts], rollout.completion_ids[rows, : mask.shape[1]], mask, group)
 
 
-LOGITS_AT_ONCE = 2**25  # fp32 elements: 128 MB
+def logits_at_once(device: torch.device) -> int:
+    """fp32 elements: 128 MB; 512 on a GPU, where reading and writing the head's gradient for each slice would cost more
+    than the products."""
+    return 2**27 if device.type == "cuda" else 2**25
 
 
 @torch.no_grad()
@@ -430,9 +434,17 @@ def has_plain_head(model: PreTrainedModel) -> bool:
 
 
 def slices(hidden: Tensor, weight: Tensor | None) -> list[slice]:
-    """Slices of the rows, each with at most LOGITS_AT_ONCE logits."""
-    size = max(1, LOGITS_AT_ONCE // (hidden.shape[1] if weight is None else len(weight)))
+    """Slices of the rows, each with at most logits_at_once() logits."""
+    size = max(1, logits_at_once(hidden.device) // (hidden.shape[1] if weight is None else len(weight)))
     return [slice(start, start + size) for start in range(0, len(hidden), size)]
+
+
+def scaled_logits(hidden: Tensor, weight: Tensor | None, temperature: float) -> Tensor:
+    """In fp32, a tensor of its own, which may be changed in place."""
+    if weight is None:
+        return hidden.float() / temperature
+    logits = (hidden @ weight.T).float()
+    return logits if temperature == 1 else logits.div_(temperature)
 
 
 class HeadLogprobs(torch.autograd.Function):
@@ -444,7 +456,7 @@ class HeadLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, temperature):
         logprobs, entropy, normalizers = (torch.empty(len(hidden), device=hidden.device) for _ in range(3))
         for rows in slices(hidden, weight):
-            logits = (hidden[rows] if weight is None else hidden[rows] @ weight.T).float() / temperature
+            logits = scaled_logits(hidden[rows], weight, temperature)
             normalizers[rows] = logits.logsumexp(-1)
             logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - normalizers[rows]
             logits -= normalizers[rows, None]
@@ -463,7 +475,7 @@ class HeadLogprobs(torch.autograd.Function):
         trains_head = ctx.needs_input_grad[1]  # False without a weight, or if the head is frozen
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if trains_head else None
         for rows in slices(hidden, weight):
-            logits = (hidden[rows] if weight is None else hidden[rows] @ weight.T).float() / ctx.temperature
+            logits = scaled_logits(hidden[rows], weight, ctx.temperature)
             log_softmax = logits.sub_(normalizers[rows, None])
             # d logprob / d logits = (one at the target) - softmax
             # d entropy / d logits = - softmax * (log softmax + entropy)
@@ -606,9 +618,9 @@ class Masters:
     @torch.no_grad()
     def step(self, closure=None):
         super().step(closure)
-        for weight, master in zip(self.weights, self.masters, strict=True):
-            if master is not weight:
-                weight.copy_(master)  # in place: the sampler reads the same tensors
+        pairs = [pair for pair in zip(self.weights, self.masters, strict=True) if pair[0] is not pair[1]]
+        if pairs:
+            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))  # in place: the sampler reads the same tensors
 
     def state_dict(self) -> dict:
         copies = [] if all(w.dtype == torch.float32 for w in self.weights) else self.masters  # the weights say the same

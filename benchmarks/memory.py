@@ -163,7 +163,8 @@ def memory_needs(case: Case) -> dict[str, float]:
     layer = tokens * (item * (4 * width + 2 * queries + 3 * keys + 4 * hidden) + 8 * hidden)
     kept = layers * tokens * hidden * item + layer if args.optimization.gradient_checkpointing else layers * layer
     scores = 3 * 4 * tokens * heads * row if case.cpu else 0  # of one layer; a GPU's kernel keeps none
-    head = 3 * 4 * min(tokens * config.vocab_size, common.LOGITS_AT_ONCE) + 4 * config.vocab_size * hidden
+    at_once = common.logits_at_once(torch.device("cpu" if case.cpu else "cuda"))
+    head = 3 * 4 * min(tokens * config.vocab_size, at_once) + 4 * config.vocab_size * hidden
     sampling = 0.0
     if script != "train_rm":  # SFT and DPO sample in their evaluations, one completion of a prompt
         rows = P * G if script in RL else P

@@ -89,7 +89,7 @@ train_sft.py test_faults.py test_runs.py
 common.py test_sampling.py test_logprobs.py test_grpo.py test_runs.py
     EOS left out of the mask: = tokens, logprobs, <<~ended=>~(ended | torch.isin(tokens, eos))>>
     temperature missing in the sampler: scaled = <<logits if temperature == 1 else logits / temperature=>logits>>
-    temperature missing in the logprobs: @ weight.T).float()<< / temperature=>>>
+    temperature missing in the logprobs: else logits<<.div_(temperature)=>>>
     a row's draws depend on the others: uniforms[<<rows=>: len(rows)>>, step]
     a block of probability 0 is drawn: torch.searchsorted(ends, target<<, right=True=>>>)
     a token of probability 0 is drawn: inside[:, -1:])<<, right=True=>>>)
@@ -106,13 +106,13 @@ common.py test_sampling.py test_logprobs.py test_grpo.py test_runs.py
     dropout stays on: return model.to(device).<<eval=>train>>()
     masters not saved: {"masters": <<copies=>[]>>}
     only the last micro-batch counts: else <<master.grad.add_(gradient)=>gradient.float()>>
-    weights stay behind their masters: <<weight.copy_(master)=>pass>>
+    weights stay behind their masters: <<torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))=>pass>>
 plumbing/engine.py test_logprobs.py test_sampling.py
-    predictor off by one: torch.arange(len(flat)<< - 1, self.ids.numel() - 1=>, self.ids.numel()>>,
+    predictor off by one: torch.arange(len(flat)<< - 1, ids.numel() - 1=>, ids.numel()>>)
     padded predictor off by one: starts[row] + column<< - 1=>>>
-    completions begin at position 0: self.prompt_mask.nonzero()[:, 1], <<lengths[group][row] + =>>>column
+    completions begin at position 0: prompt_mask.nonzero()[:, 1], <<lengths[group][row] + =>>>column
     a token sees the next one: .triu(<<1=>2>>)
-    padding of a prompt is seen: .masked_fill(~self.prompt_mask, <<-torch.inf=>0.0>>)
+    padding of a prompt is seen: .masked_fill(~prompt_mask, <<-torch.inf=>0.0>>)
     decoding one position late: self.compute(tokens, self.lengths + self.done<< - 1=>>>)
     plain decoding one position late: (self.lengths + self.done<<=>+ 1>>)[:, None]
     rows that stay lose their lengths: = self.group[rows], self.lengths[<<rows=>: len(rows)>>], self.bias[rows]

@@ -96,36 +96,40 @@ class PackedGroups:
     """
 
     def __init__(self, prompts: list[list[int]], completions: Tensor, mask: Tensor, group: Tensor):
-        device = completions.device
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        self.cache = None
-        self.prompt_mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]  # (P, L)
-        flat = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-        self.ids = torch.cat([flat, completions[mask]])[None]  # (1, N)
+        self.cache, device = None, completions.device
+        # all indices are made on the CPU: on a GPU nearly each of these lines would wait for it
+        completions, mask, group = completions.cpu(), mask.cpu(), group.cpu()
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        prompt_mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (P, L)
+        flat = torch.tensor([token for prompt in prompts for token in prompt])
+        ids = torch.cat([flat, completions[mask]])[None]  # (1, N)
         row, column = mask.nonzero(as_tuple=True)  # of each completion token
-        self.positions = torch.cat([self.prompt_mask.nonzero()[:, 1], lengths[group][row] + column])[None]
+        positions = torch.cat([prompt_mask.nonzero()[:, 1], lengths[group][row] + column])[None]
         # where in the one row each token of the padded prompts stands
-        self.prompt_at = (self.prompt_mask.flatten().cumsum(0) - 1).view_as(self.prompt_mask).clamp(min=0)
-        # which token predicts each completion token, and where the rows end
-        self.prompt_ends = lengths.cumsum(0) - 1  # (P,)
-        before = torch.arange(len(flat) - 1, self.ids.numel() - 1, device=device)
-        self.predictor = torch.where(column == 0, self.prompt_ends[group][row], before)
-        self.ends = len(flat) + mask.sum(1).cumsum(0) - 1  # (R,)
+        prompt_at = (prompt_mask.flatten().cumsum(0) - 1).view_as(prompt_mask).clamp(min=0)
+        # which token predicts each completion token, and where the prompts and the rows end
+        prompt_ends = lengths.cumsum(0) - 1  # (P,)
+        before = torch.arange(len(flat) - 1, ids.numel() - 1)
+        predictor = torch.where(column == 0, prompt_ends[group][row], before)
+        ends = len(flat) + mask.sum(1).cumsum(0) - 1  # (R,)
 
         # The shorter and the longer half of the rows are padded apart, each to its own longest row. For each half:
         # query indices, key indices, and the causal bias.
-        prompt_bias = torch.zeros(self.prompt_mask.shape, device=device).masked_fill(~self.prompt_mask, -torch.inf)
-        completion_at = (len(flat) + mask.flatten().cumsum(0) - 1).view_as(mask).clamp(max=self.ids.numel() - 1)
-        self.parts, place, done = [], torch.zeros_like(completion_at), self.prompt_mask.numel()
+        prompt_bias = torch.zeros(prompt_mask.shape).masked_fill(~prompt_mask, -torch.inf)
+        completion_at = (len(flat) + mask.flatten().cumsum(0) - 1).view_as(mask).clamp(max=ids.numel() - 1)
+        self.parts, place, done = [], torch.zeros_like(completion_at), prompt_mask.numel()
         for rows in mask.sum(1).argsort(stable=True).tensor_split(2):
             if len(rows):
                 T = int(mask[rows].sum(1).max())
-                at, bias = completion_at[rows, :T], (prompt_bias[group[rows], None], causal_bias(T, device)[None])
+                at, bias = completion_at[rows, :T], (prompt_bias[group[rows], None].to(device), causal_bias(T, device))
                 bias = torch.cat([part.expand(len(rows), T, -1) for part in bias], 2)  # (R / 2, T, L + T)
-                self.parts.append((at, torch.cat([self.prompt_at[group[rows]], at], 1), bias))
-                place[rows, :T] = torch.arange(done, done := done + at.numel(), device=device).view_as(at)
+                self.parts.append((at.to(device), torch.cat([prompt_at[group[rows]], at], 1).to(device), bias))
+                place[rows, :T] = torch.arange(done, done := done + at.numel()).view_as(at)
         # where in the outputs, prompts and then the halves, each of the N tokens stands
-        self.source = torch.cat([self.prompt_mask.flatten().nonzero()[:, 0], place[mask]])
+        source = torch.cat([prompt_mask.flatten().nonzero()[:, 0], place[mask]])
+        self.ids, self.positions, self.prompt_at = ids.to(device), positions.to(device), prompt_at.to(device)
+        self.predictor, self.prompt_ends, self.ends = predictor.to(device), prompt_ends.to(device), ends.to(device)
+        self.source = source.to(device)
 
     def logits(self, model: nn.Module) -> Tensor:
         return self.run(model, logits_to_keep=self.predictor)
@@ -279,7 +283,7 @@ class GroupDecoder:
         packed = PackedGroups(self.prompts, none, none.bool(), none[:, 0])
         packed.cache = []  # attend() puts the layers' keys and values there
         logits = packed.run(self.model, logits_to_keep=packed.prompt_ends)[self.group]
-        pad = (0, 0, 0, self.width - packed.prompt_mask.shape[1])
+        pad = (0, 0, 0, self.width - packed.prompt_at.shape[1])
         layers = [[nn.functional.pad(t.transpose(1, 2), pad).contiguous() for t in pair] for pair in packed.cache]
         self.prompt_keys, self.prompt_values = zip(*layers, strict=True)
         if self.keys is None:

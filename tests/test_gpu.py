@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import EMBEDDED, run, small
+from conftest import EMBEDDED, make_model, run, small
 
 import common
 import train_grpo
@@ -45,6 +45,9 @@ def test_a_run_learns(tmp_path):
 
 def test_the_graph_equals_the_plain_path_and_sees_new_weights(monkeypatch):
     """Two batches of one shape, the second through the first one's graphs, with weights that changed in place."""
+    captures = []
+    capture = GraphDecoder.capture
+    monkeypatch.setattr(GraphDecoder, "capture", lambda self, R: captures.append(R) or capture(self, R))
     tokenizer = common.load_tokenizer(EMBEDDED)
     policy = common.load_policy(EMBEDDED, "cuda")
     torch.set_float32_matmul_precision("highest")
@@ -61,20 +64,23 @@ def test_the_graph_equals_the_plain_path_and_sees_new_weights(monkeypatch):
         with torch.no_grad():
             for parameter in policy.parameters():
                 parameter.mul_(1.02)
-    assert policy.graph_decoder["graphs"]
+    assert len(captures) == len(set(captures)) == len(policy.graph_decoder["graphs"])  # none twice
 
 
-def test_packed_gradients_are_the_padded_ones(monkeypatch):
-    """The GPU's attention (fused, with a mask) against the slow path, in float32."""
-    tokenizer = common.load_tokenizer(EMBEDDED)
-    policy = common.load_policy(EMBEDDED, "cuda")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_packed_gradients_are_the_padded_ones(family, dtype):
+    """The GPU's attention (fused, with a mask, grouped heads) against the slow path."""
+    policy = make_model(family).to("cuda", getattr(torch, dtype))
     torch.set_float32_matmul_precision("highest")
-    prompts = encode_prompts(tokenizer, [p.question for p in load_problems("arithmetic", "eval", 8)])
-    rollout = sample_groups(policy, prompts, 4, 40, seed=1)
+    prompts = [[3 + (5 * i + j) % 20 for j in range(4 + i)] for i in range(8)]
+    rollout = sample_groups(policy, prompts, 4, 24, seed=1, eos_token_ids=1)
     gradients = []
+    assert takes_groups(policy)
     for packed in (True, False):
         policy.takes_groups = packed
         policy.zero_grad()
         completion_logprobs(policy, rollout, list(range(32)))[0].sum().backward()
-        gradients.append([p.grad.clone() for p in policy.parameters()])
-    assert all(torch.allclose(a, b, atol=1e-3, rtol=1e-3) for a, b in zip(*gradients, strict=True))
+        gradients.append(torch.cat([p.grad.float().flatten() for p in policy.parameters()]))
+    limit = 1e-3 if dtype == "float32" else 0.05
+    assert (gradients[0] - gradients[1]).norm() < limit * gradients[1].norm()
