@@ -21,6 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 BLOCK = 16  # completion tokens by which a decoder's buffers grow
+PREFILL_TOKENS = 2**15  # of the prompts that are computed at once
 
 
 # ---- Attention -----------------------------------------------------------------------------------------------------
@@ -278,14 +279,12 @@ class GroupDecoder:
 
     def prefill(self) -> Tensor:
         """Logits (B, V) of the first tokens; fills the prompts' keys and values, of each layer (P, KVH, L, D)."""
-        device = self.model.device
-        none = torch.zeros(0, 1, dtype=torch.long, device=device)  # no completions yet
-        packed = PackedGroups(self.prompts, none, none.bool(), none[:, 0])
-        packed.cache = []  # attend() puts the layers' keys and values there
-        logits = packed.run(self.model, logits_to_keep=packed.prompt_ends)[self.group]
-        pad = (0, 0, 0, self.width - packed.prompt_at.shape[1])
-        layers = [[nn.functional.pad(t.transpose(1, 2), pad).contiguous() for t in pair] for pair in packed.cache]
-        self.prompt_keys, self.prompt_values = zip(*layers, strict=True)
+        device, size = self.model.device, max(1, PREFILL_TOKENS // self.width)
+        slices = [self.prefill_slice(self.prompts[i : i + size]) for i in range(0, len(self.prompts), size)]
+        logits = torch.cat([logits for logits, _ in slices])[self.group]
+        layers = zip(*(layers for _, layers in slices), strict=True)  # each layer's (keys, values) of all slices
+        join = [[t[0] if len(t) == 1 else torch.cat(t) for t in zip(*pairs, strict=True)] for pairs in layers]
+        self.prompt_keys, self.prompt_values = zip(*join, strict=True)
         if self.keys is None:
             _, KVH, _, D = self.prompt_keys[0].shape
             shape = len(self.group), KVH, self.capacity, D
@@ -295,6 +294,15 @@ class GroupDecoder:
         self.column = torch.zeros(1, dtype=torch.long, device=device)  # where a step's keys and values go
         self.slot, self.rows = self.place_rows(self.group.bincount().max())
         return logits
+
+    def prefill_slice(self, prompts: list[list[int]]) -> tuple[Tensor, list[list[Tensor]]]:
+        """The last tokens' logits (P, V), and each layer's keys and values."""
+        none = torch.zeros(0, 1, dtype=torch.long, device=self.model.device)  # no completions yet
+        packed = PackedGroups(prompts, none, none.bool(), none[:, 0])
+        packed.cache = []  # attend() puts the layers' keys and values there
+        logits = packed.run(self.model, logits_to_keep=packed.prompt_ends)
+        pad = (0, 0, 0, self.width - packed.prompt_at.shape[1])
+        return logits, [[nn.functional.pad(t.transpose(1, 2), pad).contiguous() for t in pair] for pair in packed.cache]
 
     def place_rows(self, G: int) -> tuple[Tensor, Tensor]:
         """Each row's slot in (P, G), for the products with the prompts; and the row in each slot, (P * G,), any row

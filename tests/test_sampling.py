@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 import common
 from common import completion_logprobs, join_groups, load_policy, make_rollout, sample_groups, sample_tokens
 from data import decode
+from plumbing import engine
 from plumbing.engine import BLOCK, GraphDecoder, GroupDecoder, PlainDecoder, takes_groups
 
 
@@ -205,6 +206,16 @@ def test_a_row_draws_the_same_whoever_else_is_in_the_batch():
     for row in range(8):
         n = together.lengths[row]
         assert torch.equal(together.completion_ids[row, :n], never.completion_ids[row, :n])
+
+
+def test_prompts_computed_in_slices_are_the_same(monkeypatch):
+    """Pins: a slice's keys padded to its own width, or given to other groups."""
+    model, prompts = make_model("qwen2"), ragged_prompts()
+    whole = sample_groups(model, prompts, 4, 12, seed=2)
+    monkeypatch.setattr(engine, "PREFILL_TOKENS", max(map(len, prompts)))  # one prompt at a time
+    slices = sample_groups(model, prompts, 4, 12, seed=2)
+    assert torch.equal(whole.completion_ids, slices.completion_ids)
+    assert torch.allclose(whole.sampler_logprobs, slices.sampler_logprobs, atol=1e-4)
 
 
 def test_seeds():
