@@ -128,6 +128,11 @@ def demonstrations_from(records: list[dict], keep: str) -> list[Demonstration]:
 EMPTY_THINKING = "<think>\n\n</think>\n\n"
 
 
+def in_mode(problem: Problem, mode: str | None) -> Problem:
+    question, messages = add_mode(problem.question, problem.messages, mode)
+    return replace(problem, question=question, messages=messages)
+
+
 def fuse_modes(records: list[dict], keep: str = "correct") -> list[Demonstration]:
     """Demonstrations of both thinking modes (Qwen3, arXiv:2505.09388, section 4.3) from samples with thinking: the
     sample as it is, and the sample with an empty think block."""
@@ -373,6 +378,8 @@ class Args:
     two right completions | a right and a wrong answer, to train a --verifier-model"""
     limit: AtLeast1 | None = None
     """at most this many problems, a random choice"""
+    mode: Literal["think", "no_think"] | None = None
+    """end every problem's question with this thinking mode's flag, to train a fused model in that mode"""
     seed: int = 0
     """random seed"""
 
@@ -386,6 +393,8 @@ def main(args: Args) -> None:
     low, high = (0.01, 0.99) if args.make == "problems" else (0.0, 1.0)
     low = low if args.min_pass_rate is None else args.min_pass_rate
     high = high if args.max_pass_rate is None else args.max_pass_rate
+    if args.mode and args.make != "problems":
+        fail(f"--mode {args.mode}: goes with problems, not with --make {args.make}")
     if args.right_steps and args.make == "problems":
         fail("--right-steps: is about completions: needs --make correct, best, fusion, shorter or verifier")
     if low > high:
@@ -422,7 +431,7 @@ def main(args: Args) -> None:
     print(f"{source}: {len(problems)} of {before} problems kept; dropped: {listed(dropped)}")
     if not problems:
         fail(f"{args.output} is not written: the filters leave nothing")
-    rows = [problem.to_row() for problem in problems]
+    rows = [in_mode(problem, args.mode).to_row() for problem in problems]
     if args.make != "problems":
         kept = {problem.question: problem for problem in problems}
         records = [record for record in records if record["question"] in kept]

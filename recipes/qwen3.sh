@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Qwen3 (arXiv:2505.09388): SFT on samples whose every step is right, RL on few problems (and how few are enough) that
 # are neither always solved nor never, fusion of thinking and not thinking into one model that is told by /think or
-# /no_think, RL on rules and preferences; then what a thinking budget costs. Left out: strong-to-weak distillation
-# (r1.sh has it), general tasks and tools (the embedded models know one task).
+# /no_think, RL on rules and preferences in thinking mode; then what a thinking budget costs. Left out: strong-to-weak
+# distillation (r1.sh has it), general tasks and tools (the embedded models know one task).
 #     PROBLEMS=countdown MODEL=models/tiny-countdown HARDER=countdown:4 LENGTH=120 bash recipes/qwen3.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 MODEL=${MODEL:-models/tiny-arithmetic} PROBLEMS=${PROBLEMS:-arithmetic} HARDER=${HARDER:-arithmetic:7-8}
 OUT=${OUT:-runs/qwen3} COLD_PROBLEMS=${COLD_PROBLEMS:-400} SAMPLED=${SAMPLED:-2000} SAMPLE=${SAMPLE:-}
 LENGTH=${LENGTH:-40} SFT=${SFT:---iterations 50 --warmup-iterations 5} FEW=${FEW:-32 128 512} RL=${RL:---iterations 100}
-RM=${RM:-} FUSION=${FUSION:---iterations 300}
+RM=${RM:-} FUSION=${FUSION:---iterations 600}
 BUDGETS=${BUDGETS:---budgets 1 3 5 7 9 11 13 15 17 19 21}
 GENERAL=${GENERAL:---iterations 40 --kl-coef 0.05} EVALUATE=${EVALUATE:---eval-problems 500 --num-samples 2}
 [ ! -e "$OUT" ] || { echo "error: $OUT exists; remove it, or set OUT to another directory" >&2; exit 2; }
@@ -40,7 +40,10 @@ train fusion sft --model "$(final rl-all)" --data "$OUT/fusion.jsonl" $FUSION
 for mode in think no_think; do sample "$(final fusion)" "$SAMPLED" "$OUT/$mode.jsonl" --modes $mode; done
 cat "$OUT/think.jsonl" "$OUT/no_think.jsonl" >"$OUT/preferences.jsonl"
 python train_rm.py --run-root "$OUT/rm" --model "$(final fusion)" --data "$OUT/preferences.jsonl" $RM
-train general grpo --model "$(final fusion)" --problems "$OUT/all.jsonl" --reward-model "$(final rm)" $GENERAL $QUICK
+python curate.py --problems "$OUT/all.jsonl" --split all --mode think --output "$OUT/general.jsonl"
+python curate.py --problems "$OUT/eval.jsonl" --split all --mode think --output "$OUT/general-eval.jsonl"
+train general grpo --model "$(final fusion)" --problems "$OUT/general.jsonl" --eval-data "$OUT/general-eval.jsonl" \
+    --reward-model "$(final rm)" $GENERAL $QUICK
 
 STAGES="base=$MODEL sft=$(final sft)"
 for few in $FEW all; do STAGES+=" rl-$few=$(final "rl-$few")"; done

@@ -312,6 +312,7 @@ BAD = [
     ({"problems": "P", "near_duplicate": 0}, "--near-duplicate 0.0: must be more than 0"),
     ({"problems": "P", "ngram": 0}, "--ngram 0: must be 1 or more"),
     ({"problems": "P", "limit": 0}, "--limit 0: must be 1 or more"),
+    ({"samples": "S", "make": "fusion", "mode": "think"}, "--mode think: goes with problems, not with --make fusion"),
 ]
 
 
@@ -336,6 +337,15 @@ def make(tmp_path, rows: list[dict], *flags: str) -> list[dict]:
     argv = ["--samples", write(tmp_path / "s.jsonl", rows), "--output", output, *flags]
     curate.main(parse_args(curate.Args, argv))
     return [row for _, row in placed_rows(output)]
+
+
+def test_problems_in_a_thinking_mode(tmp_path):
+    """A fused model is trained on prompts with its flag; the question of a conversation ends its last turn."""
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "b"}]
+    file = write(tmp_path / "p.jsonl", [{"question": q, "answer": "1"} for q in ("a", turns)])
+    curate.main(args(tmp_path, problems=file, split="all", mode="no_think"))
+    plain, conversation = (row["question"] for row in rows(tmp_path))
+    assert plain == "a /no_think" and [turn["content"] for turn in conversation] == ["s", "b /no_think"]
 
 
 def test_pass_rates_are_written(tmp_path):

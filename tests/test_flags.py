@@ -380,7 +380,7 @@ def bad_values(script) -> list[tuple[str, str, str]]:
     cases, tried = [], set()
     for name, (_, hint) in all_fields(script.Args).items():
         flag, kind = as_flag(name), "path"
-        kinds = typing.get_args(hint) if isinstance(hint, UnionType) else [hint]
+        kinds = typing.get_args(hint) if typing.get_origin(hint) in (UnionType, typing.Union) else [hint]
         if typing.get_origin(kinds[0]) is typing.Literal:
             kind, bad = "choice", [("nonsense", "nonsense"), ("", "")]
         elif bool in kinds:
