@@ -1,0 +1,587 @@
+"""Claims about reinforcement learning of language models, tested on the embedded models one by one.
+
+    python benchmarks/claims.py                          # lists them
+    python benchmarks/claims.py format-reward            # one: its runs, its rows
+    python benchmarks/claims.py --every                  # all, some hours; what has been run is kept in runs/claims
+
+A claim is a comparison of two conditions, each run with the same five seeds. The rule was fixed before the first run:
+d is the paired difference of the two, its 95% interval that of Student's t. "holds": the interval excludes 0 in the
+claimed direction. "does not": it excludes 0 in the other direction, or lies within 2 points of 0. Otherwise "not
+visible". If the claim is that the first is as good as the second, "holds" is an interval that does not reach 2 points
+below 0, and "does not" one that lies below 0 and does. Accuracies are of held-out problems, sampled at temperature 1;
+their points are percentage points. A difference with a % is relative to the second condition, and so are its points.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.learning import machine, read_scalars  # noqa: E402
+from data import Problem  # noqa: E402
+from evaluate import diversity, majority_accuracy  # noqa: E402
+from plumbing.evaluation import format_table, pass_at_k, summarize  # noqa: E402
+from plumbing.flags import fail  # noqa: E402
+from plumbing.runs import git_commit  # noqa: E402
+from rewards import language_reward  # noqa: E402
+from tasks.arithmetic import steps_are_right  # noqa: E402
+
+KEPT = ROOT / "runs" / "claims"
+STUDENTS_T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5% quantile, by the number of seeds
+HIGHER, LOWER, EQUAL, DIFFERENT = "higher", "lower", "equal", "different"
+
+
+@dataclass
+class Args:
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """claims to test; none: list them"""
+    every: bool = False
+    """test them all"""
+    seeds: int = 5
+    """2 to 5; fewer make wide intervals"""
+    jobs: int = 2
+    """processes at a time, of one thread each"""
+
+
+# ---- Running ---------------------------------------------------------------------------------------------------------
+
+
+def run_once(command: str, seed: int) -> Path:
+    """The folder of a command's run, from an earlier time if there is one. It has the run directory `run` of a training
+    script, or the file `out.jsonl` of any other command."""
+    script, *flags = command.split()
+    folder = KEPT / f"{Path(script).stem}-{hashlib.sha256(f'{command} {seed}'.encode()).hexdigest()[:10]}"
+    if (folder / "done.json").exists():
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    if script.startswith("models/"):
+        flags = [str(folder / "run" / "final"), *flags]
+    elif script.startswith("train_") or script == "benchmarks/process_reward.py":
+        flags += ["--seed", str(seed), "--run-root", str(folder), "--run-name", "run"]
+    else:
+        flags += ["--seed", str(seed), "--output", str(folder / "out.jsonl")]
+    print(f"seed {seed}: {command}", file=sys.stderr)
+    start, environment = time.perf_counter(), os.environ | {"OMP_NUM_THREADS": "1"}
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.run([sys.executable, script, *flags], cwd=ROOT, stdout=log, stderr=log, env=environment)
+    if process.returncode:
+        raise RuntimeError(f"{command} failed, see {folder / 'log.txt'}")
+    seconds = time.perf_counter() - start
+    done = {"command": command, "seed": seed, "commit": git_commit(ROOT), "seconds": seconds}
+    (folder / "done.json").write_text(json.dumps(done) + "\n")
+    return folder
+
+
+class Runner:
+    """Runs the commands of conditions, several at a time."""
+
+    def __init__(self, seeds: int, jobs: int):
+        self.seeds, self.pool = list(range(1, seeds + 1)), ThreadPoolExecutor(jobs)
+        self.futures: dict[tuple[str, int], Future] = {}
+        self.used: set[Path] = set()
+
+    def __call__(self, **commands: str) -> dict[str, list[Path]]:
+        """By condition: a folder for each seed. {other} in a command is what that condition's run of the same seed
+        made: a model or a file. A name that begins with one_ is run with seed 1 for all. What a command needs stands
+        before it, so that it has begun before it is waited for."""
+        found: dict[str, list[Future]] = {}
+        for name, command in commands.items():
+            needed = {other: found[other] for other in re.findall(r"{(\w+)}", command)}
+            found[name] = []
+            for i, seed in enumerate(self.seeds):
+                seed = 1 if name.startswith("one_") else seed
+                made = {other: futures[i] for other, futures in needed.items()}
+                key = command + repr([(other, id(future)) for other, future in made.items()]), seed
+                if key not in self.futures:
+                    self.futures[key] = self.pool.submit(partial(self.run, command, made, seed))
+                found[name].append(self.futures[key])
+        return {name: [future.result() for future in futures] for name, futures in found.items()}
+
+    def run(self, command: str, made: dict[str, Future], seed: int) -> Path:
+        folder = run_once(command.format(**{other: product(future.result()) for other, future in made.items()}), seed)
+        self.used.add(folder)
+        return folder
+
+
+def product(folder: Path) -> str:
+    """What a run made that another one takes, relative to the repository, so that a cached run has the same name in
+    every checkout."""
+    made = folder / "out.jsonl"
+    return str((made if made.exists() else folder / "run" / "final").relative_to(ROOT))
+
+
+# ---- Figures of a run ------------------------------------------------------------------------------------------------
+
+
+@cache
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    return read_scalars(folder / "run")
+
+
+def last(folders: list[Path], tag: str = "eval/accuracy", over: int = 1) -> list[float]:
+    """The tag's mean over its last values, for each seed."""
+    return [statistics.mean(value for _, value in scalars(folder)[tag][-over:]) for folder in folders]
+
+
+def first(folders: list[Path], tag: str = "eval/accuracy") -> list[float]:
+    return [scalars(folder)[tag][0][1] for folder in folders]
+
+
+@cache
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+
+
+def figure(folders: list[Path], name: str) -> list[float]:
+    """A figure of evaluate.py's samples, for each seed."""
+    return [(summarize(records(folder)) | diversity(records(folder)))[name] for folder in folders]
+
+
+def number(folders: list[Path], name: str) -> list[float]:
+    """A figure of benchmarks/gradients.py, for each seed."""
+    return [records(folder)[0][name] for folder in folders]
+
+
+# ---- The rule --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    what: str  # "figure: first condition, second condition"
+    first: float
+    second: float
+    difference: float
+    low: float
+    high: float
+    relative: bool
+    verdict: str
+
+    def cells(self) -> list:
+        points = [f"{100 * value:+.1f}{'%' * self.relative}" for value in (self.difference, self.low, self.high)]
+        return [self.what, self.first, self.second, points[0], f"{points[1]} to {points[2]}", self.verdict]
+
+
+def judge(low: float, high: float, claimed: str, margin: float = 0.02) -> str:
+    """The rule at the top of this file."""
+    if claimed == LOWER:
+        low, high, claimed = -high, -low, HIGHER
+    if claimed == DIFFERENT:
+        return "holds" if low > 0 or high < 0 else "does not" if -margin <= low and high <= margin else "not visible"
+    if claimed == EQUAL:
+        return "holds" if low >= -margin else "does not" if high < 0 else "not visible"
+    return "holds" if low > 0 else "does not" if high < 0 or (-margin <= low and high <= margin) else "not visible"
+
+
+def compare(what: str, a: list[float], b: list[float], claimed: str, relative: bool = False) -> Row:
+    """a against b, a value for each seed. claimed: what a is said to be, compared with b."""
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    scale = statistics.mean(b) if relative else 1.0
+    mean, spread = statistics.mean(differences) / scale, statistics.stdev(differences) / scale
+    half = STUDENTS_T[len(a)] * spread / len(a) ** 0.5
+    low, high = mean - half, mean + half
+    return Row(what, statistics.mean(a), statistics.mean(b), mean, low, high, relative, judge(low, high, claimed))
+
+
+# ---- The claims ------------------------------------------------------------------------------------------------------
+
+CLAIMS: dict[str, tuple[str, Callable]] = {}
+QUICK = "--eval-every 0 --save-every 0"
+GRPO = f"train_grpo.py --iterations 60 {QUICK}"  # 15,360 completions
+ON_COUNTDOWN = "--problems countdown --max-new-tokens 120"
+COUNTDOWN = f"{GRPO} --model models/tiny-countdown {ON_COUNTDOWN}"
+SAMPLES = "evaluate.py --eval-problems 300 --num-samples 8"
+TRIES = "evaluate.py --split train --eval-problems 2000 --num-samples"  # of training problems
+
+
+def claim(text: str) -> Callable:
+    def register(test: Callable) -> Callable:
+        CLAIMS[test.__name__.replace("_", "-")] = text, test
+        return test
+
+    return register
+
+
+@claim("A baseline reduces the variance of the policy gradient")
+def baseline_variance(runs: Runner) -> list[Row]:
+    at = runs(base="benchmarks/gradients.py")["base"]
+    at_trained = runs(trained=GRPO, later="benchmarks/gradients.py --model {trained}")["later"]
+    return [
+        compare(f"variance {when}: {name}, no baseline", number(f, name), number(f, "none"), LOWER, relative=True)
+        for when, f in (("at the base", at), ("after GRPO", at_trained))
+        for name in ("batch mean", "value", "group")
+    ]
+
+
+@claim("Dividing by the group's standard deviation favours very easy and very hard problems")
+def std_and_difficulty(runs: Runner) -> list[Row]:
+    f = runs(base="benchmarks/gradients.py")["base"]
+    what = "share of the gradient from groups with one right or one wrong: divided, not"
+    return [compare(what, number(f, "extreme, with std"), number(f, "extreme, without"), HIGHER)]
+
+
+@claim("A critic helps over long chains, and suppresses right completions that slipped on the way")
+def critic_on_long_chains(runs: Runner) -> list[Row]:
+    long, samples = f"--problems arithmetic:5-6 --iterations 60 {QUICK}", f"{SAMPLES} --problems arithmetic:5-6"
+    r = runs(
+        ppo=f"train_ppo.py --kl-coef 0 {long}",
+        grpo=f"train_grpo.py --learning-rate 5e-5 --update-epochs 4 --minibatch-size 64 {long}",
+        of_ppo=f"{samples} --model {{ppo}}",
+        of_grpo=f"{samples} --model {{grpo}}",
+    )
+
+    def slipped(folder: Path) -> float:
+        right = [(c["text"], x["question"]) for x in records(folder) for c in x["completions"] if c["correct"]]
+        return statistics.mean(not steps_are_right(text, Problem(question, "")) for text, question in right)
+
+    return [
+        compare("accuracy: PPO, GRPO with its updates", last(r["ppo"]), last(r["grpo"]), HIGHER),
+        compare(
+            "right ones with a wrong step: PPO, GRPO",
+            [*map(slipped, r["of_ppo"])],
+            [*map(slipped, r["of_grpo"])],
+            LOWER,
+        ),
+    ]
+
+
+@claim("The mean over each sequence (GRPO) lengthens wrong completions")
+def sequence_mean_and_length(runs: Runner) -> list[Row]:
+    r = runs(sequence=COUNTDOWN, constant=f"{COUNTDOWN} --loss-norm constant")
+    return [
+        compare(
+            f"{what}: sequence, constant", *(last(r[c], tag, over) for c in ("sequence", "constant")), HIGHER, relative
+        )
+        for what, tag, over, relative in (
+            ("length of wrong ones, last 10 iterations", "rollout/length_wrong", 10, True),
+            ("accuracy", "eval/accuracy", 1, False),
+        )
+    ]
+
+
+@claim("PG, PPO, GRPO and Kimi differ at equal samples")
+def algorithms(runs: Runner) -> list[Row]:
+    r = runs(
+        GRPO=f"{GRPO} --learning-rate 1.5e-4",
+        PG=f"train_pg.py --iterations 60 {QUICK}",
+        PPO=f"train_ppo.py --iterations 60 {QUICK}",
+        Kimi=f"train_kimi.py --iterations 60 {QUICK}",
+    )
+    return [
+        compare(f"accuracy: {name}, GRPO", last(r[name]), last(r["GRPO"]), DIFFERENT) for name in ("PG", "PPO", "Kimi")
+    ]
+
+
+@claim("The format reward is critical")
+def format_reward(runs: Runner) -> list[Row]:
+    r = runs(with_it=GRPO, without=f"{GRPO} --format-weight 0")
+    tags = {"accuracy": "eval/accuracy", "right format": "eval/format"}
+    return [
+        compare(f"{what}: with, without", last(r["with_it"], t), last(r["without"], t), HIGHER)
+        for what, t in tags.items()
+    ]
+
+
+@claim("R1-Zero: accuracy, length and reflection rise together, and the reflection was in the base already")
+def r1_zero(runs: Runner) -> list[Row]:
+    f = runs(zero=COUNTDOWN)["zero"]
+    tags = {"accuracy": "accuracy", "length": "length", "reflection words a completion": "reflection_words"}
+    rows = [
+        compare(f"{what}: after, before", last(f, f"eval/{t}"), first(f, f"eval/{t}"), HIGHER, relative=t != "accuracy")
+        for what, t in tags.items()
+    ]
+    words = first(f, "eval/reflection_words")
+    return [*rows, compare("reflection words a completion: before, none at all", words, [0.0] * len(words), HIGHER)]
+
+
+@claim("A small cold start suffices")
+def small_cold_start(runs: Runner) -> list[Row]:
+    sizes, conditions = (20, 200, 2000), {"zero": GRPO, "samples": f"{TRIES} 4 --model {{zero}}"}
+    sft = "train_sft.py --keep best --iterations 50 --warmup-iterations 5 --eval-every 0 --save-every 0"
+    for n in sizes:
+        conditions[f"sft_{n}"] = f"{sft} --data {{samples}}:{n} --minibatch-size 16"
+        conditions[f"rl_{n}"] = f"{GRPO} --model {{sft_{n}}}"
+    r = runs(**conditions)
+    rows = [
+        compare(f"accuracy after {what}: {n} demonstrations, 2,000", last(r[f"{s}_{n}"]), last(r[f"{s}_2000"]), EQUAL)
+        for s, what in (("sft", "SFT"), ("rl", "SFT and RL"))
+        for n in sizes[:2]
+    ]
+    return [
+        *rows,
+        compare("accuracy after RL: 20 demonstrations before it, none", last(r["rl_20"]), last(r["zero"]), HIGHER),
+    ]
+
+
+@claim("The language reward stops the mixing of languages, and costs accuracy")
+def language_reward_and_mixing(runs: Runner) -> list[Row]:
+    samples = f"{SAMPLES} {ON_COUNTDOWN}"
+    r = runs(
+        plain=COUNTDOWN,
+        english=f"{COUNTDOWN} --language-weight 0.2",
+        of_plain=f"{samples} --model {{plain}}",
+        of_english=f"{samples} --model {{english}}",
+    )
+
+    def mixed(folder: Path) -> float:
+        return statistics.mean(language_reward(c["text"], "en") < 1 for x in records(folder) for c in x["completions"])
+
+    return [
+        compare(
+            "completions with Chinese: with, without",
+            [*map(mixed, r["of_english"])],
+            [*map(mixed, r["of_plain"])],
+            LOWER,
+        ),
+        compare("accuracy: with, without", *(figure(r[c], "accuracy") for c in ("of_english", "of_plain")), LOWER),
+    ]
+
+
+@claim("Rewards for the process are not better than rewards for the outcome (a miniature of R1's PRM)")
+def process_or_outcome(runs: Runner) -> list[Row]:
+    r = runs(outcome=GRPO, process=f"benchmarks/process_reward.py {GRPO.partition(' ')[2]}")
+    return [compare("accuracy: outcome, process", last(r["outcome"]), last(r["process"]), EQUAL)]
+
+
+@claim("RL beats search at equal tokens (a miniature of R1's search)")
+def rl_or_search(runs: Runner) -> list[Row]:
+    r = runs(rl=GRPO, search="evaluate.py --eval-problems 300 --num-samples 51")  # 15,300 completions, as many as RL's
+
+    def likeliest(folder: Path) -> float:
+        return statistics.mean(max(x["completions"], key=lambda c: c["logprob"])["correct"] for x in records(folder))
+
+    def any_right(folder: Path) -> float:
+        return statistics.mean(pass_at_k(51, sum(c["correct"] for c in x["completions"]), 51) for x in records(folder))
+
+    ways = {
+        "majority of 51": lambda folder: majority_accuracy(records(folder)),
+        "likeliest of 51": likeliest,
+        "any of 51 (a perfect judge)": any_right,
+    }
+    tags = {"RL, one sample": "eval/accuracy", "RL, greedy": "eval/accuracy_greedy"}
+    return [
+        compare(f"accuracy: {one}, {other}", last(r["rl"], tag), [*map(way, r["search"])], HIGHER)
+        for one, tag in tags.items()
+        for other, way in ways.items()
+    ]
+
+
+@claim("A small model learns more from a larger one's samples than from RL")
+def distillation_or_rl(runs: Runner) -> list[Row]:
+    taught = (
+        "--data arithmetic-demonstrations --demonstrations 100000 --iterations 1500 --learning-rate 2e-3 --from-scratch"
+    )
+    r = runs(
+        one_tiny="models/make_tiny.py --hidden 64 --layers 2",
+        one_student=f"train_sft.py --model {{one_tiny}} {taught} {QUICK}",
+        teacher=GRPO,
+        samples=f"{TRIES} 4 --model {{teacher}}",
+        distilled=f"train_sft.py --model {{one_student}} --data {{samples}} --keep correct --iterations 200 {QUICK}",
+        rl=f"{GRPO} --model {{one_student}}",
+    )
+    return [compare("accuracy: distilled, by RL", last(r["distilled"]), last(r["rl"]), HIGHER)]
+
+
+@claim("A difficulty filter, a curriculum and prioritized sampling beat problems drawn uniformly")
+def which_problems(runs: Runner) -> list[Row]:
+    grpo = f"{GRPO} --eval-data arithmetic"
+    r = runs(
+        one_tries=f"{TRIES} 8",
+        one_all="curate.py --samples {one_tries} --min-pass-rate 0 --max-pass-rate 1",
+        one_band="curate.py --samples {one_tries}",
+        one_failed="curate.py --samples {one_tries} --min-pass-rate 0 --max-pass-rate 0",
+        uniform=f"{grpo} --problems {{one_all}}",
+        filtered=f"{grpo} --problems {{one_band}}",
+        failed=f"{grpo} --problems {{one_failed}}",
+        curriculum=f"{grpo} --problems {{one_all}} --problem-sampling curriculum",
+        prioritized=f"{grpo} --problems {{one_all}} --problem-sampling prioritized",
+    )
+    names = {
+        "filtered": "neither always nor never solved",
+        "failed": "failed 8 of 8",
+        "curriculum": "curriculum",
+        "prioritized": "prioritized",
+    }
+    return [
+        compare(f"accuracy: {text}, uniform", last(r[name]), last(r["uniform"]), HIGHER) for name, text in names.items()
+    ]
+
+
+@claim("A length reward from the start degenerates; switched on late it shortens at equal accuracy")
+def length_reward(runs: Runner) -> list[Row]:
+    r = runs(
+        never=COUNTDOWN,
+        early=f"{COUNTDOWN} --length-weight 0.5",
+        late=f"{COUNTDOWN} --length-weight 0.5 --length-reward-start 40",
+    )
+    never, early, late = r["never"], r["early"], r["late"]
+    return [
+        compare("accuracy: early, never", last(early), last(never), LOWER),
+        compare("accuracy: late, never", last(late), last(never), EQUAL),
+        compare("length: late, never", last(late, "eval/length"), last(never, "eval/length"), LOWER, relative=True),
+    ]
+
+
+@claim("Few problems suffice for RL")
+def few_problems(runs: Runner) -> list[Row]:
+    r = runs(
+        one_32="curate.py --problems arithmetic --limit 32",
+        one_128="curate.py --problems arithmetic --limit 128",
+        few_32=f"{GRPO} --problems {{one_32}} --eval-data arithmetic",
+        few_128=f"{GRPO} --problems {{one_128}} --eval-data arithmetic",
+        many=GRPO,
+    )
+    return [compare(f"accuracy: {n} problems, 6,000", last(r[f"few_{n}"]), last(r["many"]), EQUAL) for n in (32, 128)]
+
+
+@claim("Accuracy degrades gracefully with the thinking budget, before and after RL")
+def thinking_budget(runs: Runner) -> list[Row]:
+    samples, budgets = "evaluate.py --eval-problems 300 --num-samples 4 --problems arithmetic:4", (1, 5, 9)
+    stages = {"base": "", "rl": " --model {rl}"}
+    conditions = {
+        f"{stage}_{b}": f"{samples}{model} --think-budget {b}" for stage, model in stages.items() for b in budgets
+    }
+    r = runs(rl=GRPO, **conditions)
+    steps = list(zip(budgets[1:], budgets, strict=False))
+    return [
+        compare(
+            f"accuracy, {stage}: at most {more} tokens, {less}",
+            *(figure(r[f"{stage}_{b}"], "accuracy") for b in (more, less)),
+            HIGHER,
+        )
+        for stage in stages
+        for more, less in steps
+    ]
+
+
+@claim("A preference stage after RL costs some accuracy")
+def preference_stage(runs: Runner) -> list[Row]:
+    r = runs(
+        rl=COUNTDOWN,
+        samples=f"{TRIES} 4 --model {{rl}} {ON_COUNTDOWN}",
+        pairs="curate.py --samples {samples} --make shorter",
+        dpo=f"train_dpo.py --model {{rl}} --data {{pairs}} {ON_COUNTDOWN} --iterations 60 {QUICK}",
+    )
+    return [
+        compare("accuracy: after, before DPO for shorter right answers", last(r["dpo"]), first(r["dpo"]), LOWER),
+        compare(
+            "length: after, before", last(r["dpo"], "eval/length"), first(r["dpo"], "eval/length"), LOWER, relative=True
+        ),
+    ]
+
+
+PAIRS = {"samples": f"{TRIES} 8"}  # of the base; right and wrong completions of a problem are its pairs
+DPO = f"train_dpo.py --data {{samples}} --iterations 100 {QUICK}"
+
+
+@claim("DPO: a larger beta stays closer to the reference; means, SimPO and IPO against sums")
+def dpo_variants(runs: Runner) -> list[Row]:
+    flags = {
+        "beta 1": "--beta 1",
+        "beta 0.1": "--beta 0.1",
+        "beta 10": "--beta 10",
+        "means": "--length-normalize",
+        "SimPO": "--loss simpo",
+        "IPO": "--loss ipo",
+    }
+    keys = {name: re.sub(r"\W", "_", name) for name in flags}
+    r = runs(**PAIRS, **{keys[name]: f"{DPO} {more}" for name, more in flags.items()})
+    r = {name: r[key] for name, key in keys.items()}
+    sums, rows = r["beta 1"], []
+    for name in ("beta 0.1", "beta 10"):
+        kl = last(r[name], "eval/kl"), last(sums, "eval/kl")
+        rows.append(
+            compare(f"KL to the reference: {name}, 1", *kl, HIGHER if name == "beta 0.1" else LOWER, relative=True)
+        )
+    for name in list(flags)[1:]:
+        rows.append(compare(f"accuracy: {name}, beta 1 on sums", last(r[name]), last(sums), DIFFERENT))
+        lengths = last(r[name], "eval/length"), last(sums, "eval/length")
+        rows.append(compare(f"length: {name}, beta 1 on sums", *lengths, DIFFERENT, relative=True))
+    for kind in ("chosen", "rejected"):
+        change = (
+            last(sums, f"logps/{kind}", 10),
+            [statistics.mean(v for _, v in scalars(f)[f"logps/{kind}"][:1]) for f in sums],
+        )
+        rows.append(
+            compare(f"log p of {kind} completions: after, before", *change, LOWER if kind == "rejected" else HIGHER)
+        )
+    return rows
+
+
+RM = {**PAIRS, "rm": f"train_rm.py --data {{samples}} {QUICK}"}
+PPO = f"train_ppo.py --reward-model {{rm}} --accuracy-weight 0 --format-weight 0 --iterations 60 {QUICK}"
+
+
+@claim("DPO does as well as PPO on a reward model of the same pairs")
+def dpo_or_ppo(runs: Runner) -> list[Row]:
+    r = runs(**RM, dpo=DPO, ppo=f"{PPO} --kl-coef 0.05")
+    return [compare("accuracy: DPO, PPO", last(r["dpo"]), last(r["ppo"]), EQUAL)]
+
+
+@claim("Optimizing a learned reward without a KL overoptimizes it: the score rises, the accuracy does not")
+def overoptimization(runs: Runner) -> list[Row]:
+    r = runs(**RM, free=f"{PPO} --kl-coef 0", held=f"{PPO} --kl-coef 0.05")
+    score, free = "reward/model", r["free"]
+    return [
+        compare("score without a KL: last 5 iterations, first", last(free, score, 5), first(free, score), HIGHER),
+        compare("accuracy without a KL: after, before", last(free), first(free), LOWER),
+        compare("accuracy: with a KL, without", last(r["held"]), last(free), HIGHER),
+    ]
+
+
+@claim("RL makes the policy less diverse than SFT did")
+def collapse(runs: Runner) -> list[Row]:
+    r = runs(rl=GRPO, of_base=SAMPLES, of_rl=f"{SAMPLES} --model {{rl}}")
+    base, rl = r["of_base"], r["of_rl"]
+    return [
+        compare(
+            "entropy a token: after RL, before", figure(rl, "entropy"), figure(base, "entropy"), LOWER, relative=True
+        ),
+        compare(
+            "distinct of 8: after RL, before", figure(rl, "distinct"), figure(base, "distinct"), LOWER, relative=True
+        ),
+        compare("pass@8: after RL, before", figure(rl, "pass_at_8"), figure(base, "pass_at_8"), LOWER),
+    ]
+
+
+def main(args: Args) -> None:
+    names = list(CLAIMS) if args.every else list(args.names)
+    if unknown := [name for name in names if name not in CLAIMS]:
+        fail(f"{unknown[0]}: no such claim; `python benchmarks/claims.py` lists them")
+    if args.seeds not in STUDENTS_T:
+        fail(f"--seeds {args.seeds}: must be 2 to 5")
+    if not names:
+        width = max(map(len, CLAIMS))
+        print("\n".join(f"{name.ljust(width)}  {text}" for name, (text, _) in CLAIMS.items()))
+        return
+    print(machine(), end="\n\n")
+    runs = Runner(args.seeds, args.jobs)
+    for name in names:
+        start = time.perf_counter()
+        rows = CLAIMS[name][1](runs)
+        header = [name, "first", "second", "difference", "95% interval", "verdict"]
+        print(f"{CLAIMS[name][0]}\n{format_table(header, [row.cells() for row in rows])}")
+        print(f"{(time.perf_counter() - start) / 60:.1f} minutes\n", flush=True)
+    done = [json.loads((folder / "done.json").read_text()) for folder in runs.used]
+    hours, commits = sum(run["seconds"] for run in done) / 3600, sorted({run["commit"][:10] for run in done})
+    print(f"{len(done)} runs, {hours:.1f} hours of one thread, at {', '.join(commits)}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

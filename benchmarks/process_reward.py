@@ -1,0 +1,46 @@
+"""train_grpo.py on arithmetic with a reward for the process instead of the outcome: the share of the running totals in
+the thinking that are right, up to the first wrong one. Evaluations count answers, as ever.
+
+    python benchmarks/process_reward.py --iterations 60          # flags as train_grpo.py's
+"""
+
+import itertools
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import train_grpo  # noqa: E402
+from data import Problem  # noqa: E402
+from plumbing.flags import parse_args  # noqa: E402
+
+
+def process_reward(text: str, problem: Problem) -> float:
+    """right totals before the first wrong one / operations. Totals beyond the last operation make it 0: else a policy
+    could write on."""
+    first, *steps = map(int, re.findall(r"[+-]?[0-9]+", problem.question))
+    totals = [*map(str, itertools.accumulate([first, *steps]))][1:]
+    written = text.removeprefix("<think>").partition("</think>")[0].split()
+    right = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(written, totals, strict=False))
+    return len(list(right)) / len(totals) if len(written) <= len(totals) else 0.0
+
+
+def main() -> None:
+    by_rules = train_grpo.score_completions
+
+    def score_completions(texts, problems, rollout, *rest):
+        components = by_rules(texts, problems, rollout, *rest)
+        G = rollout.group_size
+        process = [process_reward(text, problems[i // G]) for i, text in enumerate(texts)]
+        components["accuracy"] = torch.tensor(process, device=components["accuracy"].device).view(-1, G)
+        return components
+
+    train_grpo.score_completions = score_completions
+    train_grpo.main(parse_args(train_grpo.Args))
+
+
+if __name__ == "__main__":
+    main()
