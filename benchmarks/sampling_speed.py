@@ -41,6 +41,8 @@ class Args:
     dtype: str = "float32"
     device: str = "auto"
     rounds: int = 3
+    profile: bool = False
+    """instead: which operations our sampling spends its time in, at the first length"""
 
 
 def seconds(run, device: torch.device) -> tuple[float, int]:
@@ -100,6 +102,10 @@ def main(args: Args) -> None:
     prompts = encode_prompts(tokenizer, [p.messages or p.question for p in problems])
     stock = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval()
     ours = common.load_policy(args.model, device, dtype, tokenizer.eos_token_id)
+    if args.profile:
+        print(f"{args.model}, {args.dtype}, {args.prompts} x {args.group_size} x {args.lengths[0]}\n{machine()}\n")
+        print(profile(ours, prompts, args.group_size, args.lengths[0]))
+        return
     rows = []
     for limit in args.lengths:
         medians = speeds(ours, stock, prompts, args.group_size, limit, args.rounds)
@@ -113,6 +119,20 @@ def main(args: Args) -> None:
     tokens = f"prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens"
     print(f"{args.model}, {args.dtype}, {tokens}\n{machine()}\n")
     print(format_table(header, rows))
+
+
+def profile(model, prompts: list[list[int]], group_size: int, limit: int) -> str:
+    """A table of operations by the time that they take themselves; the second run's, when all is warm."""
+    common.sample_groups(model, prompts, group_size, limit)
+    with torch.profiler.profile() as profiler:
+        common.sample_groups(model, prompts, group_size, limit, seed=1)
+    cuda = model.device.type == "cuda"
+    times = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in profiler.key_averages()}
+    whole = sum(times.values())
+    calls = {e.key: e.count for e in profiler.key_averages()}
+    largest = sorted(times, key=times.get, reverse=True)[:14]
+    rows = [[name[:60], calls[name], f"{times[name] / 1e6:.2f}", f"{times[name] / whole:.0%}"] for name in largest]
+    return format_table(["operation", "calls", "seconds", "share"], [*rows, ["all", "", f"{whole / 1e6:.2f}", "100%"]])
 
 
 def floor(model, prompts: list[list[int]], group_size: int, limit: int) -> float:

@@ -288,7 +288,8 @@ class GroupDecoder:
         if self.keys is None:
             _, KVH, _, D = self.prompt_keys[0].shape
             shape = len(self.group), KVH, self.capacity, D
-            self.keys, self.values = ([layer.new_zeros(shape) for layer in self.prompt_keys] for _ in range(2))
+            kinds = self.prompt_keys, self.prompt_values
+            self.keys, self.values = ([layer.new_zeros(shape) for layer in layers] for layers in kinds)
         seen = torch.arange(self.width + self.capacity, device=device) < self.lengths[:, None]
         self.bias = torch.zeros(seen.shape, device=device).masked_fill(~seen, -torch.inf)  # (R, L + capacity)
         self.column = torch.zeros(1, dtype=torch.long, device=device)  # where a step's keys and values go
@@ -302,7 +303,9 @@ class GroupDecoder:
         packed.cache = []  # attend() puts the layers' keys and values there
         logits = packed.run(self.model, logits_to_keep=packed.prompt_ends)
         pad = (0, 0, 0, self.width - packed.prompt_at.shape[1])
-        return logits, [[nn.functional.pad(t.transpose(1, 2), pad).contiguous() for t in pair] for pair in packed.cache]
+        # a CPU has no 16-bit product with 32-bit scores: keys are kept in 32 bits, or every step would convert them all
+        cache = packed.cache if logits.is_cuda else [(k.float(), v) for k, v in packed.cache]
+        return logits, [[nn.functional.pad(t.transpose(1, 2), pad).contiguous() for t in pair] for pair in cache]
 
     def place_rows(self, G: int) -> tuple[Tensor, Tensor]:
         """Each row's slot in (P, G), for the products with the prompts; and the row in each slot, (P * G,), any row
