@@ -355,42 +355,34 @@ def add_mode(question: str, messages: tuple | None, mode: str | None) -> tuple[s
 # ---- Prompts and completions as token ids --------------------------------------------------------------------------
 
 
-def chat_turns(tokenizer, prompts: list, system_prompt: str = "") -> list[list[dict]]:
-    """The messages of each prompt as the chat template takes them.
+def encode_prompts(tokenizer, prompts: list, system_prompt: str = "") -> list[list[int]]:
+    """Token ids of each prompt as chat turns, up to the point where the assistant's text begins.
 
-    prompts: texts (one user turn) or tuples of (role, content). A prompt with a system turn keeps its own. A template
-    that refuses a system turn (Gemma's) gets the system prompt at the head of the user's turn.
+    prompts: texts (one user turn) or tuples of (role, content). A prompt with a system turn keeps its own. Without a
+    chat template the prompt is the bare text. A template that refuses a system turn (Gemma's) gets the system prompt at
+    the head of the user's turn.
     """
     turns = [as_dicts((("user", prompt),) if isinstance(prompt, str) else prompt) for prompt in prompts]
     if not tokenizer.chat_template:
-        return turns
+        return [tokenizer("\n\n".join(message["content"] for message in messages)).input_ids for messages in turns]
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     turns = [messages if messages[0]["role"] == "system" else [*system, *messages] for messages in turns]
-    probe = next((messages for messages in turns if messages[0]["role"] == "system"), None)
+
+    def without_system(messages: list[dict]) -> list[dict]:
+        if messages[0]["role"] != "system":
+            return messages
+        system, first, *rest = messages
+        return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+
+    def encode(conversations: list) -> list[list[int]]:
+        # The template writes the BOS itself if there is one: adding special tokens again would double it.
+        texts = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
+        return token_ids(tokenizer, texts)
+
     try:
-        if probe:
-            tokenizer.apply_chat_template(probe, add_generation_prompt=True, tokenize=False)
+        return encode(turns)
     except TemplateError:
-        turns = [without_system(messages) for messages in turns]
-    return turns
-
-
-def without_system(messages: list[dict]) -> list[dict]:
-    if messages[0]["role"] != "system":
-        return messages
-    system, first, *rest = messages
-    return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
-
-
-def encode_prompts(tokenizer, prompts: list, system_prompt: str = "") -> list[list[int]]:
-    """Token ids of each prompt as chat turns (see chat_turns), up to the point where the assistant's text begins.
-    Without a chat template the prompt is the bare text."""
-    turns = chat_turns(tokenizer, prompts, system_prompt)
-    if not tokenizer.chat_template:
-        return [tokenizer("\n\n".join(message["content"] for message in messages)).input_ids for messages in turns]
-    # The template writes the BOS itself if there is one: adding special tokens again would double it.
-    texts = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    return token_ids(tokenizer, texts)
+        return encode([without_system(messages) for messages in turns])
 
 
 def encode_problems(

@@ -13,8 +13,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -260,54 +259,3 @@ def from_flat(default, values: dict):
                 value = (value,) if isinstance(value, str) else tuple(value)
             changes[field.name] = value
     return dataclasses.replace(default, **changes)
-
-
-# ---- A run's saved arguments ---------------------------------------------------------------------------------------
-
-
-def read_run(Args, run: str, script: str, flag: str = "--run"):
-    """The arguments of a finished or interrupted run of `script`, whose `Args` are given. Ends with one line if they
-    are not whole, or belong to another script."""
-    directory, file = Path(run), Path(run) / "args.json"
-    try:
-        saved = json.loads(file.read_text())
-    except OSError as error:
-        fail(f"{flag} {run}: no run directory ({file} can't be read: {error.strerror})")
-    except (ValueError, RecursionError) as error:
-        fail(f"{flag} {run}: {file} is damaged ({reason(error)}); name another run")
-    if not (directory / script).exists():
-        scripts = ", ".join(sorted(path.name for path in directory.glob("*.py"))) or "no script"
-        fail(f"{flag} {run}: holds {scripts}; a run of {script} is needed")
-    if not isinstance(saved, dict):
-        fail(f"{flag} {run}: {file} is damaged (it holds no flags); name another run")
-    hints = flat_hints(Args)
-    if different := sorted(hints.keys() ^ saved.keys()):
-        what = "has no field" if different[0] in hints else "has the unknown field"
-        fail(f"{flag} {run}: {file} {what} {different[0]!r}; make the run again with this version of {script}")
-    for name, hint in hints.items():
-        if not allows(hint, saved[name]):
-            fail(f"{flag} {run}: {file} has {json.dumps(saved[name])[:80]} in {name!r}, which {as_flag(name)} can't be")
-    return from_flat(Args(), saved)
-
-
-def flat_hints(Args) -> dict:
-    """Every flag's type by name, those of the groups too."""
-    hints = {}
-    for name, hint in get_type_hints(Args, include_extras=True).items():
-        group = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-        hints |= flat_hints(group) if dataclasses.is_dataclass(group) else {name: hint}
-    return hints
-
-
-def allows(hint, value) -> bool:
-    """Whether a flag of this type and range can have this value, as args.json holds it."""
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        return allows(parts[0], value) and all(limit.allows(value) for limit in ranges(hint))
-    if origin in (Union, UnionType):
-        return any(allows(part, value) for part in parts)
-    if origin is Literal:
-        return value in parts
-    if origin is tuple:
-        return isinstance(value, list) and all(allows(parts[0], part) for part in value)
-    return type(value) is hint or (hint is float and type(value) is int)

@@ -8,35 +8,31 @@ It begins at the run's start model, not at the run's result. evaluate.py reads t
 """
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import io
+import json
 import os
 import shlex
 import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch  # noqa: E402
 import tyro  # noqa: E402
+from jinja2 import TemplateError  # noqa: E402
 from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: E402
 
 import common  # noqa: E402
 import train_grpo  # noqa: E402
-from data import ProblemSampler, chat_turns, decode, encode_problems, is_file, load_train_problems  # noqa: E402
-from plumbing.flags import (
-    SYSTEM_PROMPT,
-    AtLeast1,
-    as_flag,
-    check_folder,
-    check_minibatch,
-    check_ranges,
-    fail,
-    read_run,
-    to_flat,
-)  # noqa: E402
+from data import ProblemSampler, as_dicts, decode, encode_problems, is_file, load_train_problems  # noqa: E402
+from plumbing import flags as command_line  # noqa: E402
+from plumbing.flags import SYSTEM_PROMPT, AtLeast1, as_flag, check_ranges, fail, from_flat, ranges, reason, to_flat  # noqa: E402
 from rewards import RewardFlags, Verifier, check_rewards, reward_weights, score_completions  # noqa: E402
 
 VERSION = "1.16.0"  # TABLE was read off this version's source
@@ -128,7 +124,7 @@ def translate(flags: dict, processes: int, prompt_tokens: int, gpu: bool) -> dic
 
     prompts, batch_size = flags["prompts_per_step"], flags["prompts_per_step"] * flags["group_size"]
     minibatch_size, steps = flags["minibatch_size"] or batch_size, optimizer_steps(flags)
-    check_minibatch(minibatch_size, flags["group_size"], batch_size)
+    command_line.check_minibatch(minibatch_size, flags["group_size"], batch_size)
     if batch_size % minibatch_size:
         fail(f"--minibatch-size {minibatch_size}: TRL has no counterpart; it must divide {batch_size} completions")
     if prompts % processes:
@@ -159,16 +155,21 @@ def translate(flags: dict, processes: int, prompt_tokens: int, gpu: bool) -> dic
 def trl_prompts(tokenizer, problems: list, system_prompt: str) -> list:
     """The prompts as TRL takes them: messages, or texts for a model without a chat template. Ends with one line if TRL
     would make other token ids of one than train_grpo.py did."""
-    turns = chat_turns(tokenizer, [problem.messages or problem.question for problem in problems], system_prompt)
     chat = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
     prompts = []
-    for problem, messages in zip(problems, turns, strict=True):
-        if tokenizer.chat_template:
-            prompts.append(messages)
-            ids = tokenizer.apply_chat_template(messages, **chat)["input_ids"]
-        else:
-            prompts.append("\n\n".join(message["content"] for message in messages))
-            ids = tokenizer(text=prompts[-1])["input_ids"]
+    for problem in problems:
+        turns = as_dicts(problem.messages or (("user", problem.question),))
+        if system_prompt and tokenizer.chat_template and turns[0]["role"] != "system":
+            turns = [{"role": "system", "content": system_prompt}, *turns]
+        try:
+            if tokenizer.chat_template:
+                prompts.append(turns)
+                ids = tokenizer.apply_chat_template(turns, **chat)["input_ids"]
+            else:
+                prompts.append("\n\n".join(turn["content"] for turn in turns))
+                ids = tokenizer(text=prompts[-1])["input_ids"]
+        except TemplateError as error:
+            fail(f"problem {problem.id!r}: the chat template refuses it in TRL ({error}); try --system-prompt ''")
         if list(ids) != list(problem.prompt_ids):
             fail(f"problem {problem.id!r}: TRL's token ids of its prompt differ from ours, so TRL can't repeat the run")
     return prompts
@@ -214,15 +215,59 @@ class Scores:
 # ---- The run --------------------------------------------------------------------------------------------------------
 
 
+def read_run(run: str) -> train_grpo.Args:
+    """The arguments of a finished or interrupted run. Ends with one line if they are not whole, or another script's."""
+    file = Path(run) / "args.json"
+    if file.exists() and not (Path(run) / "train_grpo.py").exists():
+        scripts = ", ".join(sorted(path.name for path in Path(run).glob("*.py"))) or "no script"
+        fail(f"--run {run}: holds {scripts}; a run of train_grpo.py is needed")
+    try:
+        saved = json.loads(file.read_text())
+        args = from_flat(train_grpo.Args(), saved)
+        if missing := sorted(to_flat(args).keys() - saved.keys()):
+            raise ValueError(f"no field {missing[0]!r}")
+        for name, hint in flat_hints(train_grpo.Args).items():
+            if not allows(hint, saved[name]):
+                raise ValueError(f"{json.dumps(saved[name])[:80]} in {name!r}")
+    except OSError as error:
+        fail(f"--run {run}: no run directory ({file} can't be read: {error.strerror})")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        fail(f"--run {run}: {file} does not hold this version's arguments ({reason(error)}); make the run again")
+    return args
+
+
+def flat_hints(Args) -> dict:
+    """Every flag's type by name, those of the groups too."""
+    hints = {}
+    for name, hint in get_type_hints(Args, include_extras=True).items():
+        group = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+        hints |= flat_hints(group) if dataclasses.is_dataclass(group) else {name: hint}
+    return hints
+
+
+def allows(hint, value) -> bool:
+    """Whether a flag of this type and range can have this value, as args.json holds it."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return allows(parts[0], value) and all(limit.allows(value) for limit in ranges(hint))
+    if origin in (Union, UnionType):
+        return any(allows(part, value) for part in parts)
+    if origin is Literal:
+        return value in parts
+    if origin is tuple:
+        return isinstance(value, list) and all(allows(parts[0], part) for part in value)
+    return type(value) is hint or (hint is float and type(value) is int)
+
+
 def prepare(flags: Args, processes: int, gpu: bool):
     """The run's arguments, GRPOConfig's fields, tokenizer, problems, prompts, the order of all draws. Every check of
     the input is here; no model has been loaded."""
-    args = read_run(train_grpo.Args, flags.run, "train_grpo.py")
+    args = read_run(flags.run)
     args = replace(args, iterations=flags.iterations or args.iterations)
     if args.iterations == 0:
         fail(f"--run {flags.run}: has 0 iterations; give --iterations")
     output = Path(flags.output or Path(flags.run) / "trl")
-    check_folder("--output", str(output))
+    command_line.check_folder("--output", str(output))
     if output.exists():
         fail(f"--output {output}: exists; remove it, or name another directory")
     try:

@@ -96,15 +96,15 @@ def test_a_flag_without_counterpart_is_one_line(changes, line, capsys):
     ("changes", "line"),
     [
         ({"script": "train_ppo.py"}, "holds train_ppo.py; a run of train_grpo.py is needed"),
-        ({"clip_low": ...}, "args.json has no field 'clip_low'"),
-        ({"clip": 0.2}, "args.json has the unknown field 'clip'"),
-        ({"iterations": "many"}, """args.json has "many" in 'iterations', which --iterations can't be"""),
-        ({"iterations": True}, "args.json has true in 'iterations'"),
-        ({"iterations": -1}, "args.json has -1 in 'iterations'"),
-        ({"learning_rate": float("nan")}, "args.json has NaN in 'learning_rate'"),
-        ({"loss_norm": "sum"}, """args.json has "sum" in 'loss_norm'"""),
-        ({"minibatch_size": 8.5}, "args.json has 8.5 in 'minibatch_size'"),
-        ({"model": ["a"]}, """args.json has ["a"] in 'model'"""),
+        ({"clip_low": ...}, "arguments (no field 'clip_low')"),
+        ({"clip": 0.2}, "arguments (unknown: clip)"),
+        ({"iterations": "many"}, """arguments ("many" in 'iterations')"""),
+        ({"iterations": True}, "arguments (true in 'iterations'"),
+        ({"iterations": -1}, "arguments (-1 in 'iterations'"),
+        ({"learning_rate": float("nan")}, "arguments (NaN in 'learning_rate'"),
+        ({"loss_norm": "sum"}, """arguments ("sum" in 'loss_norm'"""),
+        ({"minibatch_size": 8.5}, "arguments (8.5 in 'minibatch_size'"),
+        ({"model": ["a"]}, """arguments (["a"] in 'model'"""),
         ({"iterations": 0}, "has 0 iterations; give --iterations"),
         ({"model": "gone"}, "--model gone: neither a local directory nor a hub name"),
         ({"problems": "gone.jsonl"}, "gone.jsonl"),
@@ -123,9 +123,11 @@ def test_a_run_directory_that_is_none_or_damaged_is_one_line(tmp_path, capsys):
     directory = saved(tmp_path / "run")
     for text in ("", '{"model": ', "[" * 100_000, "\x00", "[]"):
         (directory / "args.json").write_text(text)
-        assert f"{directory / 'args.json'} is damaged" in refusal(trl_grpo.main, trl_grpo.Args(str(directory)), capsys)
+        assert f"{directory / 'args.json'} does not hold" in refusal(
+            trl_grpo.main, trl_grpo.Args(str(directory)), capsys
+        )
     (directory / "args.json").write_bytes(b"\xff\xfe\xff")
-    assert "is damaged" in refusal(trl_grpo.main, trl_grpo.Args(str(directory)), capsys)
+    assert "does not hold" in refusal(trl_grpo.main, trl_grpo.Args(str(directory)), capsys)
 
 
 def test_the_output_is_not_written_over(tmp_path, capsys):
