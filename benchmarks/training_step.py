@@ -44,8 +44,10 @@ class Args:
     prompts: int = 4
     group_size: int = 8
     max_new_tokens: int = 64
-    micro_batch_tokens: int = 2048
-    """of ours: tokens in one forward and backward pass"""
+    micro_batch_tokens: int | None = None
+    """of ours: tokens in one forward and backward pass; None: train_grpo.py's default"""
+    kl_coef: float = 0.0
+    """above 0 both sides have a reference"""
     steps: int = 3
     learning_rate: float = 1e-6
     way: str = ""
@@ -59,8 +61,10 @@ def reward_of(text: str) -> float:
 
 def measure_ours(args: Args, directory: str) -> list[list[float]]:
     rewards.format_reward = lambda text, style: reward_of(text)
-    same = "model", "problems", "group_size", "max_new_tokens", "micro_batch_tokens", "learning_rate"
-    flags = {name: getattr(args, name) for name in same} | {"prompts_per_step": args.prompts, "iterations": args.steps}
+    same = "model", "problems", "group_size", "max_new_tokens", "learning_rate", "kl_coef"
+    flags = {name: getattr(args, name) for name in same}
+    flags |= {"micro_batch_tokens": args.micro_batch_tokens} if args.micro_batch_tokens else {}
+    flags |= {"prompts_per_step": args.prompts, "iterations": args.steps}
     flags |= {"gradient_checkpointing": CHECKPOINTING in args.way, "dtype": "float32", "run_root": directory}
     flags |= {"eval_problems": 1, "eval_every": 0, "save_every": 0}
     train_grpo.main(from_flat(train_grpo.Args(), flags))
@@ -87,6 +91,7 @@ def measure_trl(args: Args, directory: str) -> list[list[float]]:
         max_completion_length=args.max_new_tokens,
         max_steps=args.steps,
         learning_rate=args.learning_rate,
+        beta=args.kl_coef,
         bf16=False,
         gradient_checkpointing=CHECKPOINTING not in args.way,
         report_to="none",
@@ -136,7 +141,8 @@ def main(args: Args) -> None:
         rows.append([way, seconds[0], peak, *(f"{s:.2f}" for s in seconds[1:] or [0] * 4)])
         rows[-1][3:3] = [rows[-1][1] / rows[0][1], rows[0][2] / rows[-1][2]]
     what = f"{args.prompts} x {args.group_size} x {args.max_new_tokens}"
-    print(f"{args.model}, {args.problems}, {what}, float32\n{machine()}\n")
+    kl = f", KL {args.kl_coef:g}" if args.kl_coef else ""
+    print(f"{args.model}, {args.problems}, {what}, float32{kl}\n{machine()}\n")
     header = ["", "seconds a step", "peak GB", "times slower than ours", "our peak / its"]
     print(format_table([*header, "sample", "reward", "logprobs", "update"], rows))
 
