@@ -412,8 +412,8 @@ def pack_rows(model: PreTrainedModel, rollout: Rollout, rows: list[int]) -> Pack
 
 
 def logits_at_once(device: torch.device) -> int:
-    """fp32 elements: 128 MB; 512 on a GPU, where reading and writing the head's gradient for each slice would cost more
-    than the products."""
+    """Logits that exist at a time: 128 MB in fp32. 512 MB on a GPU, where many small slices would spend more time on
+    reading and writing the head's gradient than on the products."""
     return 2**27 if device.type == "cuda" else 2**25
 
 

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -94,7 +94,7 @@ class Runner:
 
     def __init__(self, seeds: int, jobs: int):
         self.seeds, self.pool = list(range(1, seeds + 1)), ThreadPoolExecutor(jobs)
-        self.futures: dict[tuple[str, int], Future] = {}
+        self.futures: dict[tuple, Future] = {}  # by command, what it is made from, seed
         self.used: set[Path] = set()
 
     def __call__(self, **commands: str) -> dict[str, list[Path]]:
@@ -108,9 +108,9 @@ class Runner:
             for i, seed in enumerate(self.seeds):
                 seed = 1 if name.startswith("one_") else seed
                 made = {other: futures[i] for other, futures in needed.items()}
-                key = command + repr([(other, id(future)) for other, future in made.items()]), seed
+                key = command, *made.values(), seed
                 if key not in self.futures:
-                    self.futures[key] = self.pool.submit(partial(self.run, command, made, seed))
+                    self.futures[key] = self.pool.submit(self.run, command, made, seed)
                 found[name].append(self.futures[key])
         return {name: [future.result() for future in futures] for name, futures in found.items()}
 

@@ -5,7 +5,6 @@ the thinking that are right, up to the first wrong one. Evaluations count answer
 """
 
 import itertools
-import re
 import sys
 from pathlib import Path
 
@@ -16,13 +15,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_grpo  # noqa: E402
 from data import Problem  # noqa: E402
 from plumbing.flags import parse_args  # noqa: E402
+from tasks.arithmetic import running_totals  # noqa: E402
 
 
 def process_reward(text: str, problem: Problem) -> float:
-    """right totals before the first wrong one / operations. Totals beyond the last operation make it 0: else a policy
-    could write on."""
-    first, *steps = map(int, re.findall(r"[+-]?[0-9]+", problem.question))
-    totals = [*map(str, itertools.accumulate([first, *steps]))][1:]
+    """Right totals before the first wrong one / operations; 0 if there are more totals than operations, so that writing
+    on never pays."""
+    totals = running_totals(problem.question)
     written = text.removeprefix("<think>").partition("</think>")[0].split()
     right = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(written, totals, strict=False))
     return len(list(right)) / len(totals) if len(written) <= len(totals) else 0.0

@@ -21,7 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 BLOCK = 16  # completion tokens by which a decoder's buffers grow
-PREFILL_TOKENS = 2**15  # of the prompts that are computed at once
+PREFILL_TOKENS = 2**15  # prompt tokens computed at a time
 
 
 # ---- Attention -----------------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ class PackedGroups:
 
     def __init__(self, prompts: list[list[int]], completions: Tensor, mask: Tensor, group: Tensor):
         self.cache, device = None, completions.device
-        # all indices are made on the CPU: on a GPU nearly each of these lines would wait for it
+        # Indices are built on the CPU: on a GPU, nearly every line below would wait for the GPU to finish.
         completions, mask, group = completions.cpu(), mask.cpu(), group.cpu()
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         prompt_mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (P, L)
@@ -283,8 +283,8 @@ class GroupDecoder:
         slices = [self.prefill_slice(self.prompts[i : i + size]) for i in range(0, len(self.prompts), size)]
         logits = torch.cat([logits for logits, _ in slices])[self.group]
         layers = zip(*(layers for _, layers in slices), strict=True)  # each layer's (keys, values) of all slices
-        join = [[t[0] if len(t) == 1 else torch.cat(t) for t in zip(*pairs, strict=True)] for pairs in layers]
-        self.prompt_keys, self.prompt_values = zip(*join, strict=True)
+        joined = [[t[0] if len(t) == 1 else torch.cat(t) for t in zip(*pairs, strict=True)] for pairs in layers]
+        self.prompt_keys, self.prompt_values = zip(*joined, strict=True)
         if self.keys is None:
             _, KVH, _, D = self.prompt_keys[0].shape
             shape = len(self.group), KVH, self.capacity, D
@@ -303,7 +303,7 @@ class GroupDecoder:
         packed.cache = []  # attend() puts the layers' keys and values there
         logits = packed.run(self.model, logits_to_keep=packed.prompt_ends)
         pad = (0, 0, 0, self.width - packed.prompt_at.shape[1])
-        # a CPU has no 16-bit product with 32-bit scores: keys are kept in 32 bits, or every step would convert them all
+        # On a CPU keys are kept in float32: scores are float32, and each step would convert all 16-bit keys again.
         cache = packed.cache if logits.is_cuda else [(k.float(), v) for k, v in packed.cache]
         return logits, [[nn.functional.pad(t.transpose(1, 2), pad).contiguous() for t in pair] for pair in cache]
 

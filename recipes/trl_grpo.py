@@ -31,8 +31,19 @@ from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: E402
 import common  # noqa: E402
 import train_grpo  # noqa: E402
 from data import ProblemSampler, as_dicts, decode, encode_problems, is_file, load_train_problems  # noqa: E402
-from plumbing import flags as command_line  # noqa: E402
-from plumbing.flags import SYSTEM_PROMPT, AtLeast1, as_flag, check_ranges, fail, from_flat, ranges, reason, to_flat  # noqa: E402
+from plumbing.flags import (  # noqa: E402
+    SYSTEM_PROMPT,
+    AtLeast1,
+    as_flag,
+    check_folder,
+    check_minibatch,
+    check_ranges,
+    fail,
+    from_flat,
+    ranges,
+    reason,
+    to_flat,
+)
 from rewards import RewardFlags, Verifier, check_rewards, reward_weights, score_completions  # noqa: E402
 
 VERSION = "1.16.0"  # TABLE was read off this version's source
@@ -124,7 +135,7 @@ def translate(flags: dict, processes: int, prompt_tokens: int, gpu: bool) -> dic
 
     prompts, batch_size = flags["prompts_per_step"], flags["prompts_per_step"] * flags["group_size"]
     minibatch_size, steps = flags["minibatch_size"] or batch_size, optimizer_steps(flags)
-    command_line.check_minibatch(minibatch_size, flags["group_size"], batch_size)
+    check_minibatch(minibatch_size, flags["group_size"], batch_size)
     if batch_size % minibatch_size:
         fail(f"--minibatch-size {minibatch_size}: TRL has no counterpart; it must divide {batch_size} completions")
     if prompts % processes:
@@ -267,7 +278,7 @@ def prepare(flags: Args, processes: int, gpu: bool):
     if args.iterations == 0:
         fail(f"--run {flags.run}: has 0 iterations; give --iterations")
     output = Path(flags.output or Path(flags.run) / "trl")
-    command_line.check_folder("--output", str(output))
+    check_folder("--output", str(output))
     if output.exists():
         fail(f"--output {output}: exists; remove it, or name another directory")
     try:

@@ -36,11 +36,15 @@ def draw_problem(rng: random.Random, difficulty: int) -> dict:
     return {"question": question, "answer": answer, "id": question, "topic": topic, "difficulty": difficulty}
 
 
+def running_totals(question: str) -> list[str]:
+    """The total after each operation, as the thinking should have them."""
+    return [str(total) for total in itertools.accumulate(map(int, re.findall(r"[+-]?[0-9]+", question)))][1:]
+
+
 def steps_are_right(text: str, problem) -> bool:
     """Whether the thinking is the running totals, all right: an answer that is right after a wrong one is luck."""
-    totals = list(itertools.accumulate(map(int, re.findall(r"[+-]?[0-9]+", problem.question))))[1:]
     thinking, closed, _ = text.removeprefix("<think>").partition("</think>")
-    return bool(closed) and thinking.split() == [*map(str, totals)]
+    return bool(closed) and thinking.split() == running_totals(problem.question)
 
 
 def demonstrations(count: int, seed: int = 0) -> list[tuple[str, str]]:
