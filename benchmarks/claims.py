@@ -82,7 +82,7 @@ def run_once(command: str, seed: int) -> Path:
     with (folder / "log.txt").open("w") as log:
         process = subprocess.run([sys.executable, script, *flags], cwd=ROOT, stdout=log, stderr=log, env=environment)
     if process.returncode:
-        raise RuntimeError(f"{command} failed, see {folder / 'log.txt'}")
+        fail(f"seed {seed} of `{command}` failed; its output is in {folder / 'log.txt'}")
     seconds = time.perf_counter() - start
     done = {"command": command, "seed": seed, "commit": git_commit(ROOT), "seconds": seconds}
     (folder / "done.json").write_text(json.dumps(done) + "\n")
@@ -238,7 +238,7 @@ def std_and_difficulty(runs: Runner) -> list[Row]:
 
 @claim("A critic helps over long chains, and suppresses right completions that slipped on the way")
 def critic_on_long_chains(runs: Runner) -> list[Row]:
-    long, samples = f"--problems arithmetic:5-6 --iterations 60 {QUICK}", f"{SAMPLES} --problems arithmetic:5-6"
+    long, samples = f"--problems arithmetic:5-6 --iterations 30 {QUICK}", f"{SAMPLES} --problems arithmetic:5-6"
     r = runs(
         ppo=f"train_ppo.py --kl-coef 0 {long}",
         grpo=f"train_grpo.py --learning-rate 5e-5 --update-epochs 4 --minibatch-size 64 {long}",
@@ -277,11 +277,12 @@ def sequence_mean_and_length(runs: Runner) -> list[Row]:
 
 @claim("PG, PPO, GRPO and Kimi differ at equal samples")
 def algorithms(runs: Runner) -> list[Row]:
+    budget = f"--iterations 40 {QUICK}"  # 10,240 completions
     r = runs(
-        GRPO=f"{GRPO} --learning-rate 1.5e-4",
-        PG=f"train_pg.py --iterations 60 {QUICK}",
-        PPO=f"train_ppo.py --iterations 60 {QUICK}",
-        Kimi=f"train_kimi.py --iterations 60 {QUICK}",
+        GRPO=f"train_grpo.py --learning-rate 1.5e-4 {budget}",
+        PG=f"train_pg.py {budget}",
+        PPO=f"train_ppo.py {budget}",
+        Kimi=f"train_kimi.py {budget}",
     )
     return [
         compare(f"accuracy: {name}, GRPO", last(r[name]), last(r["GRPO"]), DIFFERENT) for name in ("PG", "PPO", "Kimi")
@@ -525,7 +526,7 @@ def dpo_variants(runs: Runner) -> list[Row]:
 
 
 RM = {**PAIRS, "rm": f"train_rm.py --data {{samples}} {QUICK}"}
-PPO = f"train_ppo.py --reward-model {{rm}} --accuracy-weight 0 --format-weight 0 --iterations 60 {QUICK}"
+PPO = f"train_ppo.py --reward-model {{rm}} --accuracy-weight 0 --format-weight 0 --iterations 30 {QUICK}"
 
 
 @claim("DPO does as well as PPO on a reward model of the same pairs")
@@ -572,12 +573,15 @@ def main(args: Args) -> None:
         return
     print(machine(), end="\n\n")
     runs = Runner(args.seeds, args.jobs)
-    for name in names:
-        start = time.perf_counter()
-        rows = CLAIMS[name][1](runs)
-        header = [name, "first", "second", "difference", "95% interval", "verdict"]
-        print(f"{CLAIMS[name][0]}\n{format_table(header, [row.cells() for row in rows])}")
-        print(f"{(time.perf_counter() - start) / 60:.1f} minutes\n", flush=True)
+    try:
+        for name in names:
+            start = time.perf_counter()
+            rows = CLAIMS[name][1](runs)
+            header = [name, "first", "second", "difference", "95% interval", "verdict"]
+            print(f"{CLAIMS[name][0]}\n{format_table(header, [row.cells() for row in rows])}")
+            print(f"{(time.perf_counter() - start) / 60:.1f} minutes\n", flush=True)
+    finally:
+        runs.pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C the runs that have not begun never begin
     done = [json.loads((folder / "done.json").read_text()) for folder in runs.used]
     hours, commits = sum(run["seconds"] for run in done) / 3600, sorted({run["commit"][:10] for run in done})
     print(f"{len(done)} runs, {hours:.1f} hours of one thread, at {', '.join(commits)}")

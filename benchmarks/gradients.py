@@ -9,6 +9,9 @@ Every baseline sees the same completions. The critic of "value" is fitted first,
 Share by difficulty: the norm of the summed gradient of a problem's completions, over the sum of these norms, for groups
 with one right or one wrong completion (success of at most 1/8 or at least 7/8), with and without the division by the
 group's standard deviation.
+
+Squared score: the mean squared norm of grad log p of a right and of a wrong completion. A constant baseline above twice
+E[r score^2] / E[score^2] makes the estimate noisier than none does (the variance is a parabola in the baseline).
 """
 
 import json
@@ -31,6 +34,7 @@ from train_pg import compute_gae, pg_loss, value_loss  # noqa: E402
 
 P, G, TOKENS = 16, 8, 40  # prompts and completions of a batch, and the length limit
 CRITIC_BATCHES = 60
+SCORED_BATCHES = 2  # for the squared scores, which take a backward pass a completion
 
 
 @dataclass
@@ -80,6 +84,7 @@ def main(args: Args) -> None:
     critic = fit_critic(sample, args.model)
     sums: dict[str, list] = {}  # of each baseline: sum of the gradients, sum of their squared norms
     shares: dict[str, list[float]] = {"with std": [], "without": []}
+    scores: dict[bool, list[float]] = {True: [], False: []}  # squared, of right and of wrong completions
     for step in range(args.batches):
         rollout, rewards = sample("batch", step)
         rows, last = list(range(P * G)), rollout.mask.sum(1) - 1
@@ -97,6 +102,10 @@ def main(args: Args) -> None:
             g = gradient(policy, rollout, rows, values).double()
             total, squares = sums.get(name, (0.0, 0.0))
             sums[name] = [total + g, squares + g.square().sum()]
+        if step < SCORED_BATCHES:
+            ones = torch.ones(rollout.mask.shape) * len(rollout.mask)  # undoes gradient()'s mean
+            for row, right in enumerate(rewards.flatten().bool().tolist()):
+                scores[right].append(gradient(policy, rollout, [row], ones).square().sum().item())
         if step % 4 == 0:  # a backward pass for each group: the dear part
             extreme = (rewards.mean(1) <= 1 / G) | (rewards.mean(1) >= 1 - 1 / G)
             for name, normalize_std in (("with std", True), ("without", False)):
@@ -111,6 +120,8 @@ def main(args: Args) -> None:
         trace = (squares - n * mean) / (n - 1)
         found[name] = (trace / (mean - trace / n)).item()  # the mean of n batches is noisy too: its noise is taken off
     found |= {f"extreme, {name}": sum(values) / len(values) for name, values in shares.items()}
+    for right, values in scores.items():
+        found[f"squared score, {'right' if right else 'wrong'}"] = sum(values) / max(1, len(values))
     for name, value in found.items():
         print(f"{name}: {value:.3f}")
     if args.output:
