@@ -1,8 +1,8 @@
-"""What every algorithm here is made of: models, the Rollout and group sampling, logprobs, values and scores of
-completions, token weights, batches, the optimizer.
+"""Code shared by the training scripts: models, the Rollout and group sampling, batches, logprobs, values and scores of
+completions, token weights, the optimizer.
 
-Shapes: P prompts x G completions = B rows, row p*G + g. T = longest completion. Per-token tensors are (B, T) over
-completion tokens only; what stands where `mask` is False is padding, and nothing may depend on it.
+Shapes: P prompts x G completions = B rows, row p*G + g. T = longest completion. Per-token tensors are (B, T) and cover
+completion tokens only. Entries where `mask` is False are padding, and no result may depend on them.
 """
 
 import dataclasses
@@ -33,11 +33,11 @@ from transformers.utils import logging as transformers_logging
 from plumbing.engine import PackedGroups, PaddedRows, decoder_class, gather_rows, takes_groups
 from plumbing.flags import fail, reason
 
-transformers_logging.disable_progress_bar()  # "Loading weights", "Writing model shards": there is one bar to watch
+transformers_logging.disable_progress_bar()  # hide "Loading weights", "Writing model shards": one bar is enough
 
 
 def derive_seed(*parts) -> int:
-    """A seed from (args.seed, purpose, step, ...). Every random draw has its own, so a resumed run draws the same."""
+    """A seed from (args.seed, purpose, step, ...). Each random draw has its own, so a resumed run repeats the draws."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
 
 
@@ -45,16 +45,16 @@ def derive_seed(*parts) -> int:
 
 
 def resolve_device(device: str) -> torch.device:
-    """auto: the GPU where there is one."""
+    """The device to use. "auto" is the GPU if there is one, else the CPU."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         resolved = torch.device(device)
         torch.empty(1, device=resolved)
         if resolved.type == "cuda" and resolved.index is not None:
-            torch.cuda.set_device(resolved)  # streams and graphs are the current device's
+            torch.cuda.set_device(resolved)  # CUDA streams and graphs use the current device
         if resolved.type == "cuda":
-            torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every new shape, which every batch brings
+            torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans again for each new shape: nearly every batch
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums in fp32, as on a CPU
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {device}: not usable on this machine ({reason(error)}); try --device auto")
@@ -69,13 +69,13 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def resolve_model(path: str) -> str:
-    """The built-in models are found beside this file, from any working directory."""
+    """Finds the built-in models beside this file, so that their paths work from any working directory."""
     built_in = Path(__file__).parent / path
     return str(built_in) if not Path(path).exists() and built_in.is_dir() else path
 
 
 def load_config(path: str, flag: str = "--model"):
-    """The model's config, or one line that says what is wrong with the path."""
+    """The model's config. Ends with one line if it can't be loaded."""
     path = resolve_model(path)
     local = Path(path).is_dir()
     if local and not (Path(path) / "config.json").exists():
@@ -88,7 +88,7 @@ def load_config(path: str, flag: str = "--model"):
 
 
 def context_length(config) -> float:
-    """Tokens that fit the model's context, prompt and completion together; inf if its config has no limit."""
+    """The model's context length in tokens (prompt + completion); inf if its config sets no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
@@ -108,20 +108,20 @@ def load_tokenizer(path: str, flag: str = "--model") -> Tokenizer:
 
 
 def load_weights(auto_class, path: str, device, dtype, from_scratch: bool = False, new_head: bool = False, **options):
-    """A model in eval mode, and it stays there: dropout while sampling, or between sampling and the first update, would
-    move the importance ratio away from 1 before anything was learned.
+    """Loads a model in eval mode; it stays in eval mode during training. Dropout, in sampling or in the first update,
+    would move the importance ratio away from 1 before anything is learned.
 
-    from_scratch: random weights; only the config is read. new_head: a head that the files don't have is allowed. Any
-    other weight that they don't have ends the program: transformers would go on with random numbers in its place.
+    from_scratch: random weights; only the config is read. new_head: the head's weights may be missing from the files.
+    Any other missing weight ends the program, because transformers would fill it with random numbers.
     """
-    # On CPUs with bf16 instructions "medium" makes fp32 products twice as fast, in three bf16 passes (error 4e-6). With
-    # AMX it would be one pass, and on a GPU TF32: too coarse for logprobs that sampler and trainer should agree on.
-    # With "medium", torch's fused CPU attention is 5 to 9 times slower than plain products ("eager").
+    # "medium" doubles the speed of fp32 matmuls on CPUs with bf16 instructions, in three bf16 passes (error 4e-6). With
+    # AMX it means one pass, on a GPU TF32. Both are too coarse: sampler and trainer should agree on logprobs.
+    # With "medium", torch's fused CPU attention is 5 to 9 times slower than plain matmuls ("eager").
     medium = torch.device(device).type == "cpu" and not torch.cpu._is_amx_tile_supported()
     torch.set_float32_matmul_precision("medium" if medium else "highest")
     attention = "eager" if medium and dtype == torch.float32 else None
-    # On a CPU, torch keeps what it compiled for each of the last 1,024 shapes of a product, in two caches, and every
-    # batch of ragged rows brings new shapes: gigabytes for nothing.
+    # On a CPU, torch caches compiled matmul kernels for the last 1,024 shapes, in two caches. Every ragged batch brings
+    # new shapes, so these caches would take gigabytes for nothing.
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(cache, "32")
     options |= {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
@@ -146,10 +146,10 @@ def load_weights(auto_class, path: str, device, dtype, from_scratch: bool = Fals
 def load_policy(
     path: str, device="cpu", dtype=torch.float32, eos_token_id: int | None = None, from_scratch: bool = False
 ) -> PreTrainedModel:
-    """The causal LM. eos_token_id: the tokenizer's; completions end there too, besides the ends that the model's
-    generation config names."""
+    """Loads a causal LM. eos_token_id: the tokenizer's EOS token. Completions end at it and at the EOS tokens of the
+    model's generation config."""
     model = load_weights(AutoModelForCausalLM, path, device, dtype, from_scratch)
-    # A new generation config that only says where to stop: what is trained is the plain softmax.
+    # Keep only the generation config's stop tokens, no top-p or penalties: the policy is the plain softmax.
     named = model.generation_config.eos_token_id
     stops = sorted({*(named if isinstance(named, list) else [named]), eos_token_id} - {None}) or None
     model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=model.config.pad_token_id)
@@ -157,7 +157,7 @@ def load_policy(
 
 
 def load_value_model(path: str, device="cpu", dtype=torch.float32, auto_class=AutoModelForTokenClassification):
-    """A critic: the path's backbone under a new linear head of zeros, so that V = 0 before it has learned."""
+    """Loads a critic: the path's backbone with a new linear head, initialised to zero so that V = 0 at first."""
     model = load_weights(auto_class, path, device, dtype, new_head=True, num_labels=1)
     for parameter in value_head(model).parameters():
         nn.init.zeros_(parameter)
@@ -169,7 +169,7 @@ def value_head(model: PreTrainedModel) -> nn.Module:
 
 
 def load_reward_model(path: str, device="cpu", dtype=torch.float32, new_head=False, flag="--reward-model"):
-    """A sequence classifier with one label, as train_rm.py writes it. new_head: any backbone under a head of zeros."""
+    """Loads a sequence classifier with one label (see train_rm.py). new_head: puts a new zero head on any backbone."""
     if new_head:
         return load_value_model(path, device, dtype, AutoModelForSequenceClassification)
     if (labels := load_config(path, flag).num_labels) != 1:
@@ -178,7 +178,7 @@ def load_reward_model(path: str, device="cpu", dtype=torch.float32, new_head=Fal
 
 
 def check_vocabulary(flag: str, path: str, model: str) -> None:
-    """A reward model has one label and reads the policy's token ids."""
+    """Ends with one line unless the reward model has one label and, to read the policy's ids, its vocabulary size."""
     config = load_config(path, flag)
     if config.num_labels != 1:
         fail(f"{flag} {path}: has {config.num_labels} labels, a reward model has one")
@@ -187,7 +187,7 @@ def check_vocabulary(flag: str, path: str, model: str) -> None:
 
 
 def checkpoint_layers(model: PreTrainedModel) -> None:
-    """Keeps only each layer's input; the backward pass computes the layer again. transformers' own needs train mode."""
+    """Gradient checkpointing: keeps only each layer's input, recomputes the rest. transformers' needs train mode."""
     for layer in max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len):
 
         def forward(*args, run=layer.forward, **kwargs):
@@ -204,24 +204,24 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
 @dataclass
 class Rollout:
     """P prompts with G completions each. Demonstrations (G = 1) and preference pairs (G = 2: chosen, rejected) are
-    Rollouts too, so that there is one logprob path."""
+    Rollouts too, so that all methods share one way to compute logprobs."""
 
     prompt_ids: list[list[int]]  # P
     completion_ids: Tensor  # (B, T), right-padded
-    mask: Tensor  # (B, T) bool: real tokens, EOS included; from the sampler, never from ids != pad
-    sampler_logprobs: Tensor  # (B, T) of the tokens as they were sampled; 0 on padding and on given tokens
+    mask: Tensor  # (B, T) bool: real tokens, EOS included; set by the sampler, never computed as ids != pad
+    sampler_logprobs: Tensor  # (B, T), at sampling time; 0 on padding and on tokens that the policy did not sample
     finished: Tensor  # (B,) bool: ended by an EOS, not by the length limit
     group_size: int
-    loss_mask: Tensor | None = None  # (B, T) bool: the real tokens that are trained; None: all of them
+    loss_mask: Tensor | None = None  # (B, T) bool: the real tokens that get a loss; None: all of them
 
     @property
     def trained(self) -> Tensor:
-        """(B, T) bool: the tokens that the policy wrote and that the loss is about."""
+        """(B, T) bool: the tokens that the policy wrote and that get a loss."""
         return self.mask if self.loss_mask is None else self.mask & self.loss_mask
 
     @property
     def lengths(self) -> Tensor:
-        """(B,) tokens that the policy wrote."""
+        """(B,) number of tokens that the policy wrote."""
         return self.trained.sum(1)
 
 
@@ -236,9 +236,9 @@ def make_rollout(prompts: list[list[int]], completions: list[list[int]], group_s
 
 
 def join_groups(parts: list[tuple[Rollout, Tensor, list[int]]], limit: int) -> tuple[Rollout, Tensor]:
-    """The first `limit` of the given groups of several Rollouts, with their rewards (P, G), as one of each.
+    """Joins groups of several Rollouts into one Rollout and one rewards tensor (P, G): the first `limit` groups.
 
-    parts: (Rollout, rewards, the groups to take from it).
+    parts: (Rollout, rewards, indices of the groups to take from it).
     """
     G, T = parts[0][0].group_size, max(rollout.mask.shape[1] for rollout, _, _ in parts)
 
@@ -263,7 +263,7 @@ def join_groups(parts: list[tuple[Rollout, Tensor, list[int]]], limit: int) -> t
 
 
 def minibatches(rollout: Rollout, size: int, seed: int) -> list[list[int]]:
-    """Rows in random minibatches of `size` completions, always whole groups; the last one may be smaller."""
+    """Splits all rows into random minibatches of `size` completions and whole groups; the last one may be smaller."""
     G, P = rollout.group_size, len(rollout.prompt_ids)
     groups, per_batch = random.Random(seed).sample(range(P), P), max(1, size // G)
     batches = [groups[i : i + per_batch] for i in range(0, P, per_batch)]
@@ -273,10 +273,10 @@ def minibatches(rollout: Rollout, size: int, seed: int) -> list[list[int]]:
 def micro_batches(
     rollout: Rollout, rows: list[int], max_tokens: int, trains: list[bool] | None = None
 ) -> list[list[int]]:
-    """`rows` in slices of at most max_tokens tokens of prompt and completion (a single row may exceed it). A slice has
-    whole groups where they fit, since a prompt is computed once for its group, and rows of similar length, since a
-    model that can't share prompts pads them. trains: rows that need a backward pass share no slice with rows that
-    don't."""
+    """Splits `rows` into micro-batches of at most max_tokens prompt and completion tokens (a single row may have more).
+    Groups stay whole where they fit, because a prompt is computed once for its group. Rows of similar length go
+    together, because a model that can't share prompts pads them. trains: which rows need a backward pass; they never
+    share a micro-batch with the others."""
     if trains is not None:
         parts = [row for row in rows if trains[row]], [row for row in rows if not trains[row]]
         return [micro for part in parts for micro in micro_batches(rollout, part, max_tokens)]
@@ -285,7 +285,7 @@ def micro_batches(
     groups: dict[int, list[int]] = {}
     for row in sorted(rows, key=lambda row: (size[row], row)):  # ascending: the last row added is the longest
         groups.setdefault(row // G, []).append(row)
-    batches, used = [], max_tokens  # the next row opens a slice
+    batches, used = [], max_tokens  # full: the next row opens a new micro-batch
     for group in sorted(groups.values(), key=lambda group: size[group[-1]]):
         if used + sum(size[row] for row in group) > max_tokens:
             used = max_tokens
@@ -310,21 +310,21 @@ def sample_groups(
     seed: int = 0,
     eos_token_ids: int | list[int] | None = None,
 ) -> Rollout:
-    """`group_size` completions of every prompt (token ids), from the model's plain softmax at `temperature` (0:
-    greedy). Nothing else in the generation config (top-p, penalties) is used.
+    """Samples `group_size` completions of every prompt (token ids) from the model's plain softmax at `temperature` (0:
+    greedy). Other sampling settings of the generation config (top-p, penalties) are ignored.
 
-    Each prompt is computed once for its whole group. Rows that have ended leave the batch.
-    eos_token_ids: where a completion ends; None: those of the model's generation config.
+    Each prompt is computed once for its whole group. Finished rows leave the batch.
+    eos_token_ids: tokens that end a completion; None: those of the model's generation config.
     """
     prompts = [list(prompt) for prompt in prompts]
     device, B = model.device, len(prompts) * group_size
     if eos_token_ids is None:
         eos_token_ids = model.generation_config.eos_token_id
     if eos_token_ids is None:
-        raise ValueError("the model's generation config has no eos_token_id: give eos_token_ids")
+        raise ValueError("the model's generation config has no eos_token_id: pass eos_token_ids")
     eos = torch.tensor(eos_token_ids, device=device).flatten()
 
-    # All random numbers up front, on the CPU: a row's draws depend neither on the device nor on which rows ended.
+    # Draw all random numbers now, on the CPU: then a row's draws depend neither on the device nor on which rows ended.
     generator = torch.Generator().manual_seed(seed)
     uniforms = torch.rand(B, max_new_tokens, generator=generator).to(device)
     completion_ids = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
@@ -341,12 +341,12 @@ def sample_groups(
         ended = ended | torch.isin(tokens, eos)
         if step == max_new_tokens - 1:
             break
-        if (step + 1) % decoder.check_every == 0:  # to look is to wait for the GPU
+        if (step + 1) % decoder.check_every == 0:  # not every step: the check waits for the GPU
             live = int((~ended).sum())
             if live == 0:
                 break
             if (size := decoder.batch_size(live)) < len(rows):
-                kept = ended.argsort(stable=True)[:size].sort().values  # ended rows only where the size isn't free
+                kept = ended.argsort(stable=True)[:size].sort().values  # live rows first; ended ones fill up
                 finished[rows] = ended
                 rows, tokens, ended = rows[kept], tokens[kept], ended[kept]
                 decoder.keep(kept)
@@ -358,15 +358,15 @@ def sample_groups(
     return Rollout(prompts, completion_ids[:, :T], mask[:, :T], sampler_logprobs[:, :T], finished, group_size)
 
 
-BLOCK = 16  # vocabulary entries in a block of the cumulative sum
+BLOCK = 16  # vocabulary entries per block of the cumulative sum
 
 
 def sample_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """One token a row and its logprob, both (R,), from logits (R, V) and uniform numbers (R,), in fp32; temperature 0
-    is argmax.
+    """Samples one token per row. Returns tokens and their logprobs, both (R,), from logits (R, V) and uniform random
+    numbers (R,). Computes in fp32; temperature 0 is argmax.
 
-    It inverts the cumulative distribution: exact, no sort of the vocabulary, and a row's draw depends only on its own
-    number. The cumulative sum is taken over blocks first, then inside the block that is hit.
+    Inverse-CDF sampling: exact, without sorting the vocabulary, and a row's token depends only on its own random
+    number. The cumulative sum is taken over blocks first, then within the chosen block.
     """
     logits = logits.float()
     if temperature == 0:
@@ -375,14 +375,14 @@ def sample_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple
     R, V = logits.shape
     scaled = logits if temperature == 1 else logits / temperature
     largest = scaled.amax(-1, keepdim=True)
-    weights = logits.new_empty(R, -(-V // BLOCK) * BLOCK)  # exp(logit - largest): probabilities up to a factor
+    weights = logits.new_empty(R, -(-V // BLOCK) * BLOCK)  # exp(logit - largest): unnormalised probabilities
     weights[:, V:] = 0.0
     torch.sub(scaled, largest, out=weights[:, :V]).exp_()
     weights = weights.view(R, -1, BLOCK)
     ends = weights.sum(-1).cumsum(-1)  # (R, blocks)
     total = ends[:, -1:]
     target = keep_below(uniforms[:, None] * total, total)
-    # NaN logits give an index past the end, which would end a GPU's process before anything can be saved: clamped
+    # Clamp: NaN logits give an index past the end, and on a GPU that kills the process before anything can be saved.
     block = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[1] - 1)
     start = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
     inside = weights[torch.arange(R, device=logits.device), block[:, 0]].cumsum(-1)  # (R, BLOCK)
@@ -392,7 +392,7 @@ def sample_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple
 
 
 def keep_below(target: Tensor, limit: Tensor) -> Tensor:
-    """target in [0, limit). Rounding may have brought it to the limit, past the last token of any probability."""
+    """Clamps target to [0, limit). Rounding may have raised it to limit, past the last token of nonzero probability."""
     return torch.minimum(target, torch.nextafter(limit, torch.zeros_like(limit))).clamp(min=0)
 
 
@@ -400,9 +400,9 @@ def keep_below(target: Tensor, limit: Tensor) -> Tensor:
 
 
 def pack_rows(model: PreTrainedModel, rollout: Rollout, rows: list[int]) -> PackedGroups | PaddedRows:
-    """A Rollout's rows as the model takes them. run(model) is the model's output at all tokens. `predictor` (N,) are
-    the positions that predict the N completion tokens, in the order of mask[rows].nonzero(); `ends` (R,) the rows'
-    last."""
+    """The given rows of a Rollout as one batch. batch.run(model) returns the model's output at all tokens.
+    batch.predictor (N,) holds the positions that predict the N completion tokens, in the order of
+    mask[rows].nonzero(), and batch.ends (R,) each row's last position."""
     mask, prompts = rollout.mask[rows], {row // rollout.group_size: None for row in rows}
     mask = mask[:, : int(mask.sum(1).max())]
     number = {p: i for i, p in enumerate(prompts)}
@@ -412,21 +412,21 @@ def pack_rows(model: PreTrainedModel, rollout: Rollout, rows: list[int]) -> Pack
 
 
 def logits_at_once(device: torch.device) -> int:
-    """Logits that exist at a time: 128 MB in fp32. 512 MB on a GPU, where many small slices would spend more time on
-    reading and writing the head's gradient than on the products."""
+    """How many logits may exist at once: 128 MB in fp32, 512 MB on a GPU. There, smaller slices would spend more time
+    on reading and writing the head's gradient than on the matmuls."""
     return 2**27 if device.type == "cuda" else 2**25
 
 
 @torch.no_grad()
 def has_plain_head(model: PreTrainedModel) -> bool:
-    """True if logits are the output embedding times the last hidden state, to the bit: no soft-capping, scaling or bias
-    in between. Found by trying, once per model."""
+    """True if the logits are exactly (bit for bit) the last hidden state times the output embedding, without
+    soft-capping, scaling or bias. Tested once per model, on two tokens."""
     if not hasattr(model, "plain_head"):
         ids, head = torch.tensor([[0, 1]], device=model.device), model.get_output_embeddings()
         try:
             hidden = model.base_model(ids, use_cache=False)[0]
             model.plain_head = torch.equal(hidden @ head.weight.T, model(ids, use_cache=False).logits)
-        except (RuntimeError, TypeError, AttributeError):  # no head of its own, or none that takes these hidden states
+        except (RuntimeError, TypeError, AttributeError):  # no output embedding, or one that doesn't fit
             model.plain_head = False
         if not model.plain_head:
             print("note: this model's head is not a plain linear layer: logprobs take more memory", file=sys.stderr)
@@ -434,13 +434,13 @@ def has_plain_head(model: PreTrainedModel) -> bool:
 
 
 def slices(hidden: Tensor, weight: Tensor | None) -> list[slice]:
-    """Slices of the rows, each with at most logits_at_once() logits."""
+    """Slices of hidden's rows, each with at most logits_at_once() logits."""
     size = max(1, logits_at_once(hidden.device) // (hidden.shape[1] if weight is None else len(weight)))
     return [slice(start, start + size) for start in range(0, len(hidden), size)]
 
 
 def scaled_logits(hidden: Tensor, weight: Tensor | None, temperature: float) -> Tensor:
-    """In fp32, a tensor of its own, which may be changed in place."""
+    """Logits / temperature in fp32, as a new tensor that the caller may change in place."""
     if weight is None:
         return hidden.float() / temperature
     logits = (hidden @ weight.T).float()
@@ -449,8 +449,8 @@ def scaled_logits(hidden: Tensor, weight: Tensor | None, temperature: float) -> 
 
 class HeadLogprobs(torch.autograd.Function):
     """log softmax(hidden @ weight.T / temperature) at the targets (N,), and the softmax's entropy, both (N,) in fp32,
-    from hidden (N, H). Logits exist for a slice of the rows at a time: in the forward pass and, computed again, in the
-    backward pass. weight None: hidden are the logits already."""
+    from hidden (N, H). Saves memory: only one slice of the logits exists at a time, and the backward pass recomputes
+    them. weight None: hidden holds the logits."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
@@ -463,7 +463,7 @@ class HeadLogprobs(torch.autograd.Function):
             entropy[rows] = -(logits.exp() * logits.clamp(min=-1e4)).sum(-1)  # 0 * -inf would be NaN
         ctx.save_for_backward(hidden, weight, targets, normalizers, entropy)
         ctx.temperature = temperature
-        ctx.set_materialize_grads(False)  # an output that no loss uses gets None: its gradient costs nothing
+        ctx.set_materialize_grads(False)  # an unused output's gradient is None: no work for it
         return logprobs, entropy
 
     @staticmethod
@@ -518,7 +518,7 @@ def rollout_logprobs(model: PreTrainedModel, rollout: Rollout, max_tokens: int, 
 
 
 def completion_values(value_model: PreTrainedModel, rollout: Rollout, rows: list[int]) -> Tensor:
-    """V(s_t), (R, T), 0 on padding: read where token t is predicted, before it is known."""
+    """Values V(s_t), (R, T), 0 on padding, read at the position that predicts token t: token t is not yet known."""
     batch, mask = pack_rows(value_model, rollout, rows), rollout.mask[rows]
     values = value_head(value_model)(gather_rows(batch.run(value_model.base_model), batch.predictor))[:, 0].float()
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values)
@@ -534,9 +534,9 @@ def rollout_values(value_model: PreTrainedModel, rollout: Rollout, max_tokens: i
 
 
 def completion_scores(reward_model: PreTrainedModel, rollout: Rollout, rows: list[int]) -> Tensor:
-    """(R,) scores of whole completions, read at the last real token. That token is found by its index: the model's own
-    forward searches for the pad id, which stops short if pad and EOS are the same. The config's `score_mean` is
-    subtracted."""
+    """(R,) scores of whole completions, read at the last real token, minus the config's `score_mean`. The index of that
+    token comes from the batch. The model's own forward would search for the pad id and stop too early if pad and EOS
+    are the same."""
     batch = pack_rows(reward_model, rollout, rows)
     scores = reward_model.score(batch.run(reward_model.base_model)[batch.ends])[:, 0].float()
     return scores - getattr(reward_model.config, "score_mean", 0.0)
@@ -555,8 +555,8 @@ def rollout_scores(reward_model: PreTrainedModel, rollout: Rollout, max_tokens: 
 
 
 def token_weights(mask: Tensor, loss_norm: str, max_new_tokens: int) -> Tensor:
-    """(B, T) weights with which a per-token loss is summed, exactly 0 where mask is False. They are computed for the
-    whole minibatch at once, so that its split into micro-batches can't change the gradient.
+    """(B, T) weights for summing a per-token loss; exactly 0 where mask is False. Compute them for the whole minibatch
+    at once: then its split into micro-batches doesn't change the gradient.
 
     "sequence": mean over rows of the mean over each row's tokens (DeepSeekMath, arXiv:2402.03300, eq. 3).
     "token": mean over all tokens (DAPO, arXiv:2503.14476, eq. 8).
@@ -573,15 +573,15 @@ def token_weights(mask: Tensor, loss_norm: str, max_new_tokens: int) -> Tensor:
 
 
 def free_host_memory() -> float:
-    """Bytes; inf where the system doesn't say."""
+    """Free host memory in bytes; inf if the system doesn't report it."""
     meminfo = Path("/proc/meminfo")
     lines = meminfo.read_text().splitlines() if meminfo.exists() else []
     return next((int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable")), math.inf)
 
 
 def check_host_memory(parameters: int) -> None:
-    """Ends with one line if an offloaded optimizer doesn't fit: masters, two moments and a gradient take 16 bytes a
-    parameter."""
+    """Ends with one line if an offloaded optimizer doesn't fit in host memory. Each parameter takes 16 bytes: master
+    weight, two moments, gradient."""
     free = free_host_memory()
     if 16 * parameters > free:
         need = f"{16 * parameters / 1e9:.1f} GB of host memory, {free / 1e9:.1f} GB are free"
@@ -589,13 +589,13 @@ def check_host_memory(parameters: int) -> None:
 
 
 class Masters:
-    """Mixin for a torch optimizer: its parameters are fp32 master copies of the model's weights (the weights themselves
-    if they are fp32). At a learning rate of 1e-6 most steps are smaller than bf16 can resolve; in fp32 they add up.
-    Gradients are collected in fp32 too, over all micro-batches. Clip `optimizer.masters`.
+    """Mixin that makes a torch optimizer update fp32 master copies of the model's weights (the weights themselves if
+    they are fp32). At a learning rate of 1e-6 most steps are too small for bf16; in fp32 they add up. Gradients are
+    accumulated in fp32 too, over all micro-batches. Clip the gradients of `optimizer.masters`, not the model's.
 
-    Weights with requires_grad=False are left out. Another optimizer: `class MyOptimizer(Masters, torch.optim.SGD):
-    pass`. offload: masters, the optimizer's state and the collected gradients are in host memory; a gradient leaves the
-    GPU as soon as autograd has it, so that at most one layer's is there."""
+    Weights with requires_grad=False are left out. To use another optimizer: `class MyOptimizer(Masters,
+    torch.optim.SGD): pass`. offload: keeps masters, optimizer state and accumulated gradients in host memory. Each
+    gradient leaves the GPU as soon as autograd has computed it, so at most one layer's gradients are there."""
 
     def __init__(self, model: nn.Module, lr: float, offload: bool = False, **options):
         self.weights = [p for p in model.parameters() if p.requires_grad]
@@ -623,21 +623,21 @@ class Masters:
             torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))  # in place: the sampler reads the same tensors
 
     def state_dict(self) -> dict:
-        copies = [] if all(w.dtype == torch.float32 for w in self.weights) else self.masters  # the weights say the same
+        copies = [] if all(w.dtype == torch.float32 for w in self.weights) else self.masters  # fp32 weights are masters
         return super().state_dict() | {"masters": copies}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         if not state["masters"] and any(w.dtype != torch.float32 for w in self.weights):
-            fail("--resume: the run's weights are float32, which 16 bits would round: go on with --dtype float32")
+            fail("--resume: the run's weights are float32, a 16-bit dtype rounds them: go on with --dtype float32")
         super().load_state_dict({name: value for name, value in state.items() if name != "masters"})
-        # [] if the run's weights were fp32: they say the same, once they are restored (a critic's before its optimizer)
+        # [] if the run's weights were fp32: then copy the model's, which must be restored first (a critic's too).
         for master, saved in zip(self.masters, state["masters"] or self.weights, strict=True):
             master.copy_(saved)
 
 
 class MasterAdamW(Masters, torch.optim.AdamW):
-    """AdamW over fp32 master weights, without weight decay unless it is asked for."""
+    """AdamW on fp32 master weights, by default without weight decay."""
 
     def __init__(self, model: nn.Module, lr: float, offload: bool = False, weight_decay: float = 0.0, **options):
         super().__init__(model, lr, offload, weight_decay=weight_decay, fused=True, **options)

@@ -1,6 +1,6 @@
-"""Curation: filters problems, and makes demonstrations of a samples file (which evaluate.py --output writes).
+"""Curation: filters problems, and makes demonstrations or pairs from a samples file (written by evaluate.py --output).
 
-python curate.py --samples samples.jsonl --output problems.jsonl            # those with a pass rate between 0 and 1
+python curate.py --samples samples.jsonl --output problems.jsonl     # problems with a pass rate from 0.01 to 0.99
 python curate.py --samples samples.jsonl --make correct --output demonstrations.jsonl        # rejection sampling
 python curate.py --problems gsm8k.jsonl --remove-duplicates --decontaminate math500.jsonl --output clean.jsonl
 """
@@ -33,7 +33,7 @@ from plumbing.flags import AtLeast1, Range, Share, fail, parse_args
 from plumbing.pairs import balance, completion_field, listed, split_conversation
 from rewards import verifier_prompt
 
-PAIRS = "shorter", "verifier"  # what --make may make beside problems and demonstrations
+PAIRS = "shorter", "verifier"  # the values of --make that make pairs
 
 # ---- Demonstrations ------------------------------------------------------------------------------------------------
 
@@ -43,7 +43,7 @@ class Demonstration:
     question: str
     completion: str
     messages: tuple | None = None  # the prompt's turns, see data.Problem
-    prompt_ids: tuple = field(default=(), compare=False, repr=False)  # these two: see encode_demonstrations
+    prompt_ids: tuple = field(default=(), compare=False, repr=False)  # both are set by encode_demonstrations
     completion_ids: tuple = field(default=(), compare=False, repr=False)
 
     def to_row(self) -> dict:
@@ -51,7 +51,7 @@ class Demonstration:
 
 
 def mix_demonstrations(sources: tuple[str, ...], count: int, keep: str) -> list[Demonstration]:
-    """All demonstrations of several sources (see load_demonstrations); of FILE:COUNT a random choice of COUNT."""
+    """The demonstrations of several sources (see load_demonstrations). FILE:COUNT takes COUNT of FILE's at random."""
     if not sources:
         fail("--data: at least one file is needed")
     mixed = []
@@ -66,9 +66,9 @@ def mix_demonstrations(sources: tuple[str, ...], count: int, keep: str) -> list[
 
 
 def load_demonstrations(source: str, count: int, seed: int = 0, keep: str = "correct") -> list[Demonstration]:
-    """source: "arithmetic-demonstrations" (any task's teacher: NAME-demonstrations), of which `count` are made from the
-    seed; a .jsonl file with the fields `prompt` (or `question`) and `completion`, or `messages`; or a samples file, of
-    which `chosen_samples` keeps some."""
+    """source: NAME-demonstrations, such as "arithmetic-demonstrations" (the task's teacher makes `count` of them from
+    the seed); a .jsonl file with the fields `prompt` (or `question`) and `completion`, or `messages`; or a samples
+    file, from which `chosen_samples` picks completions by `keep`."""
     if source.endswith("-demonstrations") and (task := load_task(source.removesuffix("-demonstrations"))):
         return [Demonstration(*pair) for pair in task.demonstrations(count, seed)]
     rows = placed_rows(source)
@@ -93,8 +93,8 @@ def load_demonstrations(source: str, count: int, seed: int = 0, keep: str = "cor
 
 
 def encode_demonstrations(tokenizer, demonstrations: list[Demonstration], system_prompt: str, context: float) -> list:
-    """The demonstrations that fit the context, with their token ids. One that the context would cut loses its end, with
-    the answer and the EOS: it is dropped and counted."""
+    """The demonstrations that fit the context, with their token ids. Longer ones are dropped and counted: if they were
+    cut, they would lose the answer and the EOS."""
     prompts = encode_prompts(tokenizer, [d.messages or d.question for d in demonstrations], system_prompt)
     completions = encode_completions(tokenizer, [d.completion for d in demonstrations], prompts)
     encoded = [
@@ -109,8 +109,8 @@ def encode_demonstrations(tokenizer, demonstrations: list[Demonstration], system
 
 
 def chosen_samples(record: dict, keep: str) -> list[str]:
-    """Texts for SFT. "correct": the right ones, each text once (rejection sampling). "best": the right one with the
-    highest reward; of several, the shortest."""
+    """Completions for SFT. keep "correct": all right ones without duplicates (rejection sampling). "best": the right
+    one with the highest reward; if several have it, the shortest."""
     right = {c["text"]: c for c in record["completions"] if counts_as_right(c) and c["text"]}
     if keep == "best" and right:
         return [min(right, key=lambda text: (-right[text]["reward"], len(text)))]
@@ -152,8 +152,8 @@ def fuse_modes(records: list[dict], keep: str = "correct") -> list[Demonstration
 
 
 def shorter_pairs(records: list[dict]) -> list[dict]:
-    """The shortest right completion of each problem, chosen, and its longest right one, rejected: a preference that has
-    nothing to do with being right."""
+    """One pair per problem: the shortest right completion is chosen, the longest right one rejected. So the preference
+    is about length only, not about being right."""
     rows = []
     for record in records:
         question, messages = add_mode(record["question"], record["messages"], record.get("mode"))
@@ -169,13 +169,13 @@ def text_length(completion: dict) -> int:
 
 
 def verifier_pairs(records: list[dict], problems: dict[str, Problem]) -> list[dict]:
-    """What a verifier model (--verifier-model, a reward model) is trained on: asked about the reference answer, it
-    prefers an answer that is right to one that is wrong. Right ones are taken in every writing that was sampled.
+    """Pairs to train a verifier model on (--verifier-model, a reward model). The prompt has question and reference
+    answer; a right answer is chosen, a wrong one rejected. Right answers are used in every form that was sampled.
     problems: by question."""
     rows = []
     for record in records:
         problem = problems[record["question"]]
-        if not problem.answer:  # its task judges
+        if not problem.answer:  # judged by its task
             continue
         answers: dict[bool, dict] = {True: {}, False: {}}  # dicts, because they keep the order
         for completion in record["completions"]:
@@ -187,11 +187,11 @@ def verifier_pairs(records: list[dict], problems: dict[str, Problem]) -> list[di
     return rows
 
 
-# ---- Filters: each takes problems, returns those that are kept, and counts in `dropped` why the others are not
+# ---- Filters: each returns the problems that it keeps, and counts the others by reason in `dropped` ----------------
 
 
 def pass_rates(records: list[dict], source: str, problems: list[Problem]) -> dict[str, float]:
-    """The share of right completions by question; one line where the samples are not of these problems."""
+    """The share of right completions by question. Ends with one line if the samples are of other problems."""
     tried, right = Counter(), Counter()
     for record in records:
         tried[record["question"]] += len(record["completions"])
@@ -204,9 +204,9 @@ def pass_rates(records: list[dict], source: str, problems: list[Problem]) -> dic
 
 
 def keep_pass_rates(problems: list[Problem], rates: dict, low: float, high: float, dropped: Counter) -> list[Problem]:
-    """Keeps problems whose pass rate is in low to high, and notes it in them. A problem that is always right, or always
-    wrong, has no group with both and so teaches nothing (Kimi K1.5, arXiv:2501.12599, section 2.1, keeps what is hard
-    for the model)."""
+    """Keeps problems whose pass rate is from low to high, and stores it in them. A problem that is always solved, or
+    never, gives no group with right and wrong completions, so it teaches nothing (Kimi K1.5, arXiv:2501.12599, section
+    2.1, keeps problems that are hard for the model)."""
     kept = []
     for problem in problems:
         rate = rates.get(problem.question)
@@ -223,16 +223,16 @@ def label_difficulty(problems: list[Problem], rates: dict) -> list[Problem]:
 
 
 def drop_lucky_guesses(problems: list[Problem], rates: dict, dropped: Counter) -> list[Problem]:
-    """Kimi K1.5, section 2.1: a problem that the model got right without reasoning, in any of its tries, can be
-    guessed."""
+    """Drops problems that the model solved without reasoning in any of its tries: they can be guessed (Kimi K1.5,
+    section 2.1)."""
     kept = [problem for problem in problems if not rates.get(problem.question, 0.0) > 0]
     dropped["right without reasoning"] += len(problems) - len(kept)
     return kept
 
 
 def drop_unverifiable(problems: list[Problem], dropped: Counter) -> list[Problem]:
-    """Drops problems whose gold answer no rule can compare with another's: one that doesn't match itself, and prose, a
-    text of more than three words without a number or mathematics."""
+    """Drops problems whose gold answer the rules can't compare: it doesn't match itself, or it is prose (more than
+    three words, no plain number, no mathematics)."""
     kept = []
     for problem in problems:
         text, number = read_answer(problem.answer)
@@ -245,8 +245,8 @@ def drop_unverifiable(problems: list[Problem], dropped: Counter) -> list[Problem
 
 
 def drop_wrong_steps(records: list[dict], problems: dict[str, Problem], source: str, dropped: Counter) -> list[dict]:
-    """The records without the completions that are right by luck: a right answer after a wrong step. The problem's task
-    knows what a right step is. problems: by question."""
+    """Drops completions that are right by luck, with a right answer after a wrong step, and returns the records with
+    the others. The problem's task checks the steps. problems: by question."""
     kept, checked = [], False
     for record in records:
         problem, completions = problems[record["question"]], record["completions"]
@@ -256,7 +256,7 @@ def drop_wrong_steps(records: list[dict], problems: dict[str, Problem], source: 
             dropped["right answers after a wrong step"] += len(record["completions"]) - len(completions)
         kept.append(record | {"completions": completions})
     if not checked:
-        fail(f"--right-steps: {source} has no problem of a task that knows its right steps, as tasks/arithmetic.py")
+        fail(f"--right-steps: {source} has no problem of a task with steps_are_right, such as tasks/arithmetic.py")
     return kept
 
 
@@ -264,8 +264,8 @@ OPTION = re.compile(r"(?:^|[\s({])\(?([A-Ea-e])[).:]", re.MULTILINE)
 
 
 def drop_multiple_choice(problems: list[Problem], dropped: Counter) -> list[Problem]:
-    """Questions whose answer can be guessed from a short list (Kimi K1.5, section 2.1): options A, B, ... in the
-    question with a letter as the answer, and answers that are true, false, yes or no."""
+    """Drops questions whose answer can be guessed from a short list (Kimi K1.5, section 2.1): the question has options
+    A, B, ... and the answer is a letter, or the answer is true, false, yes or no."""
     kept = []
     for problem in problems:
         text, answer = problem.question, problem.answer.lower().strip(" .(")
@@ -279,7 +279,7 @@ def drop_multiple_choice(problems: list[Problem], dropped: Counter) -> list[Prob
 
 
 def tokens_of(text: str) -> list[str]:
-    """Words, numbers, and every sign by itself."""
+    """Lower-case words, numbers, and each other sign by itself."""
     return re.findall(r"\w+|[^\w\s]", text.lower())
 
 
@@ -288,9 +288,9 @@ def ngrams(tokens: list[str], n: int) -> set[tuple[str, ...]]:
 
 
 def decontaminate(problems: list[Problem], held_out: list[Problem], n: int, dropped: Counter) -> list[Problem]:
-    """Drops problems that share n words in a row with a held-out question. A held-out question of fewer words must be
-    the whole problem or, if it has at least 8 words and signs, a part of it: shorter ones are parts of others by
-    chance."""
+    """Drops problems that share n consecutive words with a held-out question. A held-out question with fewer than n
+    words drops problems equal to it and, if it has at least 8 words and signs, problems that contain it. Shorter ones
+    occur in other problems by chance."""
     long, short = set(), set()
     for question in (p.question for p in held_out):
         words = re.findall(r"\w+", question.lower())
@@ -311,8 +311,8 @@ def decontaminate(problems: list[Problem], held_out: list[Problem], n: int, drop
 
 
 def drop_duplicates(problems: list[Problem], near: float, dropped: Counter) -> list[Problem]:
-    """Keeps the first of equal questions (case, spacing and the punctuation of sentences apart), and of questions with
-    the same numbers that share `near` of their triples of words and signs (Jaccard)."""
+    """Keeps the first of equal questions (ignoring case, spacing and sentence punctuation) and of near duplicates: the
+    same numbers, and a Jaccard similarity of their triples of words and signs of at least `near`."""
     kept, seen, triples, index = [], set(), [], {}
     for problem in problems:
         text = problem.question
@@ -340,7 +340,7 @@ def drop_duplicates(problems: list[Problem], near: float, dropped: Counter) -> l
 @dataclass
 class Args:
     output: str
-    """write the problems, or the demonstrations, to this .jsonl file"""
+    """write the problems, demonstrations or pairs to this .jsonl file"""
     problems: str | None = None
     """"arithmetic", a .jsonl file, or a hub dataset; without it the problems of --samples"""
     split: Literal["train", "eval", "all"] = "train"
@@ -348,38 +348,38 @@ class Args:
     samples: str | None = None
     """samples file (evaluate.py --output): gives pass rates, and completions for --make"""
     min_pass_rate: Share | None = None
-    """with --samples: lowest pass rate of a kept problem (with --max-pass-rate 0: only problems that failed every
-    time); None: 0.01, and 0 for demonstrations"""
+    """with --samples: lowest pass rate of a kept problem; None: 0.01, or 0 if --make makes demonstrations or pairs. To
+    keep only problems that were never solved: --min-pass-rate 0 --max-pass-rate 0"""
     max_pass_rate: Share | None = None
-    """with --samples: highest pass rate of a kept problem; None: 0.99, and 1 for demonstrations"""
+    """with --samples: highest pass rate of a kept problem; None: 0.99, or 1 for demonstrations and pairs"""
     label_difficulty: bool = False
-    """with --samples: difficulty = 1 - pass rate, for --problem-sampling curriculum"""
+    """with --samples: set difficulty to 1 - pass rate, for --problem-sampling curriculum"""
     guesses: str | None = None
-    """samples file made without reasoning (evaluate.py --modes no_think): drop problems that are right there"""
+    """samples file made without reasoning (evaluate.py --modes no_think): drop problems that are solved in it"""
     exclude_unverifiable: bool = False
-    """drop problems whose gold answer no rule can compare with another, such as a sentence"""
+    """drop problems whose gold answer the rules can't compare, such as a sentence"""
     right_steps: bool = False
-    """with --samples and --make: drop right answers after a wrong step, for tasks that know what a right step is"""
+    """with --samples and --make: drop right answers after a wrong step (only for tasks that can check steps)"""
     exclude_multiple_choice: bool = False
     """drop multiple-choice and true/false questions"""
     remove_duplicates: bool = False
-    """keep one of equal and of nearly equal questions"""
+    """keep only the first of equal or nearly equal questions"""
     near_duplicate: Annotated[float, Range(0, 1, open=True)] = 0.8
-    """with --remove-duplicates: two questions count as one if they share this much of their word triples"""
+    """with --remove-duplicates: Jaccard similarity of word triples from which questions count as nearly equal"""
     decontaminate: str | None = None
-    """problems (a source like --problems; its eval split, or a whole file) that must not be trained on"""
+    """held-out problems, which must not be trained on: a file, or a source like --problems (its eval split is used)"""
     ngram: AtLeast1 = 13
-    """with --decontaminate: a problem that shares this many words in a row is dropped"""
+    """with --decontaminate: drop problems that share this many consecutive words with a held-out question"""
     balance_topics: bool = False
-    """as many problems of every topic as there are of the rarest"""
+    """keep the same number of problems of every topic, that of the rarest topic"""
     make: Literal["problems", "correct", "best", "fusion", "shorter", "verifier"] = "problems"
-    """problems | demonstrations from --samples, for the problems that are left: all right completions | the best one of
-    each problem | the right ones in both thinking modes, /think and /no_think | pairs: the shorter and the longer of
-    two right completions | a right and a wrong answer, to train a --verifier-model"""
+    """the kept problems, or from their --samples: demonstrations (correct: all right completions; best: the best one of
+    each problem; fusion: the right ones in both thinking modes, /think and /no_think) or pairs (shorter: a problem's
+    shortest and longest right completion; verifier: a right and a wrong answer, to train a --verifier-model)"""
     limit: AtLeast1 | None = None
-    """at most this many problems, a random choice"""
+    """keep at most this many problems, chosen at random"""
     mode: Literal["think", "no_think"] | None = None
-    """end every problem's question with this thinking mode's flag, to train a fused model in that mode"""
+    """append this thinking mode's flag to every question, to train a fused model in that mode"""
     seed: int = 0
     """random seed"""
 
@@ -396,7 +396,7 @@ def main(args: Args) -> None:
     if args.mode and args.make != "problems":
         fail(f"--mode {args.mode}: goes with problems, not with --make {args.make}")
     if args.right_steps and args.make == "problems":
-        fail("--right-steps: is about completions: needs --make correct, best, fusion, shorter or verifier")
+        fail("--right-steps: filters completions: needs --make correct, best, fusion, shorter or verifier")
     if low > high:
         fail(f"--min-pass-rate {low:g}: must be at most --max-pass-rate {high:g}")
     source = args.problems or args.samples

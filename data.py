@@ -1,5 +1,5 @@
-"""Problems: what one is, the tasks, files and hub datasets they come from, their chat prompts, and the order in which
-they are drawn."""
+"""Problems: the Problem class, loading from tasks, files and hub datasets, chat prompts as token ids, and the order in
+which problems are drawn."""
 
 import functools
 import hashlib
@@ -23,19 +23,19 @@ MODES = "think", "no_think"
 
 @dataclass(frozen=True)
 class Problem:
-    question: str  # as text; splits, pass rates and pairs are keyed by it
-    answer: str  # "" where the task's is_right decides
+    question: str  # plain text; the key for splits, pass rates and pairs
+    answer: str  # "" if the task's is_right decides
     id: str = ""
     topic: str = ""
     difficulty: float | None = None
-    pass_rate: float | None = None  # share of right samples of some model
-    messages: tuple | None = None  # the prompt's turns ((role, content), ...), unless it is one user turn
-    task: str = ""  # the file in tasks/ that it comes from; if that has an is_right, it judges completions
+    pass_rate: float | None = None  # share of a model's samples that were right
+    messages: tuple | None = None  # the prompt's turns ((role, content), ...); None for a single user turn
+    task: str = ""  # name of its file in tasks/, if any; the file's is_right, if any, judges completions
     columns: dict = field(default_factory=dict, compare=False)  # the other columns of its row
     prompt_ids: tuple = field(default=(), compare=False, repr=False)  # see encode_problems
 
     def to_row(self) -> dict:
-        """The problem as a line of a file: without prompt_ids."""
+        """The problem as a row for a .jsonl file, without prompt_ids."""
         row = {"question": prompt_value(self.question, self.messages)}
         row |= {"answer": self.answer} if self.answer else {}
         row |= {"id": self.id, "topic": self.topic, "difficulty": self.difficulty}
@@ -44,8 +44,8 @@ class Problem:
 
 
 def is_held_out(question: str) -> bool:
-    """True for one question in ten. The question's text alone decides, without system turn and thinking mode, so that
-    no seed, order or file can put the same problem into both the train and the eval split."""
+    """True for one question in ten, by a hash of its text alone, without system turn and thinking mode. So no seed,
+    order or file can put the same problem into both the train and the eval split."""
     text = re.sub(f" /(?:{'|'.join(MODES)})$", "", question)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 10 == 0
 
@@ -60,8 +60,8 @@ def load_problems(source: str, split: str, limit: int | None = None, seed: int =
     source: a task, such as "arithmetic" ("arithmetic:7-8" for other difficulties), the path of a .jsonl file, or a hub
     dataset's name (`name:config` if it has configs). A file, and a hub dataset without a test or validation split, is
     split by `is_held_out`.
-    limit: at most this many: the first ones of a task, which cycles through the difficulties; of a file a random
-    choice, in the file's order. seed: of the task's draws and of that choice."""
+    limit: at most this many. A task gives its first ones, cycling through the difficulties; other sources give a random
+    choice in their own order. seed: for the task's draws and for that choice."""
     if split not in ("train", "eval", "all"):
         raise ValueError(f"split is 'train', 'eval' or 'all', not {split!r}")
     name, _, difficulties = source.partition(":")
@@ -83,12 +83,12 @@ def load_problems(source: str, split: str, limit: int | None = None, seed: int =
 
 
 def load_train_problems(problems: str, eval_data: str | None) -> list[Problem]:
-    """The train split; the whole of a file if --eval-data gives the held-out problems."""
+    """The train split of --problems, or all of it if it is a file and --eval-data gives the held-out problems."""
     return load_problems(problems, "all" if eval_data and is_file(problems) else "train")
 
 
 def load_eval_problems(problems: str, eval_data: str | None, limit: int) -> list[Problem]:
-    """Held-out problems: the whole file --eval-data, or the eval split of the source named there, or of --problems."""
+    """All of --eval-data if it is a file, else its eval split. Without --eval-data: the eval split of --problems."""
     return load_problems(eval_data or problems, "all" if eval_data and is_file(eval_data) else "eval", limit)
 
 
@@ -99,23 +99,23 @@ def is_file(source: str) -> bool:
 @functools.cache
 def load_task(name: str):
     """The module tasks/NAME.py; None if there is none."""
-    there = name.isidentifier() and (Path(__file__).parent / "tasks" / f"{name}.py").exists()
-    return importlib.import_module(f"tasks.{name}") if there else None
+    exists = name.isidentifier() and (Path(__file__).parent / "tasks" / f"{name}.py").exists()
+    return importlib.import_module(f"tasks.{name}") if exists else None
 
 
 def parse_difficulties(task, source: str, text: str) -> list[int]:
-    """ "7-8", "7", or "" for the task's own."""
+    """The difficulties that `text` names: "7-8", "7", or "" for all of the task's own."""
     low, _, high = text.partition("-")
     if not text:
         return list(task.DIFFICULTIES)
     if not re.fullmatch("[1-9](-[1-9])?", text) or int(low) > int(high or low):
-        fail(f"{source}: {source.partition(':')[0]}:LOW-HIGH is expected")
+        fail(f"{source}: {source.partition(':')[0]}:LOW-HIGH is expected, with difficulties from 1 to 9")
     return list(range(int(low), int(high or low) + 1))
 
 
 def draw_problems(task, split: str, limit: int | None, seed: int, difficulties: list[int]) -> list[Problem]:
-    """At most `limit` distinct problems of a split, the difficulties in turn. A difficulty with few problems (there are
-    1,700 chains of one operation) ends first, when 50,000 draws have found no other."""
+    """At most `limit` distinct problems of a split, cycling through the difficulties. A difficulty with few problems
+    (there are 1,700 chains of one operation) runs out first: it ends after 50,000 draws without a new problem."""
     limit, name = limit or (6000 if split == "train" else 3000), task.__name__.removeprefix("tasks.")
     by_difficulty = []
     for difficulty in difficulties:
@@ -140,7 +140,7 @@ def hub_problems(source: str, split: str) -> list[Problem]:
     name, _, config = source.partition(":")
     try:
         splits = datasets.load_dataset(name, config or None)
-    except Exception as error:  # the hub's errors are many: no such dataset, no network, a config is needed, ...
+    except Exception as error:  # of many kinds: no such dataset, no network, a config is needed, ...
         fail(f"{source}: neither a file nor a hub dataset that can be loaded: {reason(error)}")
     held_out = next((name for name in ("test", "validation") if name in splits), None)
     if "train" not in splits and not held_out:
@@ -156,8 +156,8 @@ def hub_problems(source: str, split: str) -> list[Problem]:
 def read_problems(rows: list[tuple[str, dict]], source: str) -> list[Problem]:
     """rows: (place, row) with `question`, `prompt`, `problem` or `messages`, and `answer`; optionally `id`, `topic`,
     `difficulty`, `pass_rate`. Other columns are kept. MATH's columns are read too: `level` as difficulty, `subject` or
-    `type` as topic, and the box in `solution` as answer. A row of a task with a verifier has no answer but that task's
-    columns: `nums` and `target` are Countdown's. All bad rows are counted, the first five named."""
+    `type` as topic, and the box in `solution` as answer. If a task has a verifier, its rows have that task's columns
+    instead of an answer (Countdown: `nums` and `target`). Bad rows end the program; the error names the first five."""
     problems, errors, places = [], [], {}
     names = ("question", "prompt", "problem", "messages")
     for place, row in rows:
@@ -169,14 +169,14 @@ def read_problems(rows: list[tuple[str, dict]], source: str) -> list[Problem]:
             if "####" in answer:  # GSM8K: a worked solution that ends in "#### 72"
                 answer = extract_answer(answer) or ""
                 if not answer:
-                    raise ValueError("nothing stands behind '####' in field 'answer'")
+                    raise ValueError("field 'answer' has nothing after '####'")
             difficulty, pass_rate = number_field(row, "difficulty"), number_field(row, "pass_rate")
             if pass_rate is not None and not 0 <= pass_rate <= 1:
                 raise ValueError(f"field 'pass_rate' is {pass_rate:g}, a number from 0 to 1 is expected")
             question, messages = prompt_field(row, names)
             id = place if row.get("id") is None else as_text("id", row["id"])
             if (first := places.setdefault(id, place)) != place:
-                raise ValueError(f"id {id[:80]!r} is the one of {first} already")
+                raise ValueError(f"id {id[:80]!r} is already used by {first}")
             topic = as_text("topic", row["topic"]) if row.get("topic") else ""
             read = {*names, "answer", "task", "id", "topic", "difficulty", "pass_rate", "completions", "mode"}
             columns = {name: value for name, value in row.items() if name not in read}
@@ -189,13 +189,13 @@ def read_problems(rows: list[tuple[str, dict]], source: str) -> list[Problem]:
 
 
 def task_of(row: dict) -> str:
-    """The task that a row comes from, "" for most: its field `task`, or Countdown if it has `nums`."""
+    """The name of a row's task: its field `task`, "countdown" if it has `nums`, or "" for most rows."""
     name = row.get("task") or ("countdown" if row.get("nums") is not None else "")
     return name if isinstance(name, str) and load_task(name) else ""
 
 
 def from_math(row: dict) -> dict:
-    """A row with fields that MATH (arXiv:2103.03874) and MATH-500 name otherwise, under our names."""
+    """Copies the fields of MATH (arXiv:2103.03874) and MATH-500 rows to our field names."""
     more = {}
     if row.get("answer") is None and isinstance(row.get("solution"), str) and (box := last_boxed(row["solution"])):
         more["answer"] = box
@@ -208,11 +208,11 @@ def from_math(row: dict) -> dict:
     return row | more
 
 
-# ---- Files: JSON lines, and what their fields hold -----------------------------------------------------------------
+# ---- Files: JSON lines and their fields ----------------------------------------------------------------------------
 
 
 def read_jsonl(path: str) -> list[tuple[int, dict]]:
-    """(line number, object) of every non-blank line. All malformed lines are counted, the first five named."""
+    """(line number, object) of every non-blank line. Malformed lines end the program; it names the first five."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig", errors="surrogateescape")
     except OSError as error:
@@ -237,7 +237,7 @@ def read_jsonl(path: str) -> list[tuple[int, dict]]:
 
 
 def placed_rows(path: str) -> list[tuple[str, dict]]:
-    """(file:line, object): the place as errors name it."""
+    """("file:line", object) of every non-blank line; "file:line" is for error messages."""
     return [(f"{path}:{line}", row) for line, row in read_jsonl(path)]
 
 
@@ -248,17 +248,17 @@ def fail_on(errors: list[str], source: str) -> None:
 
 
 def write_jsonl(path: str, rows: list[dict]) -> None:
-    """Written aside and renamed, so that an old file stays whole until the new one is."""
-    aside = Path(path + ".tmp")
+    """Writes a temporary file and renames it, so that an old file stays intact until the new one is complete."""
+    temporary = Path(path + ".tmp")
     try:
-        aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        os.replace(aside, path)
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        os.replace(temporary, path)
     except OSError as error:
         fail(f"{path}: can't be written ({error.strerror})")
 
 
 def text_field(row: dict, names: tuple[str, ...]) -> str:
-    """The first of the named fields as text; a number becomes its text. Raises ValueError, saying what is wrong."""
+    """The first of the named fields that the row has, as text; numbers are converted. Raises ValueError otherwise."""
     name = next((name for name in names if row.get(name) is not None), None)
     if name is None:
         raise ValueError(f"no field {' or '.join(map(repr, names))} (it has {', '.join(map(repr, row))})")
@@ -268,7 +268,7 @@ def text_field(row: dict, names: tuple[str, ...]) -> str:
 def number_field(row: dict, name: str) -> float | None:
     value = row.get(name)
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value is not None and not (number and abs(value) < 1e9):  # nor NaN
+    if value is not None and not (number and abs(value) < 1e9):  # also refuses NaN
         raise ValueError(f"field {name!r} is {str(value)[:80]!r}, a number is expected")
     return value
 
@@ -289,7 +289,7 @@ def check_text(name: str, text: str) -> str:
     if len(text) > MAX_FIELD_CHARS:
         raise ValueError(f"field {name!r} has {len(text)} characters, at most {MAX_FIELD_CHARS} are allowed")
     if re.search("[\ud800-\udfff]", text):
-        raise ValueError(f"field {name!r} holds half a surrogate pair, which no tokenizer takes")
+        raise ValueError(f"field {name!r} holds half a surrogate pair, which no tokenizer accepts")
     return text
 
 
@@ -297,12 +297,12 @@ def check_text(name: str, text: str) -> str:
 
 
 def read_messages(name: str, value) -> list[dict]:
-    """A list of messages, each with a role and a text; ValueError says what is wrong."""
+    """The role and content of each message in a list. Raises ValueError if one of them is missing or not text."""
     for message in value:
         if not isinstance(message, dict) or {"role", "content"} - message.keys():
             raise ValueError(f"field {name!r}: each message needs a role and a content")
         if not isinstance(message["content"], str) or not isinstance(message["role"], str):
-            raise ValueError(f"field {name!r}: roles and contents are texts, nothing else is understood")
+            raise ValueError(f"field {name!r}: roles and contents must be text")
         check_text(name, message["role"] + message["content"])
     if not value:
         raise ValueError(f"field {name!r} is empty")
@@ -310,7 +310,7 @@ def read_messages(name: str, value) -> list[dict]:
 
 
 def prompt_field(row: dict, names: tuple[str, ...]) -> tuple[str, tuple | None]:
-    """(question, messages) of the first of the named fields: a text, or messages that end with the user's turn."""
+    """(question, messages) from the first of the named fields: a text, or messages that end with the user's turn."""
     name = next((name for name in names if row.get(name) is not None), None)
     value = row.get(name)
     if isinstance(value, str) and value.startswith('[{"role": '):  # older files hold the messages as JSON text
@@ -324,9 +324,9 @@ def prompt_field(row: dict, names: tuple[str, ...]) -> tuple[str, tuple | None]:
 
 
 def as_prompt(name: str, messages: list[dict]) -> tuple[str, tuple | None]:
-    """(question, messages) of a prompt's turns: the question is their text without the system turn."""
+    """(question, messages) from a prompt's turns: question is their text without the system turn."""
     if not messages or messages[-1]["role"] != "user":
-        raise ValueError(f"field {name!r}: a prompt ends with the user's turn")
+        raise ValueError(f"field {name!r}: a prompt must end with the user's turn")
     if not messages[-1]["content"].strip():
         raise ValueError(f"field {name!r}: the user's turn is empty")
     question = "\n\n".join(message["content"] for message in messages if message["role"] != "system")
@@ -338,12 +338,12 @@ def as_dicts(messages: tuple) -> list[dict]:
 
 
 def prompt_value(question: str, messages: tuple | None) -> str | list[dict]:
-    """A prompt as a file holds it: its text, or its turns."""
+    """A prompt as it is written to a file: its text, or its list of turns."""
     return question if messages is None else as_dicts(messages)
 
 
 def add_mode(question: str, messages: tuple | None, mode: str | None) -> tuple[str, tuple | None]:
-    """Qwen3's thinking mode (arXiv:2505.09388, section 4.3): a flag at the end of the user's turn."""
+    """Appends Qwen3's flag /think or /no_think to the user's turn (arXiv:2505.09388, section 4.3)."""
     if not mode:
         return question, messages
     if messages is not None:
@@ -358,9 +358,9 @@ def add_mode(question: str, messages: tuple | None, mode: str | None) -> tuple[s
 def encode_prompts(tokenizer, prompts: list, system_prompt: str = "") -> list[list[int]]:
     """Token ids of each prompt as chat turns, up to the point where the assistant's text begins.
 
-    prompts: texts (one user turn) or tuples of (role, content). A prompt with a system turn keeps its own. Without a
-    chat template the prompt is the bare text. A template that refuses a system turn (Gemma's) gets the system prompt at
-    the head of the user's turn.
+    prompts: texts (one user turn) or tuples of (role, content). A prompt's own system turn replaces system_prompt.
+    Without a chat template the prompt is the bare text. If the template refuses system turns (Gemma's), the system
+    prompt is put at the start of the first turn instead.
     """
     turns = [as_dicts((("user", prompt),) if isinstance(prompt, str) else prompt) for prompt in prompts]
     if not tokenizer.chat_template:
@@ -375,7 +375,7 @@ def encode_prompts(tokenizer, prompts: list, system_prompt: str = "") -> list[li
         return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
     def encode(conversations: list) -> list[list[int]]:
-        # The template writes the BOS itself if there is one: adding special tokens again would double it.
+        # The template writes the BOS itself, if there is one. With add_special_tokens there would be two.
         texts = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
         return token_ids(tokenizer, texts)
 
@@ -389,7 +389,7 @@ def encode_problems(
     tokenizer, problems: list[Problem], system_prompt: str, config, room: int, flag="--max-new-tokens", mode=None
 ) -> list[Problem]:
     """The problems with their prompt_ids. Ends with one line if a prompt and `room` completion tokens exceed the
-    model's context. flag: the one that sets `room`. mode: see add_mode."""
+    model's context. flag: the flag that sets `room`, for that line. mode: see add_mode."""
     prompts = [add_mode(problem.question, problem.messages, mode) for problem in problems]
     encoded = encode_prompts(tokenizer, [messages or question for question, messages in prompts], system_prompt)
     context = context_length(config)
@@ -403,29 +403,29 @@ def encode_problems(
 
 
 def encode_completions(tokenizer, completions: list[str], prompts: list[list[int]]) -> list[list[int]]:
-    """Token ids of each completion and the EOS that ends it. They follow a prompt's ids and are never merged with them.
-    If the template opens the think block in the prompt, `decode` put the tag in front of the text: it is left out."""
+    """Token ids of each completion, EOS included. They are tokenized apart from the prompt: no token spans both. If the
+    template opens the think block in the prompt, a <think> at the start of the text (see `decode`) is left out."""
     opened = opens_thinking(tokenizer, prompts)
     texts = [text.removeprefix("<think>") if o else text for text, o in zip(completions, opened, strict=True)]
     return [ids + [tokenizer.eos_token_id] for ids in token_ids(tokenizer, texts)]
 
 
 def token_ids(tokenizer, texts: list[str]) -> list[list[int]]:
-    """In chunks: the tokenizer's own records of a batch take a hundred times the memory of its ids."""
+    """Token ids of each text. In chunks, because a tokenizer's output takes a hundred times the memory of the ids."""
     chunks = [texts[start : start + 1000] for start in range(0, len(texts), 1000)]
     return [ids for chunk in chunks for ids in tokenizer(chunk, add_special_tokens=False).input_ids]
 
 
 def opens_thinking(tokenizer, prompts: list[list[int]]) -> list[bool]:
-    """Whether the chat template opened the think block at each prompt's end."""
+    """For each prompt, whether it ends with a <think> that the chat template wrote."""
     heads = tokenizer.batch_decode([list(prompt[-8:]) for prompt in prompts])
     return [head.rstrip().endswith("<think>") for head in heads]
 
 
 def decode(tokenizer: Tokenizer, rollout: Rollout) -> list[str]:
-    """(B,) texts of the completions without EOS, for rewards and for people, never to be encoded again.
+    """(B,) completion texts without EOS, for rewards and for people. Don't encode them again: the rollout has the ids.
 
-    If the chat template opens the think block in the prompt, the tag is put back in front: it belongs to the text.
+    If the chat template opens the think block in the prompt, <think> is put in front of the text, where it belongs.
     """
     G, rows = rollout.group_size, zip(rollout.completion_ids.tolist(), rollout.mask.sum(1).tolist(), strict=True)
     texts = tokenizer.batch_decode([ids[:n] for ids, n in rows], skip_special_tokens=True)
@@ -437,15 +437,15 @@ def decode(tokenizer: Tokenizer, rollout: Rollout) -> list[str]:
 
 
 class ProblemSampler:
-    """Draws items: problems, demonstrations, pairs. Its whole state is in `state_dict()`: a resumed run goes on where
-    it stopped.
+    """Draws items: problems, demonstrations or pairs. `state_dict()` holds its whole state, so that a resumed run draws
+    what it would have drawn.
 
-    mode "uniform": every item once per epoch, in an order that (seed, epoch) fixes.
-    "curriculum": from the easiest ones by `difficulty` first, then from more and more of them; when `total_draws`, a
-    run's, are done, from all.
-    "prioritized": with a chance proportional to 1 - s, at least `floor` (Kimi K1.5, arXiv:2501.12599, section 2.3.4).
-    s is the recent success rate: at first the problem's `pass_rate`, or the mean of those that are known; each draw
-    moves it half of the way to the group's rate.
+    mode "uniform": every item once per epoch, in an order fixed by (seed, epoch).
+    "curriculum": uniformly from the easiest items by `difficulty`. Their share grows with the draws and reaches all
+    items after `total_draws`, a run's number of draws.
+    "prioritized": with weight 1 - s, at least `floor` (Kimi K1.5, arXiv:2501.12599, section 2.3.4). s is the recent
+    success rate. It starts as the problem's `pass_rate` (if unknown: the mean of the known ones); each draw moves it
+    halfway to the success rate of the group.
     """
 
     def __init__(self, items: list, mode: str = "uniform", seed: int = 0, floor: float = 0.05, total_draws: int = 0):
@@ -480,7 +480,7 @@ class ProblemSampler:
         return indices
 
     def draw_easiest(self, count: int) -> list[int]:
-        """Uniformly, without replacement, from the share drawn / total_draws of the items that are the easiest."""
+        """Draws uniformly, without replacement, from the easiest drawn / total_draws of the items."""
         if not self.order:
             self.order = sorted(range(self.size), key=lambda i: self.items[i].difficulty)
         share = min(1.0, max(self.drawn / self.total_draws, count / self.size))
@@ -490,8 +490,8 @@ class ProblemSampler:
         return (pool * -(-count // len(pool)))[:count]
 
     def draw_prioritized(self, count: int) -> list[int]:
-        """Without replacement: the `count` largest of u ** (1 / weight), u uniform (Efraimidis and Spirakis 2006).
-        Items of weight 0 come after all others, at random, and are counted."""
+        """Weighted draw without replacement: the `count` largest u ** (1 / weight), u uniform (Efraimidis and Spirakis
+        2006). Items of weight 0 come last, in random order; `unweighted` counts those drawn."""
         rng = random.Random(f"prioritized {self.drawn} {self.seed}")
         weights = [max(self.floor, 1 - rate) for rate in self.rates]
         keys = [rng.random() ** (1 / weight) if weight > 0 else rng.random() - 1 for weight in weights]
@@ -502,8 +502,8 @@ class ProblemSampler:
         return chosen
 
     def record(self, problems: list, rates: list[float]) -> None:
-        """The success rates of the problems of the last draw, in its order. The ledger counts how often a problem was
-        drawn, sums up its rates, and keeps the recent one."""
+        """Takes the success rates of the last drawn problems, in the order of that draw. Updates each problem's number
+        of draws, its sum of rates and its recent rate."""
         for index, _, rate in zip(self.last_draw, problems, rates, strict=True):
             self.attempts[index] += 1
             self.successes[index] += rate
@@ -521,7 +521,7 @@ class ProblemSampler:
 
     def load_state_dict(self, state: dict) -> None:
         if "rates" not in state:
-            fail("--resume: written by an older version of this code, which must go on with it")
+            fail("--resume: written by an older version of this code; resume it with that version")
         if len(state["attempts"]) != self.size:
             fail(f"--resume: the run had {len(state['attempts'])} problems to draw from, now there are {self.size}")
         self.drawn, self.unweighted = state["drawn"], state["unweighted"]

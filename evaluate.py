@@ -28,8 +28,8 @@ from rewards import Verifier
 
 
 def interval(rate: float, problems: int) -> tuple[float, float]:
-    """95% Wilson score interval. `problems`, not completions, is the sample size: several completions of one problem
-    are not independent, so with more than one each this errs on the wide side."""
+    """95% Wilson score interval. The sample size is the number of problems, not of completions: completions of one
+    problem are not independent. With several completions per problem the interval is therefore rather too wide."""
     z, n = 1.96, max(problems, 1)
     center = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
@@ -39,9 +39,9 @@ def interval(rate: float, problems: int) -> tuple[float, float]:
 def sample_within_budget(
     policy, prompts, group_size, max_new_tokens, temperature, seed, tokenizer, budget, stop_sentence
 ) -> Rollout:
-    """Qwen3's thinking budget (arXiv:2505.09388, section 4.3). A completion that is still thinking after `budget`
-    tokens gets the stop sentence, which closes the think block, and goes on to its answer; one that has closed it just
-    goes on. max_new_tokens: after the budget. The stop sentence counts towards the completion's length."""
+    """Samples with Qwen3's thinking budget (arXiv:2505.09388, section 4.3). A completion that is still thinking after
+    `budget` tokens gets the stop sentence, which closes the think block, and then answers. Any other unfinished one
+    just continues. max_new_tokens: limit after the budget. The stop sentence counts towards the completion's length."""
     rollout = sample_groups(policy, prompts, group_size, budget, temperature, seed)
     stop, inserts = stop_ids(tokenizer, stop_sentence), []
     for text, finished in zip(decode(tokenizer, rollout), rollout.finished.tolist(), strict=True):
@@ -52,13 +52,13 @@ def sample_within_budget(
 
 
 def stop_ids(tokenizer, stop_sentence: str) -> list[int]:
-    """The stop sentence's token ids. One that doesn't close the think block is followed by the tag that does."""
+    """Token ids of the stop sentence. If it doesn't close the think block, </think> is appended."""
     closed = "</think>" in stop_sentence
     return tokenizer(stop_sentence if closed else stop_sentence + "</think>", add_special_tokens=False).input_ids
 
 
 def majority_answer(answers: list[str | None]) -> str | None:
-    """The answer that most completions gave, in any writing; the first given one where it is a tie."""
+    """The most frequent answer, where equivalent answers count as one; of tied ones, the first given."""
     votes: list[tuple[str, int]] = []
     for answer in answers:
         if answer is None:
@@ -86,19 +86,19 @@ def majority_accuracy(records: list[dict]) -> float:
 
 
 def read_samples(rows: list[tuple[str, dict]], source: str) -> list[dict]:
-    """A samples file's rows (place, row), each checked, with `question` as text and `messages` (see data.Problem)."""
+    """Checks a samples file's rows (place, row); adds `question` as text and `messages` (see data.Problem)."""
     records, errors = [], []
     for place, row in rows:
         try:
             question, messages = prompt_field(row, ("question", "prompt"))
             if not isinstance(row.get("completions"), list):
-                raise ValueError("no field 'completions' with a list, as a samples file has")
+                raise ValueError("no field 'completions' with a list, as a samples file has (evaluate.py --output)")
             for completion in row["completions"]:
                 if not isinstance(completion, dict) or not isinstance(completion.get("text"), str):
                     raise ValueError("a completion has no field 'text'")
                 check_text("text", completion["text"])
                 score = completion.get("reward")
-                if not isinstance(score, int | float) or not abs(score) < 1e9:  # nor NaN
+                if not isinstance(score, int | float) or not abs(score) < 1e9:  # also refuses NaN
                     raise ValueError(f"a completion's 'reward' is {str(score)[:80]}, a number is expected")
             records.append(row | {"question": question, "messages": messages})
         except ValueError as error:
@@ -108,12 +108,12 @@ def read_samples(rows: list[tuple[str, dict]], source: str) -> list[dict]:
 
 
 def is_correct(completion: dict) -> bool:
-    """A completion of a samples file is right."""
+    """Whether a completion in a samples file is right: its `correct` or, without that field, a reward above 0."""
     return bool(completion.get("correct", completion["reward"] > 0))
 
 
 def counts_as_right(completion: dict) -> bool:
-    """A completion of a samples file is right, and was not cut by the length limit."""
+    """Whether a completion in a samples file is right and was not cut by the length limit."""
     return is_correct(completion) and completion.get("finished", True)
 
 
@@ -125,45 +125,45 @@ class Args:
     model: str = "models/tiny-arithmetic"
     """local model directory or hub name"""
     stages: tuple[str, ...] = ()
-    """NAME=DIRECTORY ...: several models instead of --model; each is a table row"""
+    """NAME=DIRECTORY ...: several models to compare, instead of --model; one table row each"""
     problems: str = "arithmetic"
-    """"arithmetic" ("arithmetic:7-8" for difficulties 7 and 8), a .jsonl file, or a hub dataset: its held-out part is
-    evaluated (see --split)"""
+    """"arithmetic" ("arithmetic:7-8" for difficulties 7 and 8), a .jsonl file, or a hub dataset; by default only its
+    held-out part is evaluated (see --split)"""
     split: Literal["eval", "train", "all"] = "eval"
     """which part of --problems; all: both parts, except a hub dataset's test or validation split"""
     eval_problems: AtLeast1 = 500
-    """how many problems"""
+    """number of problems"""
     num_samples: AtLeast1 = 1
-    """completions of each problem, sampled at --temperature; more than one gives pass@k and the majority vote"""
+    """completions per problem, sampled at --temperature; more than one gives pass@k and the majority vote"""
     temperature: Positive = 1.0
     """sampling temperature; greedy accuracy is reported beside it"""
     temperatures: tuple[Positive, ...] = ()
-    """other temperatures; the accuracy at each is a column"""
+    """additional temperatures; each adds a column with its accuracy"""
     max_new_tokens: AtLeast1 = 40
-    """length limit of a completion, tokens; with --think-budget: after the budget"""
+    """length limit of a completion, tokens (--think-budget not included); 40 is for the embedded arithmetic model"""
     modes: str = ""
-    """think,no_think: ask for each of these modes at the end of the user's turn; each is a table row"""
+    """thinking modes to evaluate (think,no_think): the flag is appended to the user's turn; one table row each"""
     think_budget: AtLeast1 | None = None
-    """tokens after which a completion that is still thinking gets --stop-sentence and goes on to its answer"""
+    """number of tokens after which --stop-sentence ends the thinking, and the model goes on to its answer"""
     stop_sentence: str = "</think>"
-    """what is inserted; </think> follows it if it has none. Qwen3's begins "Considering the limited time by ..." """
+    """inserted text; </think> is appended if it has none. Qwen3's begins "Considering the limited time by ..." """
     system_prompt: str = SYSTEM_PROMPT
     """system turn of the chat template; '' for none"""
     format_style: Literal["answer-tags", "think"] = "answer-tags"
-    """answer-tags | think: what the format rate counts"""
+    """format that the format rate counts: <think>..</think><answer>..</answer> | <think>..</think>, then text"""
     judge_model: str | None = None
-    """a causal LM that is asked whether an answer that the rules don't match is the reference answer"""
+    """causal LM that is asked, if the rules find no match, whether the answer equals the reference answer"""
     verifier_model: str | None = None
-    """a reward model that scores such an answer instead: above 0 is right (trained with --system-prompt '' on pairs of
-    a right and a wrong answer to "Question: ...\nReference answer: ...")"""
+    """reward model (train_rm.py) that scores unmatched answers, instead of --judge-model: above 0 is right. Train it
+    with --system-prompt '' on the pairs of curate.py --make verifier"""
     output: str | None = None
-    """write the samples file here: a line per problem with its completions"""
+    """write the samples file here: one line per problem, with its completions"""
     batch_size: AtLeast1 = 256
     """completions sampled at once"""
     seed: int = 0
     """random seed"""
     device: str = "auto"
-    """auto | cpu | cuda"""
+    """auto (the GPU if there is one) | cpu | cuda"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on a GPU, float32 on a CPU"""
 
@@ -178,7 +178,7 @@ def main(args: Args) -> None:
         fail(f"--stages {bad[0]}: NAME=DIRECTORY is expected")
     several = len(stages) * len(modes) > 1
     if several and args.output:
-        fail("--output: holds the samples of one model in one mode, not of several")
+        fail("--output: holds the samples of one model in one mode: evaluate one at a time")
     device = common.resolve_device(args.device)
     dtype = common.resolve_dtype(args.dtype, device)
     problems = load_problems(args.problems, args.split, args.eval_problems)
@@ -214,7 +214,7 @@ def main(args: Args) -> None:
             others = [summarize(run(args.num_samples, temperature=t))["accuracy"] for t in args.temperatures]
             label = ", ".join(part for part in (name, mode) if part) or "all"
             rows.append(accuracy_row(label, records, greedy) + others)
-            del run  # it holds the policy, and the next one needs its room
+            del run  # it holds the policy, whose memory the next model needs
     if args.output:
         write_jsonl(args.output, [record | ({"mode": modes[0]} if modes[0] else {}) for record in records])
     if not several:
@@ -231,7 +231,7 @@ def main(args: Args) -> None:
         shown = ["length_right", "length_wrong", "truncated", "no_answer", "reflection_words", "entropy"]
         if args.num_samples > 1:
             shown.append("distinct")
-            if all(problem.answer for problem in problems):  # else many are right: equal ones are no majority
+            if all(problem.answer for problem in problems):  # else different answers can be right: no vote
                 summary["majority"] = majority_accuracy(records)
                 shown.append("majority")
             shown += [name for name in summary if name.startswith("pass_at_")]
@@ -244,7 +244,7 @@ def main(args: Args) -> None:
 
 
 def check_output(path: str | None) -> None:
-    """--output must be a file that can be written."""
+    """Ends with one line if --output is not a file that can be written."""
     if path and Path(path).is_dir():
         fail(f"--output {path}: is a directory, a file's name is expected")
     if path and not os.access(Path(path).resolve().parent, os.W_OK):
@@ -252,7 +252,7 @@ def check_output(path: str | None) -> None:
 
 
 def diversity(records: list[dict]) -> dict[str, float]:
-    """entropy: nats per token, estimated without bias as the mean of -log p of the tokens that were sampled. distinct:
+    """entropy: nats per token, the mean of -log p over the sampled tokens (an unbiased estimate). distinct: number of
     different texts among a problem's completions."""
     completions = [c for record in records for c in record["completions"]]
     entropy = -sum(c["logprob"] for c in completions) / max(1, sum(c["length"] for c in completions))

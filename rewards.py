@@ -1,5 +1,4 @@
-"""What a completion is worth: reward functions, their flags and weights, and the model that judges where the rules
-can't.
+"""Rewards of completions: reward functions, their flags and weights, and the verifier that judges answers.
 
 To add a reward: write its function here, a field `<name>_weight` in RewardFlags, and a line in `score_completions`. All
 four RL scripts then have it, and it is logged as `reward/<name>`.
@@ -24,7 +23,7 @@ from plumbing.answers import MAX_ANSWER_CHARS, answers_match, extract_answer, ma
 from plumbing.flags import AtLeast0, AtLeast1, NonNegative, as_flag, fail
 
 FORMAT_STYLES = ("answer-tags", "think")
-# Each language's scripts, as the names of Unicode's letters begin.
+# Each language's scripts: the first words in the Unicode names of its letters.
 LANGUAGES = {
     **dict.fromkeys(("de", "en", "es", "fr", "it", "nl", "pl", "pt", "tr", "vi"), ("LATIN",)),
     **dict.fromkeys(("bg", "ru", "uk"), ("CYRILLIC",)),
@@ -43,42 +42,43 @@ LANGUAGES = {
 
 @dataclass
 class RewardFlags:
-    """The rewards, their weights, and who decides whether an answer is right."""
+    """The rewards, their weights, and how answers are judged."""
 
     accuracy_weight: NonNegative = 1.0
-    """weight of the reward for the right answer (0 or 1)"""
+    """weight of the accuracy reward: 1 for a right answer, else 0"""
     format_weight: NonNegative = 0.2
-    """weight of the reward for the right format (0 or 1)"""
+    """weight of the format reward: 1 for the right format, else 0"""
     format_style: Literal["answer-tags", "think"] = "answer-tags"
-    """<think>..</think><answer>..</answer> | <think>..</think>, then text with \\boxed{} or #### (--system-prompt)"""
+    """<think>..</think><answer>..</answer> | <think>..</think>, then text with \\boxed{} or ####; --system-prompt must
+    ask for the same format"""
     length_weight: NonNegative = 0.0
-    """weight of the length reward (Kimi K1.5): shorter right answers of a group get more, up to +-0.5. Counted from
-    the start it degenerates (recipes/kimi.sh loses its think tags): set --length-reward-start"""
+    """weight of the length reward (Kimi K1.5): 0.5 for a group's shortest completion down to -0.5 for its longest, at
+    most 0 for wrong ones. From the start it makes a policy drop its think tags: set --length-reward-start"""
     length_reward_start: AtLeast0 = 0
-    """iteration from which the length reward counts: late, when accuracy has risen, such as half of --iterations"""
+    """iteration at which the length reward starts: after accuracy has risen, for example half of --iterations"""
     language_weight: NonNegative = 0.0
     """weight of the language reward (DeepSeek-R1): the share of the reasoning's words in --language's script"""
     language: Literal[*sorted(LANGUAGES)] = "en"
-    """code of the language that the reasoning should be written in"""
+    """code of the language in which the model should reason"""
     overlong_weight: NonNegative = 0.0
-    """weight of the soft overlong penalty (DAPO): down to -1 at --max-new-tokens"""
+    """weight of the soft overlong penalty (DAPO), which falls to -1 at --max-new-tokens"""
     overlong_buffer: AtLeast1 = 8
-    """tokens before --max-new-tokens over which that penalty sets in"""
+    """the overlong penalty starts this many tokens before --max-new-tokens (DAPO: 4096 of 20480)"""
     reward_model: str | None = None
-    """directory of a reward model (train_rm.py): its score is added to the rewards above"""
+    """directory of a reward model (train_rm.py), whose score is added to the rewards above"""
     reward_model_weight: NonNegative = 1.0
     """weight of the reward model's score, which has mean 0 over its training pairs"""
     truncated: Literal["score", "wrong", "mask"] = "score"
-    """completions cut by the length limit: scored like others | never right | advantage 0 (a KL still counts them)"""
+    """completions cut by the length limit: scored like others | never right | advantage 0 (a KL still applies)"""
     judge_model: str | None = None
-    """a causal LM that is asked whether an answer that the rules don't match is the reference answer"""
+    """causal LM that is asked, if the rules find no match, whether the answer equals the reference answer"""
     verifier_model: str | None = None
-    """a reward model (train_rm.py) that scores such an answer instead: above 0 is right"""
+    """reward model (train_rm.py) that scores unmatched answers, instead of --judge-model: above 0 is right"""
 
 
 def check_rewards(flags: RewardFlags, max_new_tokens: int, model: str) -> None:
-    """Ends with one line if no reward has a weight, the penalty's buffer is longer than a completion, or the reward
-    model doesn't read the token ids of `model`, the policy's path."""
+    """Ends with one line if no reward has a weight, if --overlong-buffer is longer than a completion, or if the reward
+    model doesn't fit `model`, the policy's path."""
     weights = [name for name in vars(flags) if name.endswith("_weight")]
     if flags.reward_model:
         common.check_vocabulary("--reward-model", flags.reward_model, model)
@@ -99,7 +99,7 @@ def score_completions(
     max_new_tokens: int,
     is_right: Callable | None = None,
 ) -> dict[str, Tensor]:
-    """Each reward by name, (P, G), unweighted, on the CPU. texts: (B,); problems: (P,).
+    """The unweighted rewards by name, each (P, G), on the CPU. texts: (B,); problems: (P,).
 
     is_right: a Verifier, or a function (text, problem) -> bool; None: the rules of plumbing/answers.py. The
     reward model's score is called "model".
@@ -125,7 +125,7 @@ def score_completions(
 
 
 def reward_weights(flags: RewardFlags, iteration: int) -> dict[str, float]:
-    """Each reward's weight by name, in this iteration."""
+    """The weights of the rewards by name, in this iteration."""
     weights = {name.removesuffix("_weight"): value for name, value in vars(flags).items() if name.endswith("_weight")}
     weights["model"] = weights.pop("reward_model")
     if iteration < flags.length_reward_start:
@@ -133,7 +133,7 @@ def reward_weights(flags: RewardFlags, iteration: int) -> dict[str, float]:
     return weights
 
 
-# ---- Reward functions: of a completion's text, 1.0 or 0.0 unless they say otherwise --------------------------------
+# ---- Reward functions: text in, 1.0 or 0.0 out, unless they say otherwise ------------------------------------------
 
 
 def accuracy_reward(text: str, gold: str) -> float:
@@ -146,8 +146,8 @@ def format_reward(text: str, style: str = "answer-tags") -> float:
 
     "answer-tags" (DeepSeek-R1-Zero): <think>...</think> <answer>...</answer>, each once, and nothing else.
     "think" (Qwen3): <think>...</think> at the start, once, then the answer as free text.
-    The answer must not be empty; the thinking may be, as it is in Qwen3's answers without thinking. The opening tag
-    must be in the text: where the chat template puts it into the prompt, put it back in front.
+    The answer must not be empty. The thinking may be empty, as in Qwen3's non-thinking mode. The opening tag must be in
+    the text: if the chat template puts it into the prompt, put it back in front (data.decode does).
     """
     if style == "answer-tags":
         pieces = re.split(r"(</?(?:think|answer)>)", text)  # text, tag, text, tag, ..., text
@@ -167,7 +167,7 @@ def format_reward(text: str, style: str = "answer-tags") -> float:
 
 @functools.lru_cache(maxsize=65_536)
 def script_of(character: str) -> str:
-    """LATIN, CJK, ... of a letter, MARK of what joins the letters of any script, "" of all else, mathematics too."""
+    """A letter's script (LATIN, CJK, ...), MARK for characters that go with any script, "" for others and math."""
     if unicodedata.category(character).startswith("M"):
         return "MARK"
     script = unicodedata.name(character, "").partition(" ")[0] if character.isalpha() else ""
@@ -176,11 +176,11 @@ def script_of(character: str) -> str:
 
 def language_reward(text: str, language: str) -> float:
     """Takes a completion and one of LANGUAGES' codes, returns the fraction of the reasoning's words that are written in
-    the language's script, 1.0 where there are no words (DeepSeek-R1, arXiv:2501.12948, section 2.3.2).
+    the language's script, 1.0 if there are no words (DeepSeek-R1, arXiv:2501.12948, section 2.3.2).
 
-    The reasoning reaches from the first <think> (or the start) to the last </think> (or the end). A Chinese or
-    Japanese character counts as a word, elsewhere a run of letters does; a single Latin or Greek letter and a LaTeX
-    command are mathematics, in any language. It tells scripts apart, not languages of one script (English, French).
+    The reasoning is the text from the first <think> (or the start) to the last </think> (or the end). A word is one
+    Chinese or Japanese character, or a run of letters of another script. Single Latin or Greek letters and LaTeX
+    commands are mathematics, not words. The reward can't tell languages with the same script apart (English, French).
     """
     if language not in LANGUAGES:
         raise ValueError(f"unknown language {language!r}, choose one of {', '.join(sorted(LANGUAGES))}")
@@ -201,15 +201,15 @@ def language_reward(text: str, language: str) -> float:
 
 
 def overlong_penalty(lengths, max_new_tokens: int, buffer: int):
-    """Takes lengths, a tensor, returns 0 for those up to max_new_tokens - buffer, falling linearly to -1 at
-    max_new_tokens (DAPO, arXiv:2503.14476, eq. 13)."""
+    """Takes a tensor of lengths, returns the penalty of each: 0 up to max_new_tokens - buffer, then falling linearly to
+    -1 at max_new_tokens (DAPO, arXiv:2503.14476, eq. 13)."""
     return -((lengths - (max_new_tokens - buffer)) / buffer).clamp(0, 1)
 
 
 def length_reward(lengths, correct):
     """Takes the lengths and the correctness (0 or 1) of P groups of G completions, both (P, G) tensors, returns
     (P, G): from 0.5 for a group's shortest completion down to -0.5 for its longest, but never above 0 for a wrong one
-    (Kimi K1.5, arXiv:2501.12599, section 2.3.3). 0 where all are equally long."""
+    (Kimi K1.5, arXiv:2501.12599, section 2.3.3). If all lengths of a group are equal, its rewards are 0."""
     shortest, longest = lengths.amin(1, keepdim=True), lengths.amax(1, keepdim=True)
     bonus = (0.5 - (lengths - shortest) / (longest - shortest).clamp(min=1)) * (longest > shortest)
     return bonus.where(correct > 0, bonus.clamp(max=0.0))
@@ -219,18 +219,18 @@ def length_reward(lengths, correct):
 
 
 def verifier_prompt(problem: Problem) -> str:
-    """What a judge or a verifier model is asked; it then sees the given answer."""
+    """The question to a judge or verifier model; the given answer follows it."""
     return f"Question: {problem.question}\nReference answer: {problem.answer}"
 
 
 class Verifier:
-    """Decides whether completions are right: by the problem's task if it has an `is_right`, else by rule (numbers and
-    strings), else symbolically (math-verify), else, if there is one, by a model. `--judge-model` is a causal LM that is
-    asked for yes or no, `--verifier-model` a reward model (train_rm.py) that scores the answer above 0. `counts`:
-    completions found right by each, and wrong. `reward_model` is loaded here and decides nothing: score_completions
-    adds its score as a reward.
+    """Decides whether completions are right. If the problem's task has an `is_right`, that decides. Otherwise an answer
+    is right if a rule (numbers and strings), math-verify (symbolic) or, if one is given, a model finds it right:
+    `--judge-model`, a causal LM, by saying yes; `--verifier-model`, a reward model (train_rm.py), by a score above 0.
+    `counts`: completions found right by each stage, and wrong ones. `reward_model` decides nothing: it is loaded here,
+    and score_completions adds its score as a reward.
 
-    flags: with judge_model and verifier_model. is_right: a function (text, problem) -> bool that decides instead.
+    flags: may name these models. is_right: a function (text, problem) -> bool that decides instead of all of them.
     """
 
     def __init__(self, flags=None, device="cpu", dtype=torch.float32, is_right: Callable | None = None):
@@ -240,14 +240,14 @@ class Verifier:
         self.reward_model = common.load_reward_model(path, device, dtype) if path else None
         judge, verifier = getattr(flags, "judge_model", None), getattr(flags, "verifier_model", None)
         if judge and verifier:
-            fail("--judge-model and --verifier-model: only one of them")
+            fail("--judge-model and --verifier-model: only one of them can be given")
         self.model = None
         if path := judge or verifier:
             flag = "--judge-model" if judge else "--verifier-model"
             self.tokenizer = common.load_tokenizer(path, flag)
             self.yes, self.no = self.replies(path) if judge else ([], [])
             if judge and opens_thinking(self.tokenizer, encode_prompts(self.tokenizer, ["?"]))[0]:
-                fail(f"{flag} {path}: its chat template opens a think block, so its next token is no yes or no")
+                fail(f"{flag} {path}: its chat template opens a think block, so its reply can't begin with yes or no")
             self.context = common.context_length(common.load_config(path, flag))
             if judge:
                 self.model = common.load_policy(path, device, dtype)
@@ -255,7 +255,7 @@ class Verifier:
                 self.model = common.load_reward_model(path, device, dtype, flag=flag)
 
     def replies(self, path: str) -> tuple[list[int], list[int]]:
-        """The single tokens with which the judge may begin its yes, and its no."""
+        """Ids of the single tokens that mean yes, and of those that mean no."""
         tokens = []
         for word in ("yes", "no"):
             spellings = (word, word.capitalize(), " " + word, " " + word.capitalize())
@@ -266,11 +266,11 @@ class Verifier:
         return tuple(sorted(set(ids)) for ids in tokens)
 
     def __call__(self, texts: list[str], problems: list[Problem]) -> list[float]:
-        """(B,) 1.0 where the text's answer is right, else 0.0."""
+        """(B,) 1.0 if the text's answer is right, else 0.0."""
         stages = [self.found_right_by(text, problem) for text, problem in zip(texts, problems, strict=True)]
         if self.model is not None and self.is_right is None:
             answers = [extract_answer(text) for text in texts]
-            rows = {  # each answer that the rules don't match is asked about once; one that a task judges, never
+            rows = {  # each unmatched answer once; a problem without a reference answer is judged by its task alone
                 (p, a): None for p, a, s in zip(problems, answers, stages, strict=True) if p.answer and a and not s
             }
             open_questions = [(p, a) for p, a in rows if len(a) <= MAX_ANSWER_CHARS]
@@ -291,7 +291,7 @@ class Verifier:
     def ask(self, pairs: list[tuple[Problem, str]]) -> list[bool]:
         if not pairs:
             return []
-        for token in self.tokenizer.all_special_tokens:  # an answer may not end its turn and begin another
+        for token in self.tokenizer.all_special_tokens:  # or an answer could end its turn and begin another
             pairs = [(problem, answer.replace(token, " ")) for problem, answer in pairs]
         texts = [verifier_prompt(problem) for problem, _ in pairs]
         if self.yes:
@@ -302,7 +302,7 @@ class Verifier:
             completions = [[[token] for token in self.yes + self.no]] * len(pairs)
         else:
             completions = [[ids] for ids in encode_completions(self.tokenizer, [a for _, a in pairs], prompts)]
-        right = [False] * len(pairs)  # an answer too long to be asked about is wrong
+        right = [False] * len(pairs)  # answers that don't fit the context stay wrong
         fits = [i for i in range(len(pairs)) if len(prompts[i]) + len(completions[i][-1]) <= self.context]
         if fits:
             replies = [ids for i in fits for ids in completions[i]]
@@ -322,7 +322,7 @@ class Verifier:
         return common.rollout_scores(self.model, rollout, 8192).cpu()
 
     def summary(self) -> dict[str, float]:
-        """Shares of the completions since the last call that each found right; {} without a model."""
+        """The share of completions since the last call that each stage found right; {} without a model."""
         counts, self.counts = self.counts, Counter()
         if self.model is None or not counts:
             return {}

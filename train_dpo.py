@@ -1,34 +1,34 @@
-r"""Direct Preference Optimization (DPO), Rafailov et al. 2023, arXiv:2305.18290: a policy from preference pairs,
-without a reward model and without sampling. Each pair has a chosen completion y+ and a rejected one y-:
+r"""Direct Preference Optimization (DPO), Rafailov et al. 2023, arXiv:2305.18290: trains a policy on preference
+pairs, without a reward model and without sampling. Each pair has a chosen completion y+ and a rejected one y-:
 
     L = - mean of log sigmoid(beta * Delta)                                                                      (eq. 7)
     Delta = (log pi(y+) - log pi_ref(y+)) - (log pi(y-) - log pi_ref(y-)),  log pi(y) summed over y's tokens, EOS too
 
-Its gradient raises log pi(y+) and lowers log pi(y-), weighted by beta * sigmoid(-beta Delta): most where the implicit
-reward beta * log(pi / pi_ref) still ranks the pair wrongly. The larger beta, the closer to the reference, which is the
-start model. Only the difference is trained: logps/chosen may fall too, as long as logps/rejected falls faster, and then
-probability goes to completions that are in no pair. That is the method, not a bug; eval/* shows whether it hurts.
+The gradient raises log pi(y+) and lowers log pi(y-), weighted by beta * sigmoid(-beta Delta): most where the implicit
+reward beta * log(pi / pi_ref) ranks the pair wrongly. A larger beta keeps the policy closer to the reference, which is
+the starting model. Only the difference is trained: logps/chosen may fall too if logps/rejected falls faster, and then
+completions that are in no pair gain probability. That is the method, not a bug; eval/* shows whether it hurts.
 
-Options: --length-normalize takes means over tokens for sums. --loss ipo (arXiv:2310.12036): (Delta - 1/(2 beta))^2,
-which stops at a margin where DPO never does. --loss simpo (arXiv:2405.14734): no reference,
--log sigmoid(beta (mean log pi(y+) - mean log pi(y-)) - gamma). --label-smoothing e: a pair is the wrong way round with
-probability e.
+    --length-normalize   log pi(y) is the mean over y's tokens, not the sum
+    --loss ipo           (Delta - 1/(2 beta))^2, which stops at a finite margin; DPO never does (arXiv:2310.12036)
+    --loss simpo         -log sigmoid(beta (mean log pi(y+) - mean log pi(y-)) - gamma), no reference (arXiv:2405.14734)
+    --label-smoothing e  assumes that a pair's label is wrong with probability e
 
-Where it departs from the paper: all pairs that the N-best completions of a prompt induce are used, capped per prompt
-(--max-pairs-per-prompt). --kl-coef adds a soft penalty, (log pi - log pi_ref)^2 / 2 a token; taken on the data's
-completions it is no estimate of the KL, which is eval/kl, on completions sampled from the policy. No reference stays
-in memory: its logprobs of the pairs are computed once and kept on disk; only an evaluation loads it again, for eval/kl.
+Departures from the paper: any two samples of a prompt whose scores differ by --min-gap make a pair, with at most
+--max-pairs-per-prompt. --kl-coef adds a penalty of (log pi - log pi_ref)^2 / 2 per token. It does not estimate the KL,
+as the policy did not sample the pairs; eval/kl does, on its own samples. The reference is not kept in memory: its
+logprobs of the pairs are computed once and kept on disk. Only evaluations load it again, for eval/kl.
 
     python train_dpo.py                                   # pairs of the embedded model's own samples
     python evaluate.py --split all --num-samples 8 --output samples.jsonl && python train_dpo.py --data samples.jsonl
     python train_dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl --problems openai/gsm8k:main \
         --learning-rate 1e-6 --minibatch-size 32 --beta 0.1 --max-new-tokens 512  # needs a GPU; untested
 
-What you should see from the first command, in 47 s on 2 cores (AMD EPYC): held-out pairs ranked right from 0.50 to
-0.93, logps/rejected falling by nats while logps/chosen moves little, accuracy sampled at temperature 1 from 0.37 to
-0.71, greedy from 0.68 to 0.98. With --iterations 300 --pair-problems 3000 sampled accuracy levels off at 0.79: the
-pairs are the start model's, and what the policy gets wrong now is no longer among them. With a beta of 0.3 or less
-nothing stops it in time here: the pairs are ranked better still, and accuracy falls below the start.
+What you should see from the first command, in 47 s on 2 cores (AMD EPYC): the share of held-out pairs ranked right
+rises from 0.50 to 0.93, accuracy from 0.37 to 0.71 (sampled at temperature 1) and from 0.68 to 0.98 (greedy).
+logps/rejected falls by nats, logps/chosen moves little. With --iterations 300 --pair-problems 3000 sampled accuracy
+levels off at 0.79: the pairs are the starting model's and no longer show the mistakes that the policy still makes. With
+a beta of 0.3 or less training goes too far here: the pairs are ranked even better, but accuracy falls below the start.
 """
 
 import hashlib
@@ -80,21 +80,21 @@ class Args:
     model: str = "models/tiny-arithmetic"
     """the policy to start from, and the reference: local model directory or hub name"""
     data: str = "arithmetic-pairs"
-    """the embedded model's pairs, a .jsonl file (prompt, chosen, rejected), or a samples file; a tenth is held out"""
+    """pairs: "arithmetic-pairs", a .jsonl file (prompt, chosen, rejected), or a samples file; a tenth is held out"""
     problems: str = "arithmetic"
-    """its held-out problems are evaluated: "arithmetic", "countdown", a .jsonl file, or a hub dataset"""
+    """problems whose held-out part is evaluated: "arithmetic", "countdown", a .jsonl file, or a hub dataset"""
     seed: int = 1
     """random seed"""
     iterations: AtLeast0 = 200
-    """optimizer steps, and the length of the learning rate's cosine (so changing it on --resume bends that)"""
+    """optimizer steps; also the length of the learning rate's cosine: changing it on --resume changes the schedule"""
     minibatch_size: AtLeast1 = 64
-    """pairs in one optimizer step"""
+    """pairs per optimizer step"""
     max_new_tokens: AtLeast1 = 40
-    """length limit of a completion in evaluations, tokens"""
+    """maximum length of a completion in evaluations, in tokens; use e.g. 512 for real models"""
     format_style: Literal["answer-tags", "think"] = "answer-tags"
-    """<think>..</think><answer>..</answer> | <think>..</think>, then text with \\boxed{} or #### (--system-prompt)"""
+    """<think>..</think><answer>..</answer> | <think>..</think>, then \\boxed{} or ####; set --system-prompt to match"""
     learning_rate: Positive = 1e-4
-    """AdamW's highest learning rate, for the embedded model; 5e-7 to 5e-6 for real ones"""
+    """AdamW's peak learning rate; the default is for the embedded model, use 5e-7 to 5e-6 for real models"""
     weight_decay: NonNegative = 0.0
     """AdamW's weight decay, on all weights"""
     setup: Group[SetupFlags] = field(default_factory=SetupFlags)
@@ -105,19 +105,19 @@ class Args:
     run: Group[RunFlags] = field(default_factory=lambda: RunFlags(eval_every=0, save_every=0))
 
     loss: Literal["sigmoid", "ipo", "simpo"] = "sigmoid"
-    """DPO's | IPO's square | SimPO's without a reference"""
+    """DPO's log-sigmoid | IPO's squared error | SimPO's log-sigmoid, without a reference"""
     beta: Positive | None = None
-    """beta; None: 1 on sums (for the embedded model, 0.1 for real ones), 5 on means, 2 for SimPO, 0.1 for IPO"""
+    """beta; None: DPO 1 (use 0.1 for real models) or 5 with --length-normalize, IPO 0.1, SimPO 2"""
     gamma: NonNegative = 1.0
-    """gamma, SimPO's target margin; the other losses have none"""
+    """gamma, SimPO's target margin; the other losses ignore it"""
     length_normalize: bool = False
-    """a completion's logp is the mean over its tokens, not the sum; SimPO's always is"""
+    """average a completion's logprobs over its tokens instead of summing them; SimPO always does"""
     label_smoothing: NonNegative = 0.0
-    """probability that a pair is labelled the wrong way round (sigmoid and simpo)"""
+    """assumed probability, below 0.5, that a pair's label is wrong (sigmoid and simpo)"""
     kl_coef: NonNegative = 0.0
-    """weight of (log pi - log pi_ref)^2 / 2, the mean over the tokens of the pairs"""
+    """weight of the penalty (log pi - log pi_ref)^2 / 2, averaged over the pairs' tokens"""
     ref_cache: str | None = None
-    """directory for the reference's logprobs, to share them among runs; None: the run directory"""
+    """directory for the reference's logprobs, so that several runs can share them; None: the run directory"""
 
 
 def dpo_loss(
@@ -131,11 +131,11 @@ def dpo_loss(
     label_smoothing: float = 0.0,
     row_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Logps of whole completions, sums or means over their tokens, all (B,); None: no reference, its logps count as 0.
-    row_weights (B,): of the pairs, the loss is their weighted sum; None: the mean. Returns the loss and, over pairs,
-    the means of its parts."""
+    """Logps are of whole completions, sums or means over tokens, all (B,). None for the reference's: they count as 0.
+    row_weights (B,): the loss is the sum of the pairs' losses with these weights; None: the mean. Returns the loss and
+    metrics, which are means over pairs."""
     if loss == "simpo" and ref_chosen_logps is not None:
-        raise ValueError("SimPO has no reference")
+        raise ValueError("loss='simpo' has no reference: ref_chosen_logps must be None")
     chosen_rewards = beta * (chosen_logps - (0.0 if ref_chosen_logps is None else ref_chosen_logps))
     rejected_rewards = beta * (rejected_logps - (0.0 if ref_rejected_logps is None else ref_rejected_logps))
     margins = chosen_rewards - rejected_rewards  # beta * Delta: positive where the pair is ranked as labelled
@@ -158,14 +158,14 @@ def dpo_loss(
 
 
 def sequence_logps(logprobs: Tensor, mask: Tensor, mean: bool) -> Tensor:
-    """(R, T) logprobs, 0 on padding -> (R,) of whole completions: the sum over tokens, or the mean."""
+    """(R, T) logprobs, 0 on padding -> (R,) logps of whole completions: the sum over tokens, or the mean."""
     return logprobs.sum(1) / mask.sum(1) if mean else logprobs.sum(1)
 
 
 @torch.no_grad()
 def reference_logprobs(ref, pairs: list[Pair], max_tokens: int, cache: Path) -> Tensor:
     """(2N, T) logprobs of N pairs' tokens under the reference, 0 on padding; row 2i is pair i's chosen completion, row
-    2i + 1 its rejected one. Read from `cache` if the same weights have met the same tokens before."""
+    2i + 1 its rejected one. Read from `cache` if it has them for the same weights and tokens."""
     prompts = [list(pair.prompt_ids) for pair in pairs]
     completions = [(list(pair.chosen_ids), list(pair.rejected_ids)) for pair in pairs]
     key = hashlib.sha256(repr((prompts, completions)).encode())
@@ -183,14 +183,14 @@ def reference_logprobs(ref, pairs: list[Pair], max_tokens: int, cache: Path) -> 
             logprobs[rows, : rollout.mask.shape[1]] = common.completion_logprobs(ref, rollout, micro)[0].cpu()
     cache.mkdir(parents=True, exist_ok=True)
     torch.save(logprobs, file.with_suffix(".tmp"))
-    os.replace(file.with_suffix(".tmp"), file)  # whole or not there, whenever the process is killed
+    os.replace(file.with_suffix(".tmp"), file)  # atomic: a killed process leaves no partial file
     return logprobs
 
 
 def judge_samples(policy, ref, tokenizer, problems, args: Args) -> tuple[list[float], float]:
-    """A completion of each problem, sampled at temperature 1, from the same random numbers each time: the verifier's
-    rewards, and with `ref` the KL to it: the mean over completions of sum_t log pi - log pi_ref, unbiased since they
-    are the policy's own."""
+    """Samples one completion per problem at temperature 1, with the same random numbers in each call. Returns their
+    rewards by the verifier and the KL to `ref` (0 without one): the mean over completions of sum_t log pi - log pi_ref,
+    an unbiased estimate because the policy sampled them."""
     rewards, log_ratio, verify = [], 0.0, Verifier()
     for start in range(0, len(problems), args.minibatch_size):
         chunk, seed = problems[start : start + args.minibatch_size], derive_seed(args.seed, "judge", start)
@@ -227,7 +227,7 @@ def main(args: Args) -> None:
     held_out = [i for i, pair in enumerate(pairs) if is_held_out(pair.question)][: args.run.eval_problems]
     train = [i for i, pair in enumerate(pairs) if not is_held_out(pair.question)]
     if len(train) < args.minibatch_size:
-        fail(f"--minibatch-size {args.minibatch_size}: only {len(train)} pairs are left to train on")
+        fail(f"--minibatch-size {args.minibatch_size}: only {len(train)} pairs are left to train on; lower it")
     sampler = ProblemSampler(train, seed=args.seed)
 
     run = Run(args, tokenizer)
@@ -236,9 +236,9 @@ def main(args: Args) -> None:
         common.checkpoint_layers(policy)
     options = {"offload": args.optimization.offload_optimizer, "weight_decay": args.weight_decay}
     optimizer = common.MasterAdamW(policy, args.learning_rate, betas=(0.9, 0.95), **options)
-    run.restore(optimizer=optimizer, sampler=sampler)  # checkpointed besides the policy
+    run.restore(optimizer=optimizer, sampler=sampler)  # checkpointed together with the policy
     budget, ref_logprobs = args.optimization.micro_batch_tokens, None
-    if not simpo:  # before the first update the policy is the reference
+    if not simpo:  # in a new run the policy is still the reference
         ref = policy if run.start_from == args.model else common.load_policy(args.model, device, dtype)
         cache = Path(args.ref_cache or run.dir / "ref_logprobs")
         ref_logprobs = reference_logprobs(ref, pairs, budget, cache)
@@ -265,7 +265,7 @@ def main(args: Args) -> None:
     @torch.no_grad()
     def evaluate_now() -> dict[str, float]:
         scores = evaluate_policy(policy, *evaluation)
-        ref = None if simpo else common.load_policy(args.model, device, dtype)  # for the KL, and gone again after it
+        ref = None if simpo else common.load_policy(args.model, device, dtype)  # for eval/kl; freed on return
         rewards, kl = judge_samples(policy, ref, tokenizer, eval_problems, args)
         wins = [(1 + ours - theirs) / 2 for ours, theirs in zip(rewards, start_rewards, strict=True)]  # a tie: 0.5
         scores |= {"eval/win_rate": sum(wins) / len(wins)} | ({} if simpo else {"eval/kl": kl})

@@ -1,26 +1,26 @@
 r"""Group Relative Policy Optimization (GRPO), DeepSeekMath, arXiv:2402.03300.
 
-For every prompt a group of G completions o_1..o_G is sampled from the policy and scored, r_i. The group itself is the
-baseline, there is no critic:
+For each prompt the policy samples a group of G completions o_1..o_G, which get the rewards r_1..r_G. The group's mean
+reward is the baseline; there is no critic:
 
     A_i = (r_i - mean(r)) / (std(r) + 1e-4)                                                      (section 4.1.2)
     J   = E[ 1/G sum_i 1/|o_i| sum_t {min(rho_it A_i, clip(rho_it, 1-eps_low, 1+eps_high) A_i) - beta k3_it} ]  (eq. 3)
     rho_it = pi(o_it) / pi_old(o_it),   k3_it = pi_ref/pi - log(pi_ref/pi) - 1                          (eq. 4)
 
-Differences from the paper. beta (--kl-coef) is 0 by default and then no reference model is loaded, as in most
-reproductions of R1; the reference stays the starting policy. The std has Bessel's correction. Gradients are clipped.
-Options: DAPO (arXiv:2503.14476) is --loss-norm token --clip-high 0.28 --dynamic-sampling. Dr. GRPO (arXiv:2503.20783)
-is --loss-norm constant --no-normalize-std. GSPO (arXiv:2507.18071) is --ratio-level gspo --clip-low 3e-4 --clip-high
-4e-4. The gradient of k3 is that of KL(ref, pi); --unbiased-kl multiplies k3 by the ratio, which gives that of KL(pi,
-ref).
+Departures from the paper: beta (--kl-coef) is 0 by default, as in most reproductions of R1, and no reference is loaded;
+with a beta, the reference is always the starting policy. std has Bessel's correction. Gradients are clipped. Variants:
+    DAPO (arXiv:2503.14476)      --loss-norm token --clip-high 0.28 --dynamic-sampling
+    Dr. GRPO (arXiv:2503.20783)  --loss-norm constant --no-normalize-std
+    GSPO (arXiv:2507.18071)      --ratio-level gspo --clip-low 3e-4 --clip-high 4e-4
+The gradient of k3 is that of KL(ref || pi); --unbiased-kl multiplies k3 by the ratio to get that of KL(pi || ref).
 
     python train_grpo.py                                                # the embedded model, no GPU needed
     python train_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --problems openai/gsm8k:main --learning-rate 1e-6 \
         --max-new-tokens 512                                                # needs a GPU; untested
 
-What you should see from the first command, in 80 s on 2 cores (AMD EPYC): held-out accuracy, sampled at temperature 1,
-from 0.38 to 0.97, greedy accuracy at the hardest difficulty from 0.06 to 1.0; the entropy falls from 0.26 to 0.02; the
-policy loss stays near 0.
+What you should see from the first command, in 80 s on 2 cores (AMD EPYC): held-out accuracy rises from 0.38 to 0.97
+(sampled at temperature 1), greedy accuracy at the hardest difficulty from 0.06 to 1.0. The entropy falls from 0.26 to
+0.02. The policy loss stays near 0.
 """
 
 from dataclasses import dataclass, field
@@ -72,21 +72,21 @@ class Args:
     seed: int = 1
     """random seed"""
     iterations: AtLeast0 = 200
-    """number of iterations: sample a batch, then update"""
+    """number of iterations; each samples a batch and trains on it"""
     prompts_per_step: AtLeast1 = 32
-    """P, prompts in an iteration"""
+    """P, prompts per iteration"""
     group_size: AtLeast2 = 8
-    """G, completions sampled for each prompt"""
+    """G, completions sampled per prompt"""
     max_new_tokens: AtLeast1 = 40
-    """length limit of a completion, tokens"""
+    """maximum length of a completion, in tokens; use e.g. 512 for real models"""
     learning_rate: Positive = 1e-4
-    """AdamW's learning rate, for the embedded model; 1e-6 to 5e-6 for real ones"""
+    """AdamW's learning rate; the default is for the embedded model, use 1e-6 to 5e-6 for real models"""
     update_epochs: AtLeast1 = 1
     """passes over each iteration's completions"""
     minibatch_size: AtLeast1 | None = None
-    """completions in one optimizer step, whole groups; None: the iteration's whole batch"""
+    """completions per optimizer step, a multiple of --group-size; None: the iteration's whole batch"""
     loss_norm: Literal["sequence", "token", "constant"] = "sequence"
-    """mean over each completion, then over completions (paper) | mean over all tokens (DAPO) | a constant (Dr. GRPO)"""
+    """mean per completion, then over completions (paper) | over all tokens (DAPO) | sum / max_new_tokens (Dr. GRPO)"""
     setup: Group[SetupFlags] = field(default_factory=SetupFlags)
     sampling: Group[SamplingFlags] = field(default_factory=SamplingFlags)
     rewards: Group[RewardFlags] = field(default_factory=RewardFlags)
@@ -100,19 +100,19 @@ class Args:
     clip_high: Positive = 0.2
     """eps_high: the ratio is clipped at 1 + eps_high (DAPO's clip-higher: 0.28; gspo: 4e-4)"""
     kl_coef: NonNegative = 0.0
-    """beta, weight of the KL to the starting policy; 0 loads no reference"""
+    """beta, weight of the KL penalty to the starting policy; 0 loads no reference model"""
     unbiased_kl: bool = False
-    """weight k3 with the ratio, so that its gradient is that of the reverse KL"""
+    """multiply k3 by the ratio, so that its gradient is that of KL(pi || ref)"""
     ratio_level: Literal["token", "sequence", "gspo"] = "token"
-    """ratio of each token (paper) | of the whole completion (product) | its geometric mean per token (GSPO)"""
+    """ratio per token (paper) | per completion, the product over tokens | per completion, the geometric mean (GSPO)"""
     dynamic_sampling: bool = False
-    """drop groups whose rewards are all equal and sample others in their place (DAPO)"""
+    """drop groups whose rewards are all equal and sample others instead (DAPO)"""
     max_sampling_rounds: AtLeast1 = 4
-    """with --dynamic-sampling: at most this many batches an iteration; the groups found by then are trained on"""
+    """with --dynamic-sampling: maximum number of batches per iteration; training then uses the groups found so far"""
 
 
 def group_advantages(rewards: Tensor, normalize_std: bool) -> Tensor:
-    """(P, G) rewards -> (P, G) advantages, DeepSeekMath section 4.1.2; Dr. GRPO's without the division.
+    """(P, G) rewards -> (P, G) advantages, DeepSeekMath section 4.1.2, or Dr. GRPO's without the division.
 
     A group whose rewards are all equal gets exactly 0, not rounding noise.
     """
@@ -140,14 +140,14 @@ def grpo_loss(
     unbiased_kl: bool = False,
 ) -> tuple[Tensor, dict[str, float]]:
     """Minus DeepSeekMath's eq. 3. Logprobs and weights are (B, T), advantages (B,) or (B, T). Weights are 0 on padding,
-    where logprobs are ignored. Returns the loss and means over tokens. A new term: see `trains` in section 4."""
+    where logprobs are ignored. Returns the loss and token metrics. If you add a term, see `trains` in section 4."""
     mask = weights > 0
-    A = advantages if advantages.dim() == 2 else advantages[:, None]  # (B, 1): a completion's tokens share it
-    token_log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0)  # before exp: inf * 0 would be NaN
+    A = advantages if advantages.dim() == 2 else advantages[:, None]  # (B, 1): the same at all of a row's tokens
+    token_log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0)  # masked before exp: inf * 0 would be NaN
     log_ratio = token_log_ratio
     if ratio_level == "sequence":  # product over the completion
         log_ratio = token_log_ratio.sum(1, keepdim=True).expand_as(mask)
-    elif ratio_level == "gspo":  # GSPO: its geometric mean
+    elif ratio_level == "gspo":  # the geometric mean over its tokens
         log_ratio = (token_log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(mask)
     ratio = log_ratio.clamp(-20.0, 20.0).exp()  # a product over hundreds of tokens must not overflow
 
@@ -186,7 +186,7 @@ def main(args: Args) -> None:
         common.checkpoint_layers(policy)
     ref = common.load_policy(args.model, device, dtype).requires_grad_(False) if args.kl_coef else None
     optimizer = common.MasterAdamW(policy, args.learning_rate, args.optimization.offload_optimizer)
-    run.restore(optimizer=optimizer, sampler=sampler)  # checkpointed besides the policy
+    run.restore(optimizer=optimizer, sampler=sampler)  # checkpointed together with the policy
     iteration, global_step = run.progress["iteration"], run.progress["global_step"]  # global_step: completions sampled
     before, scores = run.progress.get("before"), run.progress.get("scores")
     if before is None:  # a new run
@@ -222,19 +222,19 @@ def main(args: Args) -> None:
         add_rollout_metrics(metrics, rollout, rewards, components)
         samples = rollout, texts, components
         clock.lap("reward")
-        if args.dynamic_sampling:  # DAPO section 3.2: sample until there are P groups that are not uniform
+        if args.dynamic_sampling:  # DAPO section 3.2: sample until P groups have rewards by rule that are not all equal
             by_rule = sum(weights[name] * values for name, values in components.items() if name != "model")
             kept.append((rollout, rewards, (~is_uniform(by_rule)).nonzero()[:, 0].tolist()))
             found = sum(len(groups) for _, _, groups in kept)
             if found < args.prompts_per_step and len(kept) < args.max_sampling_rounds:
                 continue
-            if found:  # may be fewer than P after the last round; if none, the last batch stays, its advantages all 0
+            if found:  # can be fewer than P after the last round; if 0, train on the last batch as it is
                 rollout, rewards = common.join_groups(kept, args.prompts_per_step)
 
         # --------------------------------------------------------------------------------------------------- 3 logprobs
         budget, temperature = args.optimization.micro_batch_tokens, args.sampling.temperature
         old_logprobs = ref_logprobs = None  # (B, T) each, if needed
-        if not one_update:  # else the policy has not moved since it sampled: section 5's own logprobs, detached
+        if not one_update:  # else the policy is still the one that sampled: section 5 detaches its own logprobs
             old_logprobs = common.rollout_logprobs(policy, rollout, budget, temperature)
         if ref is not None:
             ref_logprobs = common.rollout_logprobs(ref, rollout, budget, temperature)

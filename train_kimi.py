@@ -1,31 +1,31 @@
 r"""Policy mirror descent of Kimi K1.5, arXiv:2501.12599, section 2.3.2.
 
-In every iteration the policy at its start is the anchor. The iteration's problem, relative to it,
+Each iteration takes the policy at its start as the anchor and maximizes the reward with a KL penalty to it:
 
     max_pi  E[ r(x, y) ] - tau KL(pi || anchor)      has the solution   pi*(y|x) = anchor(y|x) exp(r / tau) / Z(x)
 
-so r - tau log Z = tau log pi*/anchor for every y. The squared difference of both sides, over 2 tau, is the loss:
+so r - tau log Z = tau log(pi*/anchor) for every y. With pi for pi*, the squared difference over 2 tau is the loss:
 
     rho_i = sum_t log pi(o_it) - log anchor(o_it)                           summed over the completion
     L     = mean_i( -A_i rho_i + tau/2 rho_i^2 ),   A_i = r_i - baseline
 
-Its gradient is minus the report's (1/k) sum_i [(r_i - mean(r)) grad log pi - tau/2 grad rho_i^2]. The baseline is
-the group's mean, the report's estimate of tau log Z, or tau log Z itself estimated from the group (--baseline log-z).
+Its gradient is minus the report's (1/k) sum_i [(r_i - mean(r)) grad log pi - tau/2 grad rho_i^2]. The baseline is the
+group's mean reward, which the report uses for tau log Z; --baseline log-z estimates tau log Z from the group instead.
 There is no clip, no critic, no division by a standard deviation.
 
-At policy = anchor the tau term has no gradient: it takes several updates an iteration (--minibatch-size) to act.
-The next iteration's anchor is the policy then, and the optimizer starts afresh, since it is another problem.
+The tau term has no gradient while policy = anchor, so it acts from an iteration's second update on (--minibatch-size).
+The next iteration anchors at the updated policy. That is a new problem, so the optimizer's state is reset.
 
-Also from the report: the length reward (--length-weight, late in training: --length-reward-start), curriculum and
-prioritized sampling (--problem-sampling). Departure: the report gives no tau; ours is for the embedded model.
+Also from the report: the length reward (--length-weight; start it late, with --length-reward-start), curriculum and
+prioritized sampling (--problem-sampling). Departure: the report gives no tau; the default is for the embedded model.
 
     python train_kimi.py                                                # the embedded model, no GPU needed
     python train_kimi.py --model Qwen/Qwen2.5-0.5B-Instruct --problems openai/gsm8k:main --learning-rate 1e-6 \
         --max-new-tokens 512                                                # needs a GPU; untested
 
-What you should see from the first command, in 60 s on 2 cores (AMD EPYC): held-out accuracy, sampled at temperature 1,
-from 0.38 to 0.93, greedy accuracy at the hardest difficulty from 0.06 to 1.0; loss/kl, half the
-squared log-ratio to the iteration's start, mean over its updates, well below 0.1.
+What you should see from the first command, in 60 s on 2 cores (AMD EPYC): held-out accuracy rises from 0.38 to 0.93
+(sampled at temperature 1), greedy accuracy at the hardest difficulty from 0.06 to 1.0. loss/kl, the mean of rho^2 / 2
+over an iteration's updates, stays well below 0.1.
 """
 
 import math
@@ -78,19 +78,19 @@ class Args:
     seed: int = 1
     """random seed"""
     iterations: AtLeast0 = 100
-    """number of iterations: sample a batch, then update"""
+    """number of iterations; each samples a batch and trains on it"""
     prompts_per_step: AtLeast1 = 32
-    """P, prompts in an iteration"""
+    """P, prompts per iteration"""
     group_size: AtLeast2 = 8
-    """G, completions sampled for each prompt"""
+    """G, completions sampled per prompt"""
     max_new_tokens: AtLeast1 = 40
-    """length limit of a completion, tokens"""
+    """maximum length of a completion, in tokens; use e.g. 512 for real models"""
     learning_rate: Positive = 5e-5
-    """AdamW's learning rate, for the embedded model; 1e-6 to 5e-6 for real ones"""
+    """AdamW's learning rate; the default is for the embedded model, use 1e-6 to 5e-6 for real models"""
     update_epochs: AtLeast1 = 1
     """passes over each iteration's completions"""
     minibatch_size: AtLeast1 | None = None
-    """completions in one optimizer step, whole groups; None: a quarter of the iteration's batch"""
+    """completions per optimizer step, a multiple of --group-size; None: a quarter of the iteration's batch"""
     setup: Group[SetupFlags] = field(default_factory=SetupFlags)
     sampling: Group[SamplingFlags] = field(default_factory=SamplingFlags)
     rewards: Group[RewardFlags] = field(default_factory=RewardFlags)
@@ -98,7 +98,7 @@ class Args:
     run: Group[RunFlags] = field(default_factory=RunFlags)
 
     tau: NonNegative = 0.05
-    """strength of the KL to the iteration's anchor"""
+    """weight of the KL penalty to the anchor, the policy at the iteration's start"""
     baseline: Literal["mean", "log-z"] = "mean"
     """baseline of the advantages: the group's mean reward | tau log Z estimated from the group"""
     keep_optimizer: bool = False
@@ -117,7 +117,7 @@ def group_advantages(rewards: Tensor, tau: float, baseline: str) -> Tensor:
 
 
 def is_uniform(rewards: Tensor) -> Tensor:
-    """(P,) bool: all rewards of the group are equal, so that it teaches nothing."""
+    """(P,) bool: all rewards of the group are equal, so its advantages are all 0."""
     return rewards.amax(1) == rewards.amin(1)
 
 
@@ -129,14 +129,14 @@ def kimi_loss(
     tau: float,
     row_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Squared surrogate of Kimi K1.5's eq. 3, less its constant, over 2 tau. Logprobs and mask are (B, T), advantages
-    and row_weights (B,), None: 1/B each. Returns the loss and means over the rows."""
+    """Squared loss of Kimi K1.5's eq. 3, without its constant, over 2 tau. Logprobs and mask are (B, T), advantages and
+    row_weights (B,); row_weights None: 1/B each. Returns the loss and metrics over rows."""
     rho = (logprobs - anchor_logprobs).masked_fill(~mask, 0.0).sum(1)  # (B,): summed over the completion, not averaged
     per_row = -advantages * rho + tau / 2 * rho**2
     if row_weights is None:
         row_weights = torch.full_like(advantages, 1 / len(advantages))
     metrics = {
-        "kl": (rho**2 / 2).mean().item(),  # k2 of whole completions, to the anchor
+        "kl": (rho**2 / 2).mean().item(),  # half the squared log-ratio of whole completions to the anchor (k2)
         "ratio_max": rho.detach().max().exp().item(),
     }
     return (row_weights * per_row).sum(), metrics
@@ -149,7 +149,7 @@ def main(args: Args) -> None:
     check_minibatch(minibatch_size, args.group_size, batch_size)
     check_rewards(args.rewards, args.max_new_tokens, args.model)
     if args.update_epochs == 1 and minibatch_size == batch_size:
-        fail(f"--minibatch-size {minibatch_size}: with one epoch at most half the batch: tau acts from the 2nd update")
+        fail(f"--minibatch-size {minibatch_size}: one update per iteration, but tau acts from the 2nd on; lower it")
     if args.baseline == "log-z" and args.tau == 0:
         fail("--baseline log-z: needs --tau above 0")
 
@@ -170,7 +170,7 @@ def main(args: Args) -> None:
     if args.optimization.gradient_checkpointing:
         common.checkpoint_layers(policy)
     optimizer = common.MasterAdamW(policy, args.learning_rate, args.optimization.offload_optimizer)
-    run.restore(optimizer=optimizer, sampler=sampler)  # checkpointed besides the policy
+    run.restore(optimizer=optimizer, sampler=sampler)  # checkpointed together with the policy
     iteration, global_step = run.progress["iteration"], run.progress["global_step"]  # global_step: completions sampled
     before, scores = run.progress.get("before"), run.progress.get("scores")
     if before is None:  # a new run
@@ -217,7 +217,7 @@ def main(args: Args) -> None:
         # ----------------------------------------------------------------------------------------------------- 5 update
         learning_rate = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.optimization.warmup_iterations))
         common.set_learning_rate(optimizer, learning_rate)
-        if not args.keep_optimizer:  # a new anchor makes a new problem
+        if not args.keep_optimizer:  # a new anchor is a new optimization problem
             optimizer.state.clear()
         for epoch in range(args.update_epochs):
             seed = derive_seed(args.seed, "update", global_step, epoch)

@@ -1,26 +1,26 @@
-r"""Policy gradient: REINFORCE with a choice of baselines, the last of them a learned critic (Spinning Up's VPG).
+r"""Policy gradient: REINFORCE with a choice of baselines, including a learned critic (Spinning Up's VPG).
 
     grad J = E[ sum_t A_t grad log pi(o_t | q, o_<t) ]
 
-on fresh samples, one step of the policy for each batch. A baseline that does not depend on the token leaves the
-gradient unbiased and lowers its variance (Williams 1992; Sutton et al. 2000). The batch's mean does a little, since a
-row is part of it: it scales the gradient by 1 - 1/B; GAE with lambda below 1 trades bias for variance:
+Each iteration samples a fresh batch and makes one policy update. A baseline is subtracted from the return to lower the
+variance of the gradient. It adds no bias if it does not depend on the token (Williams 1992; Sutton et al. 2000):
 
     --baseline none         A_t = the return from t on
     --baseline batch-mean   A_t = the return - the batch's mean reward
-    --baseline value        A_t = GAE(gamma, lambda) of a critic V (arXiv:1506.02438), which regresses to the return
+    --baseline value        A_t = GAE(gamma, lambda) with a critic V (arXiv:1506.02438), trained to predict the return
 
-The reward stands on a completion's last token, so with gamma 1 the return is the same at all its tokens. The critic is
-a model of its own, with an optimizer of its own, and begins at V = 0. Departure: tokens are weighted by --loss-norm
-(the mean of all by default), where the formula sums over them; `constant` is the formula up to a factor.
+The batch's mean includes the row's own reward, which with B rows scales the gradient by 1 - 1/B. GAE with lambda below
+1 trades bias for variance. The reward is given at a completion's last token, so with gamma 1 all its tokens have the
+same return. The critic is a separate model with its own optimizer and starts at V = 0. Departure: the formula sums over
+tokens; --loss-norm averages over them by default, and with `constant` it is the formula up to a factor.
 
     python train_pg.py                                                  # the embedded model, no GPU needed
     python train_pg.py --baseline batch-mean --model Qwen/Qwen2.5-0.5B-Instruct --problems openai/gsm8k:main \
         --learning-rate 1e-6 --max-new-tokens 512                           # needs a GPU; untested
 
-What you should see from the first command, in 90 s on 2 cores (AMD EPYC): held-out accuracy, sampled at temperature 1,
-from 0.38 to 0.94, greedy accuracy at the hardest difficulty from 0.06 to 1.00; the critic explains 10 to 30% of the
-variance of the return.
+What you should see from the first command, in 90 s on 2 cores (AMD EPYC): held-out accuracy rises from 0.38 to 0.94
+(sampled at temperature 1), greedy accuracy at the hardest difficulty from 0.06 to 1.00. The critic explains 10 to 30%
+of the variance of the return.
 """
 
 from dataclasses import dataclass, field
@@ -69,17 +69,17 @@ class Args:
     seed: int = 1
     """random seed"""
     iterations: AtLeast0 = 100
-    """number of iterations: sample a batch, then update"""
+    """number of iterations; each samples a batch and trains on it"""
     prompts_per_step: AtLeast1 = 32
-    """P, prompts in an iteration"""
+    """P, prompts per iteration"""
     group_size: AtLeast1 = 8
-    """G, completions sampled for each prompt"""
+    """G, completions sampled per prompt"""
     max_new_tokens: AtLeast1 = 40
-    """length limit of a completion, tokens"""
+    """maximum length of a completion, in tokens; use e.g. 512 for real models"""
     learning_rate: Positive = 1.5e-4
-    """AdamW's learning rate, for the embedded model; 1e-6 to 5e-6 for real ones"""
+    """AdamW's learning rate; the default is for the embedded model, use 1e-6 to 5e-6 for real models"""
     loss_norm: Literal["sequence", "token", "constant"] = "token"
-    """weights of the tokens: each sequence's mean | the mean of all | a constant, so that sums remain"""
+    """mean per completion, then over completions | over all tokens | sum / max_new_tokens, mean over completions"""
     setup: Group[SetupFlags] = field(default_factory=SetupFlags)
     sampling: Group[SamplingFlags] = field(default_factory=SamplingFlags)
     rewards: Group[RewardFlags] = field(default_factory=RewardFlags)
@@ -89,15 +89,15 @@ class Args:
     baseline: Literal["none", "batch-mean", "value"] = "value"
     """baseline of the advantages: none | the batch's mean reward | a learned critic, with GAE"""
     value_epochs: AtLeast1 = 2
-    """passes of the critic over each iteration's completions"""
+    """the critic's passes over each iteration's completions"""
     value_minibatch_size: AtLeast1 = 64
-    """completions in one step of the critic"""
+    """completions per optimizer step of the critic, rounded down to whole groups (at least one)"""
     value_learning_rate: Positive = 3e-4
-    """learning rate of the critic's AdamW, for the embedded model; 1e-5 for real ones"""
+    """AdamW's learning rate for the critic; the default is for the embedded model, use 1e-5 for real models"""
     gamma: Share = 1.0
-    """discount from token to token"""
+    """discount factor per token"""
     gae_lambda: Share = 0.95
-    """lambda of GAE: 1 trusts the sampled return, 0 the critic"""
+    """GAE's lambda: 1 relies on the sampled return, 0 on the critic"""
 
 
 def compute_gae(
@@ -109,7 +109,7 @@ def compute_gae(
 
     Returns the advantages and the rewards-to-go (sum of discounted rewards from t on), the critic's targets.
     """
-    rewards, values = rewards * mask, values * mask  # what stands on padding must not leak over the EOS
+    rewards, values = rewards * mask, values * mask  # values on padding must not leak into the real tokens
     advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
     next_advantage = next_return = next_value = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
@@ -121,7 +121,7 @@ def compute_gae(
 
 
 def pg_loss(logprobs: Tensor, advantages: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Its gradient is minus the policy gradient. All (B, T); weights are 0 on padding."""
+    """A loss whose gradient is minus the policy gradient. All (B, T); weights are 0 on padding."""
     return -(weights * (logprobs * advantages).masked_fill(weights == 0, 0.0)).sum(), {}
 
 
@@ -153,7 +153,7 @@ def main(args: Args) -> None:
     if args.optimization.gradient_checkpointing:
         common.checkpoint_layers(policy)
     optimizer = common.MasterAdamW(policy, args.learning_rate, args.optimization.offload_optimizer)
-    stateful = {"optimizer": optimizer, "sampler": sampler}  # checkpointed besides the policy
+    stateful = {"optimizer": optimizer, "sampler": sampler}  # checkpointed together with the policy
     if args.baseline == "value":
         value_model = common.load_value_model(args.model, device, dtype)
         if args.optimization.gradient_checkpointing:

@@ -1,22 +1,22 @@
 r"""Proximal policy optimization (PPO), Schulman et al. 2017, arXiv:1707.06347, for language models as in RLHF
 (Stiennon et al. 2020, arXiv:2009.01325).
 
-    r_t   = -beta (log pi_old(o_t) - log pi_ref(o_t)), plus the score on the completion's last token
-    A, R  = GAE(gamma, lambda) of r under the critic's V at sampling time; R = A + V; then A is whitened over the batch
+    r_t   = -beta (log pi_old(o_t) - log pi_ref(o_t)), plus the score at the completion's last token
+    A, R  = GAE(gamma, lambda) from r and V_old, the critic's values at sampling time; R = A + V_old; then A is whitened
     L_pi  = mean over tokens of max(-A rho, -A clip(rho, 1 - eps, 1 + eps)),  rho = pi / pi_old             (eq. 7)
     L_V   = mean over tokens of 1/2 max((V - R)^2, (clip(V, V_old +- c) - R)^2)
 
-Four models at most: the policy, its own logprobs at sampling time standing for the old policy, the frozen reference
-(none with --kl-coef 0), the critic, and with --reward-model a learned score in place of the verifiers' rewards. The
-critic has its own optimizer, so there is no value coefficient: Adam would cancel it. No entropy bonus.
+The models are the policy, the critic, the frozen reference (none with --kl-coef 0), and with --reward-model a reward
+model, whose score is added to the verifiers' rewards. For the old policy, its logprobs at sampling time are enough.
+There is no value coefficient: the critic has its own optimizer, and Adam would cancel it. There is no entropy bonus.
 
     python train_ppo.py                                                 # the embedded model, no GPU needed
     python train_ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --problems openai/gsm8k:main --learning-rate 1e-6 \
         --value-learning-rate 1e-5 --prompts-per-step 128 --group-size 1 --max-new-tokens 512  # needs a GPU; untested
 
-What you should see from the first command, in 190 s on 2 cores (AMD EPYC): held-out accuracy, sampled at temperature 1,
-from 0.38 to 0.97, greedy accuracy at the hardest difficulty from 0.06 to 0.96. At twice the learning rate it comes
-sooner and then falls again: when nearly everything is right, whitening makes the few failures loud.
+What you should see from the first command, in 190 s on 2 cores (AMD EPYC): held-out accuracy rises from 0.38 to 0.97
+(sampled at temperature 1), greedy accuracy at the hardest difficulty from 0.06 to 0.96. At twice the learning rate
+accuracy rises sooner, then falls: once nearly all answers are right, whitening magnifies the few failures.
 """
 
 from dataclasses import dataclass, field
@@ -68,21 +68,21 @@ class Args:
     seed: int = 1
     """random seed"""
     iterations: AtLeast0 = 80
-    """number of iterations: sample a batch, then update"""
+    """number of iterations; each samples a batch and trains on it"""
     prompts_per_step: AtLeast1 = 32
-    """P, prompts in an iteration"""
+    """P, prompts per iteration"""
     group_size: AtLeast1 = 8
-    """G, completions sampled for each prompt"""
+    """G, completions sampled per prompt"""
     max_new_tokens: AtLeast1 = 40
-    """length limit of a completion, tokens"""
+    """maximum length of a completion, in tokens; use e.g. 512 for real models"""
     learning_rate: Positive = 5e-5
-    """AdamW's learning rate, for the embedded model; 1e-6 to 5e-6 for real ones"""
+    """AdamW's learning rate; the default is for the embedded model, use 1e-6 to 5e-6 for real models"""
     update_epochs: AtLeast1 = 4
     """passes over each iteration's completions, by the policy and by the critic"""
     minibatch_size: AtLeast1 | None = None
-    """completions in one optimizer step, whole groups; None: a quarter of the iteration's batch"""
+    """completions per optimizer step, a multiple of --group-size; None: a quarter of the iteration's batch"""
     loss_norm: Literal["sequence", "token", "constant"] = "token"
-    """weights of the tokens: each sequence's mean | the mean of all | a constant, so that sums remain"""
+    """mean per completion, then over completions | over all tokens | sum / max_new_tokens, mean over completions"""
     setup: Group[SetupFlags] = field(default_factory=SetupFlags)
     sampling: Group[SamplingFlags] = field(default_factory=SamplingFlags)
     rewards: Group[RewardFlags] = field(default_factory=RewardFlags)
@@ -94,24 +94,24 @@ class Args:
     clip_high: Positive = 0.2
     """the ratio is clipped at 1 + clip_high"""
     kl_coef: NonNegative = 0.05
-    """beta, weight of the KL to the starting policy in every token's reward; 0 loads no reference"""
+    """beta, weight of the KL penalty to the starting policy in each token's reward; 0 loads no reference model"""
     value_clip: Positive = 0.2
-    """c, how far a value may move from the one at sampling time before its loss stops pulling"""
+    """c: a value that has moved further than this towards its target since sampling gets no gradient"""
     missing_eos_score: float | None = None
-    """score of a completion without EOS, instead of its own; None: the text is judged as it is"""
+    """score that replaces the reward of a completion without EOS; None: such a completion keeps its reward"""
     value_learning_rate: Positive = 3e-4
-    """learning rate of the critic's AdamW, for the embedded model; 1e-5 for real ones"""
+    """AdamW's learning rate for the critic; the default is for the embedded model, use 1e-5 for real models"""
     gamma: Share = 1.0
-    """discount from token to token"""
+    """discount factor per token"""
     gae_lambda: Share = 0.95
-    """lambda of GAE: 1 trusts the sampled return, 0 the critic"""
+    """GAE's lambda: 1 relies on the sampled return, 0 on the critic"""
 
 
 def shape_rewards(
     scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor | None, mask: Tensor, kl_coef: float
 ) -> Tensor:
-    """(B,) scores -> (B, T) rewards: the score on each completion's last token, minus kl_coef times the log-ratio of
-    policy and reference at every token. Without gradient: the KL is part of the reward."""
+    """(B,) scores -> (B, T) rewards: the score at each completion's last token, minus kl_coef times the log-ratio of
+    policy and reference at every token. No gradient flows through the KL: it is part of the reward."""
     rewards = torch.zeros_like(logprobs)
     if ref_logprobs is not None:
         rewards = (-kl_coef * (logprobs - ref_logprobs)).detach().masked_fill(~mask, 0.0)
@@ -126,9 +126,9 @@ def compute_gae(
 
         delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lambda A_{t+1},   V after the last token = 0
 
-    Returns the advantages and the critic's targets A + V, of the advantages as they are here: not whitened.
+    Returns the advantages A and the critic's targets A + V, both before whitening.
     """
-    rewards, values = rewards * mask, values * mask  # what stands on padding must not leak over the EOS
+    rewards, values = rewards * mask, values * mask  # values on padding must not leak into the real tokens
     advantages = torch.zeros_like(rewards)
     next_advantage = next_value = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
@@ -158,8 +158,8 @@ def ppo_loss(
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, value_clip: float
 ) -> tuple[Tensor, dict[str, float]]:
-    """Half the larger of the squared errors of V and of V clipped to V_old +- value_clip: the larger, so that the clip
-    can only hold a value back. All (B, T); weights are 0 on padding. The metric is the mean over tokens."""
+    """Half the larger of the squared errors of V and of V clipped to V_old +- value_clip. With the larger one,
+    clipping can only remove gradient. All (B, T); weights are 0 on padding. The metric is the mean over tokens."""
     clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
     errors = (0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)).masked_fill(weights == 0, 0.0)
     return (weights * errors).sum(), {"value": (errors.sum() / (weights > 0).sum().clamp(min=1)).item()}
@@ -172,7 +172,7 @@ def main(args: Args) -> None:
     check_minibatch(minibatch_size, args.group_size, batch_size)
     check_rewards(args.rewards, args.max_new_tokens, args.model)
     if args.rewards.reward_model and args.rewards.accuracy_weight:
-        print("note: the rules' rewards count beside the model's; --accuracy-weight 0 --format-weight 0 drops them")
+        print("note: the model's score adds to the rules' rewards; --accuracy-weight 0 --format-weight 0 drops them")
 
     device = common.resolve_device(args.setup.device)
     dtype = common.resolve_dtype(args.setup.dtype, device)
@@ -196,7 +196,7 @@ def main(args: Args) -> None:
     offload = args.optimization.offload_optimizer
     optimizer = common.MasterAdamW(policy, args.learning_rate, offload, eps=1e-5)
     value_optimizer = common.MasterAdamW(value_model, args.value_learning_rate, offload, eps=1e-5)
-    # checkpointed besides the policy
+    # checkpointed together with the policy
     run.restore(optimizer=optimizer, sampler=sampler, critic=value_model, value_optimizer=value_optimizer)
     iteration, global_step = run.progress["iteration"], run.progress["global_step"]  # global_step: completions sampled
     before, scores = run.progress.get("before"), run.progress.get("scores")
@@ -249,7 +249,7 @@ def main(args: Args) -> None:
             advantages = advantages.where(rollout.finished[:, None], 0.0)
         explained = 1 - (returns - old_values)[rollout.mask].var() / returns[rollout.mask].var()
         metrics.add({"loss/explained_variance": explained.nan_to_num(0.0, neginf=0.0).item()})
-        if ref is not None:  # the KL that the reward has paid for, per token
+        if ref is not None:  # the KL in the reward, mean per token
             metrics.add({"loss/kl": (old_logprobs - ref_logprobs)[rollout.mask].mean().item()})
 
         # ----------------------------------------------------------------------------------------------------- 5 update

@@ -1,25 +1,25 @@
-r"""A reward model from preference pairs, after Bradley and Terry: the chance that y+ is preferred to y- is the sigmoid
-of the difference of their scores (Stiennon et al. 2020, arXiv:2009.01325; Ouyang et al. 2022, arXiv:2203.02155, eq. 1).
+r"""Trains a reward model on preference pairs. In the Bradley-Terry model, y+ is preferred to y- with a probability of
+sigmoid(r(x, y+) - r(x, y-)) (Stiennon et al. 2020, arXiv:2009.01325; Ouyang et al. 2022, arXiv:2203.02155, eq. 1).
 
     L = - mean of log sigmoid(r(x, y+) - r(x, y-) - margin)
 
-The model is the policy's backbone under a linear head with one output and no bias, which begins at 0, so that the first
-loss is log 2. A score is read at the completion's last token, its EOS. The loss only sees differences, so the level of
-the scores is arbitrary: their mean over 1,024 training pairs is kept in the config as `score_mean`, and
-`common.completion_scores` subtracts it (Stiennon et al. shift the head's bias; this head has none).
+The model is the policy's backbone with a linear head that has one output and no bias. The head starts at 0, so the
+first loss is log 2. The score is read at the completion's last token, its EOS. The loss depends only on differences, so
+the level of the scores is arbitrary: their mean over 1,024 training pairs is saved in the config as `score_mean`, and
+`common.completion_scores` subtracts it (Stiennon et al. shift the head's bias instead).
 
-Where it departs from the papers: a batch is of single pairs, and those of a prompt are capped (--max-pairs-per-prompt),
-where InstructGPT puts all pairs of a prompt into one batch element. The result is an ordinary sequence classifier with
-one label, which transformers loads.
+Departure from the papers: pairs are drawn one by one, and a prompt has at most --max-pairs-per-prompt; InstructGPT puts
+all pairs of a prompt into one batch element. The trained model is an ordinary sequence classifier with one label, which
+transformers loads.
 
     python train_rm.py                                    # pairs of the embedded model's samples
     python evaluate.py --split all --num-samples 8 --output samples.jsonl && python train_rm.py --data samples.jsonl
     python train_rm.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl --learning-rate 1e-5 \
         --minibatch-size 64                                            # needs a GPU; untested
 
-What you should see from the first command, in 41 s on 2 cores (AMD EPYC): held-out pairs ranked right from 0.50 to
-0.74, with a calibration error of 0.05. The margin goes on growing when the training pairs are known by heart;
-eval/pair_loss then turns up again.
+What you should see from the first command, in 41 s on 2 cores (AMD EPYC): the share of held-out pairs ranked right
+rises from 0.50 to 0.74, with a calibration error of 0.05. Once the training pairs are memorized, the margin keeps
+growing and eval/pair_loss rises again.
 """
 
 import math
@@ -63,17 +63,17 @@ from plumbing.runs import Run
 @dataclass
 class Args:
     model: str = "models/tiny-arithmetic"
-    """the policy whose backbone is trained on: local model directory or hub name"""
+    """model whose backbone the reward model starts from: local model directory or hub name"""
     data: str = "arithmetic-pairs"
-    """the embedded model's pairs, a .jsonl file (prompt, chosen, rejected), or a samples file; a tenth is held out"""
+    """pairs: "arithmetic-pairs", a .jsonl file (prompt, chosen, rejected), or a samples file; a tenth is held out"""
     seed: int = 1
     """random seed"""
     iterations: AtLeast0 = 200
-    """optimizer steps, and the length of the learning rate's cosine (so changing it on --resume bends that)"""
+    """optimizer steps; also the length of the learning rate's cosine: changing it on --resume changes the schedule"""
     minibatch_size: AtLeast1 = 64
-    """pairs in one optimizer step"""
+    """pairs per optimizer step"""
     learning_rate: Positive = 3e-4
-    """AdamW's highest learning rate, for the embedded model; 1e-5 for real ones"""
+    """AdamW's peak learning rate; the default is for the embedded model, use 1e-5 for real models"""
     weight_decay: NonNegative = 0.0
     """AdamW's weight decay, on all weights"""
     system_prompt: str = SYSTEM_PROMPT
@@ -89,14 +89,14 @@ class Args:
     run: Group[RunFlags] = field(default_factory=lambda: RunFlags(eval_every=0, save_every=0))
 
     margin: NonNegative = 0.0
-    """the scores of a pair should differ by more than this"""
+    """subtracted from the difference of a pair's scores in the loss"""
 
 
 def reward_model_loss(
     chosen_scores: Tensor, rejected_scores: Tensor, margin: float | Tensor = 0.0, row_weights: Tensor | None = None
 ) -> tuple[Tensor, dict[str, float]]:
-    """Scores (B,) of whole completions. row_weights (B,): of the pairs, the loss is their weighted sum; None: the mean.
-    Returns the loss and means over pairs."""
+    """Scores of whole completions, (B,). row_weights (B,): the loss is the sum of the pairs' losses with these weights;
+    None: the mean. Returns the loss and metrics, which are means over pairs."""
     margins = chosen_scores - rejected_scores  # positive where the pair is ranked as labelled
     per_row = -logsigmoid(margins - margin)  # arXiv:2203.02155, eq. 1
     if row_weights is None:
@@ -111,8 +111,8 @@ def reward_model_loss(
 
 
 def calibration_error(margins: Tensor, bins: int = 10) -> float:
-    """Expected calibration error: the model is sigmoid(|margin|) sure of the side that it prefers. In each of the equal
-    bins of 0.5 to 1, |how often it is right - how sure it is|, weighted by the bin's share of the pairs."""
+    """Expected calibration error of (N,) margins. sigmoid(|margin|) is the confidence in the preferred side. Over equal
+    bins of 0.5 to 1: |accuracy - mean confidence| of each bin, averaged with its share of the pairs as the weight."""
     confidence, right = margins.abs().sigmoid(), ranked_right(margins)
     index = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
     gaps = torch.zeros(bins, dtype=margins.dtype, device=margins.device).index_add(0, index, right - confidence)
@@ -138,18 +138,18 @@ def main(args: Args) -> None:
     held_out = [pair for pair in pairs if is_held_out(pair.question)][: args.run.eval_problems]
     train = [pair for pair in pairs if not is_held_out(pair.question)]
     if len(train) < args.minibatch_size:
-        fail(f"--minibatch-size {args.minibatch_size}: only {len(train)} pairs are left to train on")
+        fail(f"--minibatch-size {args.minibatch_size}: only {len(train)} pairs are left to train on; lower it")
     sampler = ProblemSampler(train, seed=args.seed)
 
     run = Run(args, tokenizer)
     rm = common.load_reward_model(run.start_from, device, dtype, new_head=run.start_from == args.model)
-    rm.config.pad_token_id = tokenizer.pad_token_id  # by which its own forward finds the last token
-    rm.config.score_mean = 0.0  # found at the end
+    rm.config.pad_token_id = tokenizer.pad_token_id  # transformers' own forward uses it to find the last token
+    rm.config.score_mean = 0.0  # set after training
     if args.optimization.gradient_checkpointing:
         common.checkpoint_layers(rm)
     options = {"offload": args.optimization.offload_optimizer, "weight_decay": args.weight_decay}
     optimizer = common.MasterAdamW(rm, args.learning_rate, betas=(0.9, 0.95), **options)
-    run.restore(optimizer=optimizer, sampler=sampler)  # checkpointed besides the model
+    run.restore(optimizer=optimizer, sampler=sampler)  # checkpointed together with the model
 
     def evaluate_now() -> dict[str, float]:
         if not held_out:
@@ -173,7 +173,7 @@ def main(args: Args) -> None:
         # ----------------------------------------------------------------------------------------------------- 1 sample
         batch = sampler.draw(args.minibatch_size)
         rollout = pair_rollout(batch, device)  # rows chosen, rejected, chosen, ...
-        row_weights = torch.tensor([pair.weight / len(batch) for pair in batch], device=device)  # of the pairs
+        row_weights = torch.tensor([pair.weight / len(batch) for pair in batch], device=device)  # (B,), one per pair
         global_step += len(batch)
         clock.lap("sample")
 
@@ -208,7 +208,7 @@ def main(args: Args) -> None:
             log_scalars(run.writer, scores, global_step)
         run.checkpoint(rm, iteration, global_step, before=before, scores=scores)
 
-    some = random.Random(args.seed).sample(train, min(1024, len(train)))  # their mean is close enough
+    some = random.Random(args.seed).sample(train, min(1024, len(train)))  # enough for the mean
     rm.config.score_mean = pair_scores(rm, some, args.optimization.micro_batch_tokens).mean().item()
     run.finish(rm, pair_table(before, scores, [pair.question for pair in held_out]))
 

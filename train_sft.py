@@ -2,18 +2,18 @@ r"""Supervised fine-tuning (SFT): cross-entropy on the tokens of demonstrated co
 
     L = - mean over all completion tokens of log pi(token | prompt, tokens before it)
 
-The EOS that ends a completion is one of its tokens, or the model would never learn to stop; the prompt's carry no loss.
-The learning rate rises linearly and falls as a cosine to a tenth. This is the stage before RL: InstructGPT's SFT
-(arXiv:2203.02155, section 3.5), the cold start of DeepSeek-R1 (arXiv:2501.12948, section 2.3.1).
+The loss covers a completion's EOS, or the model would never learn to stop, but not the prompt. The learning rate warms
+up linearly and decays as a cosine to a tenth. This is the stage before RL: InstructGPT's SFT (arXiv:2203.02155,
+section 3.5), the cold start of DeepSeek-R1 (arXiv:2501.12948, section 2.3.1).
 
     python train_sft.py                                     # a few more steps of the embedded model on its own data
     python train_sft.py --model Qwen/Qwen2.5-0.5B --data demonstrations.jsonl --problems openai/gsm8k:main \
         --learning-rate 1e-5 --minibatch-size 32 --max-new-tokens 512       # needs a GPU; untested
-    python train_sft.py --model runs/tiny --from-scratch    # random weights; the embedded model's card has the rest
+    python train_sft.py --model runs/tiny --from-scratch    # random weights; see models/tiny-arithmetic/README.md
 
-What you should see from the first command, in 30 s on 2 cores (AMD EPYC): a held-out loss that stays at 0.240, as the
-embedded model comes from these demonstrations; accuracy unchanged within chance. From scratch (9.5 minutes, see
-models/tiny-arithmetic/README.md) the loss falls from 4.6 to 0.240, what the teacher's slips leave as entropy.
+What you should see from the first command, in 30 s on 2 cores (AMD EPYC): the held-out loss stays at 0.240, because
+the embedded model was trained on the same teacher's demonstrations, and accuracy changes only by chance. From scratch
+(9.5 minutes) the loss falls from 4.6 to 0.240, the entropy of the teacher's random mistakes.
 """
 
 import math
@@ -49,32 +49,32 @@ class Args:
     model: str = "models/tiny-arithmetic"
     """the policy to start from: local model directory or hub name"""
     from_scratch: bool = False
-    """random weights: only the model's config and tokenizer are read"""
+    """start from random weights; only the model's config and tokenizer are read"""
     data: tuple[str, ...] = ("arithmetic-demonstrations",)
-    """a task's demonstrations, .jsonl files (prompt, completion), samples files; a tenth is held out. FILE:COUNT draws
-    that many of a file's, so that several files are mixed"""
+    """any of: NAME-demonstrations (from a task's teacher), .jsonl files (prompt, completion), samples files; a tenth is
+    held out. FILE:COUNT draws COUNT demonstrations of FILE at random, to mix files"""
     demonstrations: AtLeast1 = 20000
-    """how many demonstrations a task's teacher makes"""
+    """number of demonstrations that a task's teacher generates"""
     keep: Literal["correct", "best"] = "correct"
-    """what is taken from a samples file: every right completion | the best one of each problem"""
+    """completions used from a samples file: every right one | the best right one of each problem"""
     problems: str = "arithmetic"
-    """its held-out problems are evaluated: "arithmetic", "countdown", a .jsonl file, or a hub dataset"""
+    """problems whose held-out part is evaluated: "arithmetic", "countdown", a .jsonl file, or a hub dataset"""
     seed: int = 1
     """random seed"""
     iterations: AtLeast0 = 200
-    """optimizer steps, and the length of the learning rate's cosine (so changing it on --resume bends that)"""
+    """optimizer steps; also the length of the learning rate's cosine: changing it on --resume changes the schedule"""
     minibatch_size: AtLeast1 = 128
-    """demonstrations in one optimizer step"""
+    """demonstrations per optimizer step"""
     max_new_tokens: AtLeast1 = 40
-    """length limit of a completion in evaluations, tokens"""
+    """maximum length of a completion in evaluations, in tokens; use e.g. 512 for real models"""
     format_style: Literal["answer-tags", "think"] = "answer-tags"
-    """<think>..</think><answer>..</answer> | <think>..</think>, then text with \\boxed{} or #### (--system-prompt)"""
+    """<think>..</think><answer>..</answer> | <think>..</think>, then \\boxed{} or ####; set --system-prompt to match"""
     learning_rate: Positive = 3e-4
-    """AdamW's highest learning rate, for the embedded model; 1e-5 for real ones"""
+    """AdamW's peak learning rate; the default is for the embedded model, use 1e-5 for real models"""
     weight_decay: NonNegative = 0.1
     """AdamW's weight decay, on all weights"""
     loss_norm: Literal["sequence", "token", "constant"] = "token"
-    """weights of the tokens: each sequence's mean | the mean of all | a constant, 1 / max_new_tokens"""
+    """mean per completion, then over completions | over all tokens | sum / max_new_tokens, mean over completions"""
     setup: Group[SetupFlags] = field(default_factory=SetupFlags)
     optimization: Group[OptimizationFlags] = field(
         default_factory=lambda: OptimizationFlags(warmup_iterations=20, micro_batch_tokens=4096)
@@ -93,7 +93,7 @@ def demonstration_rollout(demonstrations: list[Demonstration], device) -> common
 
 
 def held_out_loss(policy, demonstrations: list[Demonstration], max_tokens: int) -> float:
-    """Mean cross-entropy per token of demonstrations that are not trained on."""
+    """Mean cross-entropy per token of held-out demonstrations."""
     rollout = demonstration_rollout(demonstrations, policy.device)
     return -common.rollout_logprobs(policy, rollout, max_tokens).sum().item() / rollout.mask.sum().item()
 
@@ -109,21 +109,21 @@ def main(args: Args) -> None:
     held_out = [d for d in demonstrations if is_held_out(d.question)][: args.run.eval_problems]
     train = [d for d in demonstrations if not is_held_out(d.question)]
     if len(train) < args.minibatch_size:
-        fail(f"--minibatch-size {args.minibatch_size}: only {len(train)} demonstrations are left to train on")
+        fail(f"--minibatch-size {args.minibatch_size}: only {len(train)} demonstrations are left to train on; lower it")
     sampler = ProblemSampler(train, seed=args.seed)
     eval_problems = load_eval_problems(args.problems, args.setup.eval_data, args.run.eval_problems)
     eval_problems = encode_problems(tokenizer, eval_problems, args.setup.system_prompt, config, args.max_new_tokens)
     evaluation = tokenizer, eval_problems, args.max_new_tokens, args.format_style, args.minibatch_size, args.seed
 
     run = Run(args, tokenizer)
-    torch.manual_seed(args.seed % 2**63)  # of the random weights
+    torch.manual_seed(args.seed % 2**63)  # for --from-scratch
     from_scratch = args.from_scratch and run.start_from == args.model
     policy = common.load_policy(run.start_from, device, dtype, tokenizer.eos_token_id, from_scratch)
     if args.optimization.gradient_checkpointing:
         common.checkpoint_layers(policy)
     options = {"offload": args.optimization.offload_optimizer, "weight_decay": args.weight_decay}
     optimizer = common.MasterAdamW(policy, args.learning_rate, betas=(0.9, 0.95), **options)
-    run.restore(optimizer=optimizer, sampler=sampler)  # checkpointed besides the policy
+    run.restore(optimizer=optimizer, sampler=sampler)  # checkpointed together with the policy
 
     def evaluate_now() -> dict[str, float]:
         scores = evaluate_policy(policy, *evaluation)

@@ -1,15 +1,15 @@
-"""Claims about reinforcement learning of language models, tested on the embedded models one by one.
+"""Claims about reinforcement learning of language models, tested one by one on the embedded models.
 
     python benchmarks/claims.py                          # lists them
-    python benchmarks/claims.py format-reward            # one: its runs, its rows
-    python benchmarks/claims.py --every                  # all, some hours; what has been run is kept in runs/claims
+    python benchmarks/claims.py format-reward            # runs one and prints its rows
+    python benchmarks/claims.py --every                  # all of them, in hours; finished runs are kept in runs/claims
 
-A claim is a comparison of two conditions, each run with the same five seeds. The rule was fixed before the first run:
-d is the paired difference of the two, its 95% interval that of Student's t. "holds": the interval excludes 0 in the
-claimed direction. "does not": it excludes 0 in the other direction, or lies within 2 points of 0. Otherwise "not
-visible". If the claim is that the first is as good as the second, "holds" is an interval that does not reach 2 points
-below 0, and "does not" one that lies below 0 and does. Accuracies are of held-out problems, sampled at temperature 1;
-their points are percentage points. A difference with a % is relative to the second condition, and so are its points.
+A claim compares two conditions, each run with the same five seeds. The rule was fixed before the first run. The paired
+difference of the two has a 95% interval by Student's t. "holds": the interval excludes 0 in the claimed direction.
+"does not": it excludes 0 in the other direction, or lies within 2 points of 0. Otherwise "not visible". If the claim is
+that the first condition is as good as the second, "holds" is an interval that stays above -2 points, and "does not" is
+one that reaches below -2 points and lies below 0. Accuracy is on held-out problems, sampled at temperature 1, and its
+points are percentage points. A difference with a % sign, and its points, are relative to the second condition.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ import tyro
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.learning import machine, read_scalars  # noqa: E402
+from benchmarks.learning import curve, machine, new_figure, read_scalars, save_figure  # noqa: E402
 from data import Problem  # noqa: E402
 from evaluate import diversity, majority_accuracy  # noqa: E402
 from plumbing.evaluation import format_table, pass_at_k, summarize  # noqa: E402
@@ -50,21 +50,23 @@ HIGHER, LOWER, EQUAL, DIFFERENT = "higher", "lower", "equal", "different"
 @dataclass
 class Args:
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """claims to test; none: list them"""
+    """claims to test; without any, the command lists them"""
     every: bool = False
-    """test them all"""
+    """test all claims"""
     seeds: int = 5
-    """2 to 5; fewer make wide intervals"""
+    """2 to 5; fewer seeds make wider intervals"""
     jobs: int = 2
-    """processes at a time, of one thread each"""
+    """processes at a time, with one thread each"""
+    plot: Path | None = None
+    """directory for pictures of the claims in PICTURES"""
 
 
 # ---- Running ---------------------------------------------------------------------------------------------------------
 
 
 def run_once(command: str, seed: int) -> Path:
-    """The folder of a command's run, from an earlier time if there is one. It has the run directory `run` of a training
-    script, or the file `out.jsonl` of any other command."""
+    """The folder of this command's run. A run that has finished before is not repeated. The folder has a training
+    script's run directory, `run`, or another command's output, `out.jsonl`."""
     script, *flags = command.split()
     folder = KEPT / f"{Path(script).stem}-{hashlib.sha256(f'{command} {seed}'.encode()).hexdigest()[:10]}"
     if (folder / "done.json").exists():
@@ -90,17 +92,18 @@ def run_once(command: str, seed: int) -> Path:
 
 
 class Runner:
-    """Runs the commands of conditions, several at a time."""
+    """Runs commands for every seed, several at a time."""
 
     def __init__(self, seeds: int, jobs: int):
         self.seeds, self.pool = list(range(1, seeds + 1)), ThreadPoolExecutor(jobs)
-        self.futures: dict[tuple, Future] = {}  # by command, what it is made from, seed
+        self.futures: dict[tuple, Future] = {}  # by command, inputs, seed
         self.used: set[Path] = set()
+        self.last: dict[str, list[Path]] = {}  # the latest claim's conditions, for its picture
 
     def __call__(self, **commands: str) -> dict[str, list[Path]]:
-        """By condition: a folder for each seed. {other} in a command is what that condition's run of the same seed
-        made: a model or a file. A name that begins with one_ is run with seed 1 for all. What a command needs stands
-        before it, so that it has begun before it is waited for."""
+        """For each condition, its folder of each seed. {other} in a command is the model or file that condition
+        `other` made with the same seed. A condition whose name begins with one_ is run with seed 1 only, for all. A
+        condition must stand after those that it needs: they have then begun before it waits for them."""
         found: dict[str, list[Future]] = {}
         for name, command in commands.items():
             needed = {other: found[other] for other in re.findall(r"{(\w+)}", command)}
@@ -112,7 +115,8 @@ class Runner:
                 if key not in self.futures:
                     self.futures[key] = self.pool.submit(self.run, command, made, seed)
                 found[name].append(self.futures[key])
-        return {name: [future.result() for future in futures] for name, futures in found.items()}
+        self.last = {name: [future.result() for future in futures] for name, futures in found.items()}
+        return self.last
 
     def run(self, command: str, made: dict[str, Future], seed: int) -> Path:
         folder = run_once(command.format(**{other: product(future.result()) for other, future in made.items()}), seed)
@@ -121,8 +125,8 @@ class Runner:
 
 
 def product(folder: Path) -> str:
-    """What a run made that another one takes, relative to the repository, so that a cached run has the same name in
-    every checkout."""
+    """The model or file that a run made. The path is relative to the repository, so that a cached run has the same name
+    in every checkout."""
     made = folder / "out.jsonl"
     return str((made if made.exists() else folder / "run" / "final").relative_to(ROOT))
 
@@ -136,7 +140,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def last(folders: list[Path], tag: str = "eval/accuracy", over: int = 1) -> list[float]:
-    """The tag's mean over its last values, for each seed."""
+    """For each seed, the mean of the tag's last `over` values."""
     return [statistics.mean(value for _, value in scalars(folder)[tag][-over:]) for folder in folders]
 
 
@@ -150,12 +154,12 @@ def records(folder: Path) -> list[dict]:
 
 
 def figure(folders: list[Path], name: str) -> list[float]:
-    """A figure of evaluate.py's samples, for each seed."""
+    """For each seed, a figure of evaluate.py's samples."""
     return [(summarize(records(folder)) | diversity(records(folder)))[name] for folder in folders]
 
 
 def number(folders: list[Path], name: str) -> list[float]:
-    """A figure of benchmarks/gradients.py, for each seed."""
+    """For each seed, a figure of benchmarks/gradients.py."""
     return [records(folder)[0][name] for folder in folders]
 
 
@@ -190,7 +194,7 @@ def judge(low: float, high: float, claimed: str, margin: float = 0.02) -> str:
 
 
 def compare(what: str, a: list[float], b: list[float], claimed: str, relative: bool = False) -> Row:
-    """a against b, a value for each seed. claimed: what a is said to be, compared with b."""
+    """Compares a with b, one value for each seed. claimed: the relation of a to b in the claim."""
     differences = [x - y for x, y in zip(a, b, strict=True)]
     scale = statistics.mean(b) if relative else 1.0
     mean, spread = statistics.mean(differences) / scale, statistics.stdev(differences) / scale
@@ -561,6 +565,34 @@ def collapse(runs: Runner) -> list[Row]:
     ]
 
 
+PICTURES = {  # claim: the tags to draw, a panel each
+    "algorithms": ("reward/accuracy",),
+    "sequence-mean-and-length": ("rollout/length_right", "rollout/length_wrong"),
+    "length-reward": ("reward/accuracy", "rollout/length_mean"),
+    "overoptimization": ("reward/model", "reward/accuracy"),
+}
+
+
+def draw(conditions: dict[str, list[Path]], tags: tuple[str, ...], path: Path, width: int = 5) -> None:
+    """Mean over the seeds of each condition that logs the tag, each value the mean over `width` iterations; the range
+    of the seeds is shaded."""
+    figure, plots = new_figure([f"{tag}, training batches" for tag in tags])
+    for axes, tag in zip(plots, tags, strict=True):
+        shown = {name: folders for name, folders in conditions.items() if tag in scalars(folders[0])}
+        for name, folders in shown.items():
+            curves = [curve(scalars(folder), tag) for folder in folders]
+            n = min(len(values) for _, values in curves)
+            smooth = [[statistics.mean(v[max(0, i - width + 1) : i + 1]) for i in range(n)] for _, v in curves]
+            seeds = list(zip(*smooth, strict=True))
+            (line,) = axes.plot(curves[0][0][:n], [*map(statistics.mean, seeds)], label=name)
+            axes.fill_between(
+                curves[0][0][:n], [*map(min, seeds)], [*map(max, seeds)], color=line.get_color(), alpha=0.15
+            )
+        if "accuracy" not in tag:
+            axes.autoscale(axis="y")
+    save_figure(figure, path)
+
+
 def main(args: Args) -> None:
     names = list(CLAIMS) if args.every else list(args.names)
     if unknown := [name for name in names if name not in CLAIMS]:
@@ -580,6 +612,8 @@ def main(args: Args) -> None:
             header = [name, "first", "second", "difference", "95% interval", "verdict"]
             print(f"{CLAIMS[name][0]}\n{format_table(header, [row.cells() for row in rows])}")
             print(f"{(time.perf_counter() - start) / 60:.1f} minutes\n", flush=True)
+            if args.plot and name in PICTURES:
+                draw(runs.last, PICTURES[name], args.plot / f"claim-{name}.png")
     finally:
         runs.pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C the runs that have not begun never begin
     done = [json.loads((folder / "done.json").read_text()) for folder in runs.used]

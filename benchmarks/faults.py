@@ -1,10 +1,10 @@
-"""Kills, and a long run.
+"""Fault tests: runs that are killed and resumed, and one process that trains for a long time.
 
     python benchmarks/faults.py                       # kill -9 at random moments, every script; 10 minutes
     python benchmarks/faults.py --soak-minutes 30     # train_grpo.py's default run again and again in one process
 
-A run is killed several times, also while a checkpoint is written or before there is one, and resumed each time; its
-kills are survived where in the end weights, events and sampler ledger equal those of the same run without a kill.
+A run is killed several times, possibly while it writes a checkpoint or before its first one, and resumed each time. Its
+kills count as survived if the final weights, events and sampler ledger equal those of an uninterrupted run.
 """
 
 import contextlib
@@ -47,9 +47,9 @@ SHARED = "--device cpu --eval-problems 12 --eval-every 10 --save-every 1 --keep-
 @dataclass
 class Args:
     kills: int = 28
-    """shared out evenly over the scripts"""
+    """number of kills, spread evenly over the scripts"""
     soak_minutes: float = 0.0
-    """instead of the kills: so long"""
+    """minutes of the long run, which replaces the kills; 0: no long run"""
     seed: int = 0
 
 
@@ -58,7 +58,7 @@ def start(script: str, *flags: str) -> subprocess.Popen:
 
 
 def same(first: Path, second: Path) -> bool:
-    """Of two runs the final weights, the sampler ledger, and the events, times and memory apart."""
+    """True if both runs have the same final weights, sampler ledger and events (values of times and memory aside)."""
     weights = [(run / "final" / "model.safetensors").read_bytes() for run in (first, second)]
     ledgers = [load_checkpoint(str(run))["stateful"]["sampler"] for run in (first, second)]
     scalars = [read_scalars(run) for run in (first, second)]
@@ -84,7 +84,7 @@ def kill_runs(args: Args) -> None:
             while killed < kills and run is None and process.poll() is None:
                 run = next((path.parent for path in (root / "killed").glob("*/checkpoints")), None)
                 time.sleep(0.01)
-            if killed < kills:  # at a moment between its start and its end; a run may end before
+            if killed < kills:  # kill at a random moment; the run may have ended before
                 time.sleep(rng.uniform(0, 0.8 * seconds))
                 process.kill()
             if process.wait() == -signal.SIGKILL:

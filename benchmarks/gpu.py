@@ -1,10 +1,10 @@
-"""Is all well on this GPU, and how fast is it? One command, about ten minutes, one table.
+"""Checks correctness and speed on this GPU: one command, about ten minutes, one table.
 
     python benchmarks/gpu.py                             # random weights in the shapes of Qwen2.5-0.5B and -1.5B
-    python benchmarks/gpu.py --device cpu --sizes mini   # what is measured, tried on a CPU in a minute
+    python benchmarks/gpu.py --device cpu --sizes mini   # the same checks on a CPU, in a minute
 
-Each row says what was found, what is wanted, and if it is not, what that means. Random weights are as fast as trained
-ones; their keys are as large as Qwen2.5's, which is what tells exact attention from rounded.
+Each row shows the value found, the value wanted and, if they don't agree, what that means. Random weights run as fast
+as trained ones. Their keys are as large as Qwen2.5's, because only large keys reveal attention that rounds its scores.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from plumbing.engine import GroupDecoder, decoder_class, takes_groups  # noqa: E
 from plumbing.evaluation import format_table  # noqa: E402
 from plumbing.flags import from_flat  # noqa: E402
 
-# hidden size, width of the MLP, layers, vocabulary; 14 heads of 64 on 2 (mini: of 16)
+# hidden size, width of the MLP, layers, vocabulary; 14 query heads (1.5B: 12) and 2 key-value heads
 SHAPES = {"mini": (224, 304, 2, 512), "0.5B": (896, 4864, 24, 151_936), "1.5B": (1536, 8960, 28, 151_936)}
 TOKENIZER = "models/tiny-arithmetic"
 
@@ -42,11 +42,11 @@ TOKENIZER = "models/tiny-arithmetic"
 @dataclass
 class Args:
     sizes: list[str] = field(default_factory=lambda: ["0.5B", "1.5B"])
-    """mini, 0.5B, 1.5B: what speed and memory are measured with; exactness is always mini's"""
+    """model sizes for speed and memory (mini, 0.5B, 1.5B); exactness is always checked on mini"""
     rows: list[int] = field(default_factory=lambda: [64, 256])
     """completions sampled at once, in groups of 8"""
     new_tokens: int = 256
-    """length of each"""
+    """tokens in each completion"""
     device: str = "auto"
 
 
@@ -54,12 +54,12 @@ class Row(NamedTuple):
     check: str
     found: str
     wanted: str = ""
-    good: bool | None = None  # None: there is nothing to compare with
-    meaning: str = ""  # if it is not good
+    good: bool | None = None  # None: nothing to compare with
+    meaning: str = ""  # shown if it is not good
 
 
 def make_model(folder: Path, size: str) -> str:
-    """A directory with random weights in that shape and the embedded model's tokenizer."""
+    """Saves a model of this shape with random weights and the embedded model's tokenizer; returns its directory."""
     path = folder / size
     if not path.exists():
         hidden, width, layers, vocabulary = SHAPES[size]
@@ -76,7 +76,7 @@ def make_model(folder: Path, size: str) -> str:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if size == "mini" and parameter.dim() > 1:
-                    parameter.mul_(3)  # far from uniform, so that differences show
+                    parameter.mul_(3)  # logits far from uniform, so that differences show
                 if name.endswith("k_proj.bias"):
                     parameter.normal_(0, 27)
         model.to(torch.bfloat16).save_pretrained(path)
@@ -100,14 +100,14 @@ def check_fast_path(mini: str, device) -> Iterator[Row]:
 
 
 def check_gap(mini: str, device) -> Iterator[Row]:
-    """Sampler and trainer in bf16, and what bf16 costs anyway: trainer in bf16 against float32."""
+    """The gap between sampler and trainer in bf16, against bf16's own error: the trainer in bf16 and in float32."""
     model = common.load_policy(mini, device, torch.bfloat16, 1)
     rollout = common.sample_groups(model, make_prompts(8, 60), 4, 60, seed=3)
     with torch.no_grad():
         trained, _ = common.completion_logprobs(model, rollout, list(range(32)))
         exact, _ = common.completion_logprobs(model.float(), rollout, list(range(32)))
     gap, cost = ((trained - other)[rollout.mask].abs().mean().item() for other in (rollout.sampler_logprobs, exact))
-    meaning = "sampler and trainer are two models: ratios are noise; report it with the versions above"
+    meaning = "sampler and trainer disagree, so ratios are noise: report it with the versions above"
     yield Row("gap of sampler and trainer, bf16", f"{gap:.4f}", f"under half of {cost:.4f}", gap < cost / 2, meaning)
 
 
@@ -125,7 +125,7 @@ def check_gradients(mini: str, device) -> Iterator[Row]:
 
 
 def check_graphs(mini: str, device) -> Iterator[Row]:
-    """Greedy completions with graphs and without, in a second batch too, after the weights have changed in place."""
+    """Compares greedy completions with and without CUDA graphs; the weights change in place before the second batch."""
     model, before = common.load_policy(mini, device, torch.float32, 1), common.decoder_class
     takes_groups(model)
     for batch in ("first", "second"):
@@ -137,7 +137,7 @@ def check_graphs(mini: str, device) -> Iterator[Row]:
             )
         common.decoder_class = before
         same = sum(a == b for a, b in zip(*texts, strict=True)) / len(texts[0])
-        meaning = "decoding steps read what is out of date: report it"
+        meaning = "decoding steps read outdated tensors: report it"
         yield Row(f"equal completions, {batch} batch", f"{same:.2f}", "0.97 or more", same >= 0.97, meaning)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -151,7 +151,7 @@ def check_release(mini: str, device) -> Iterator[Row]:
     dropped = weakref.ref(model)
     del model
     gone = dropped() is None
-    yield Row("a dropped model is gone", str(gone), "True", gone, "evaluate.py --stages keeps all models in memory")
+    yield Row("a deleted model is freed", str(gone), "True", gone, "evaluate.py --stages keeps all models in memory")
 
 
 # ---- How fast is it? -----------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def check_speed(path: str, size: str, args: Args, device, dtype) -> Iterator[Row
         prompts = make_prompts(rows // 8)
         mine, theirs, _ = speeds(ours, stock, prompts, 8, args.new_tokens, 2)
         found = f"{mine:.0f} tokens/s, {mine / theirs:.1f} x generate"
-        wanted, good, slow = "", None, "slower than it should be: see time/sample of a run"
+        wanted, good, slow = "", None, "slower than it should be: look at time/sample of a run"
         if device.type == "cuda":
             share, aim = floor(ours, prompts, 8, args.new_tokens) * mine, 0.35 if rows <= 64 else 0.5
             found += f", {share:.0%} of the bandwidth floor"
@@ -173,7 +173,7 @@ def check_speed(path: str, size: str, args: Args, device, dtype) -> Iterator[Row
 
 
 def check_run(path: str, size: str, args: Args, device, dtype, folder: Path) -> Iterator[Row]:
-    """Two iterations of train_grpo.py with a KL, so that every row is passed backward, and a third one resumed."""
+    """Two iterations of train_grpo.py, with a KL so that every row gets a backward pass, and a third after a resume."""
     G, P = 8, max(2, args.rows[0] // 8)
     flags = {
         "model": path,
@@ -204,12 +204,12 @@ def check_run(path: str, size: str, args: Args, device, dtype, folder: Path) -> 
     computed = (memory.peak(case) - (0 if case.cpu else memory.LIBRARIES)) / 1e9
     measured = scalars["memory/peak_gb"][-1][1]
     good = None if case.cpu else 0.7 < measured / computed < 1.1
-    meaning = "benchmarks/memory.py is off: leave more room than it says"
+    meaning = "benchmarks/memory.py's estimate is off: leave more room than it says"
     yield Row(f"peak memory {size}", f"{measured:.1f} GB", f"{computed:.1f} GB computed", good, meaning)
     again = flags | {"iterations": 3, "resume": str(folder / f"run-{size}"), "run_name": None}
     train_grpo.main(from_flat(train_grpo.Args(), again))
     steps = len(read_scalars(folder / f"run-{size}")["reward/total"])
-    yield Row(f"save and resume {size}", f"{steps} iterations logged", "3", steps == 3, "a run can't go on: report it")
+    yield Row(f"save and resume {size}", f"{steps} iterations logged", "3", steps == 3, "runs don't resume: report it")
 
 
 def check_all(args: Args, folder: Path, device) -> Iterator[Row]:
@@ -219,7 +219,7 @@ def check_all(args: Args, folder: Path, device) -> Iterator[Row]:
         free, total = torch.cuda.mem_get_info()
         yield Row("memory free", f"{free / 1e9:.0f} of {total / 1e9:.0f} GB")
         planned = torch.backends.cuda.cudnn_sdp_enabled()
-        yield Row("cuDNN attention", str(planned), "False", not planned, "it plans anew for every new shape: slow")
+        yield Row("cuDNN attention", str(planned), "False", not planned, "it makes a plan for every new shape: slow")
     mini = make_model(folder, "mini")
     for check in (check_fast_path, check_gap, check_gradients, check_graphs, check_release):
         yield from check(mini, device)

@@ -1,10 +1,10 @@
-"""Generated hostile completions against every verifier and reward: exceptions, the slowest call, memory growth.
+"""Runs hostile completions through every verifier and reward: counts exceptions, times calls, watches memory.
 
     python benchmarks/hostile.py                # 100,000 strings, a few minutes
 
-A policy under optimisation writes whatever is rewarded, so the rewards read adversarial text by construction. The
-strings mix tags, boxes, numbers, LaTeX, Unicode digits, right-to-left marks, lone surrogates, huge exponents, NUL and
-what makes backtracking regular expressions slow; most are short, every hundredth has up to a million characters.
+A policy learns to write whatever is rewarded, so rewards must expect adversarial text. The generated strings mix tags,
+boxes, numbers, LaTeX, Unicode digits, right-to-left marks, lone surrogates, huge exponents, NUL and patterns that make
+backtracking regular expressions slow. Most are short; one in a hundred has up to a million characters.
 """
 
 import random
@@ -55,19 +55,19 @@ class Args:
     strings: int = 100_000
     seed: int = 0
     long_share: float = 0.01
-    """of the strings, those of up to a million characters"""
+    """share of strings with up to a million characters"""
 
 
 def hostile_string(rng: random.Random, long: bool) -> str:
     kind = rng.randrange(4)
-    if kind == 0:  # one piece again and again: nesting, and what regular expressions backtrack on
+    if kind == 0:  # one piece repeated: nesting, and patterns on which regular expressions backtrack
         piece = "".join(rng.choices(FRAGMENTS, k=rng.randint(1, 3)))
         limit = 1_000_000 if long else 60
         return piece * rng.randint(1, max(1, limit // len(piece))) + rng.choice(FRAGMENTS)
     text = "".join(rng.choices(FRAGMENTS, k=rng.randint(0, 200_000 if long else 25)))
     if kind == 1:  # any code points
         return "".join(chr(rng.randrange(0x110000)) for _ in range(rng.randint(0, 20))) + text
-    if kind == 2:  # nearly right
+    if kind == 2:  # nearly the right format
         return f"<think>{text}</think><answer>{''.join(rng.choices(FRAGMENTS, k=rng.randint(0, 6)))}</answer>"
     return text
 

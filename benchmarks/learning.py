@@ -1,11 +1,11 @@
-"""Runs train scripts as their user does, once for each seed, and prints what the README claims about them.
+"""Runs a training script as a user does, once per seed, and prints its accuracy, time and memory.
 
     python benchmarks/learning.py                                    # train_grpo.py, seeds 1, 2, 3
-    python benchmarks/learning.py --compare                          # all algorithms at an equal budget, 3 seeds each
-    python benchmarks/learning.py --runs runs/train_grpo__* --plot assets/grpo.png     # figures of runs that are there
+    python benchmarks/learning.py --script train_ppo.py "--flags=--iterations 100"
+    python benchmarks/learning.py --runs runs/train_grpo__* --plot assets/grpo.png     # reports on finished runs
 
-Seconds are those of the whole process: imports, model loading and evaluations included. Sample, logprobs and update are
-the parts of one iteration, mean over the run.
+"seconds" is the whole process, with imports, model loading and evaluations. "sample", "logprobs" and "update" are parts
+of one iteration, averaged over the run.
 """
 
 import json
@@ -24,26 +24,14 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-# Each at 25,600 completions sampled: 100 iterations of 32 x 8, or for DPO 8 of each of 3,200 problems before it begins.
-COMPARED = {
-    "train_pg.py": "--iterations 100",
-    "train_ppo.py": "--iterations 100",
-    "train_grpo.py": "--iterations 100 --learning-rate 1.5e-4",
-    "train_kimi.py": "--iterations 100",
-    "train_dpo.py": "--iterations 400 --pair-problems 3200 --max-pairs-per-prompt 12 --learning-rate 3e-4",
-}
-
-
 @dataclass
 class Args:
-    compare: bool = False
-    """run the five algorithms of COMPARED"""
     script: str = "train_grpo.py"
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     flags: str = ""
     """more flags for the script, in one string: "--flags=--iterations 100" (with the =, as it begins with dashes)"""
     runs: list[Path] = field(default_factory=list)
-    """run directories to report on instead of running anything"""
+    """report on these finished run directories and train nothing"""
     plot: Path | None = None
     """write the learning curves to this picture"""
 
@@ -82,7 +70,7 @@ def machine() -> str:
 
 
 def plot_seeds(runs: list[tuple[str, dict]], path: Path) -> None:
-    """Training and held-out accuracy of each run, and the hardest difficulty apart."""
+    """Training and held-out accuracy of each run; the hardest difficulty in its own panel."""
     figure, (left, right) = new_figure(("accuracy, sampled at temperature 1", "held-out accuracy, hardest difficulty"))
     for i, (name, scalars) in enumerate(runs):
         left.plot(*curve(scalars, "reward/accuracy"), color=f"C{i}", alpha=0.35, linewidth=1)
@@ -91,27 +79,6 @@ def plot_seeds(runs: list[tuple[str, dict]], path: Path) -> None:
             points = curve(scalars, f"eval/{tag}_difficulty_6")
             right.plot(*points, style, color=f"C{i}", marker="o", label=f"{name}, {how}")
     left.plot([], [], color="gray", alpha=0.5, linewidth=1, label="training batches")
-    save_figure(figure, path)
-
-
-def plot_scripts(runs: list[tuple[str, dict]], path: Path) -> None:
-    """Held-out accuracy of each script: the mean over its seeds, from the lowest to the highest shaded. One that
-    samples all its completions before it learns is a point at the end."""
-    tags = {"eval/accuracy": "sampled at temperature 1", "eval/accuracy_greedy": "greedy"}
-    figure, plots = new_figure([f"held-out accuracy, {how}" for how in tags.values()])
-    names = list(dict.fromkeys(name for name, _ in runs))
-    budget = max(curve(scalars, "eval/accuracy")[0][-1] for _, scalars in runs if "reward/accuracy" in scalars)
-    for axes, tag in zip(plots, tags, strict=True):
-        for i, name in enumerate(names):
-            curves = [curve(scalars, tag) for n, scalars in runs if n == name]
-            if "reward/accuracy" not in next(scalars for n, scalars in runs if n == name):
-                last = [y[-1] for _, y in curves]
-                label = f"{name} (after it, on what the base wrote)"
-                axes.plot([budget] * len(last), last, "D", color=f"C{i}", markersize=5, label=label, clip_on=False)
-                continue
-            x, values = curves[0][0], list(zip(*(y for _, y in curves), strict=True))
-            axes.plot(x, [sum(v) / len(v) for v in values], color=f"C{i}", marker="o", label=name)
-            axes.fill_between(x, list(map(min, values)), list(map(max, values)), color=f"C{i}", alpha=0.15, linewidth=0)
     save_figure(figure, path)
 
 
@@ -148,16 +115,15 @@ def main(args: Args) -> None:
 
     costs, runs = {}, list(args.runs)
     if not runs:
-        for script, flags in (COMPARED if args.compare else {args.script: ""}).items():
-            for seed in args.seeds:
-                run, *cost = run_script(script, seed, f"{flags} {args.flags}")
-                runs.append(run)
-                costs[run] = cost
+        for seed in args.seeds:
+            run, *cost = run_script(args.script, seed, args.flags)
+            runs.append(run)
+            costs[run] = cost
     rows, curves = [], []
     for run in runs:
         saved, scalars = json.loads((run / "args.json").read_text()), read_scalars(run)
         script = run.name.split("__")[0]
-        curves.append((script if args.compare else f"seed {saved['seed']}", scalars))
+        curves.append((f"seed {saved['seed']}", scalars))
         row = [f"{script} seed {saved['seed']}", *costs.get(run, [float("nan")] * 2)]
         for part in ("sample", "logprobs", "update"):
             values = [value for _, value in scalars.get(f"time/{part}", [(0, 0.0)])]
@@ -169,10 +135,9 @@ def main(args: Args) -> None:
         rows.append(row)
     header = ["", "seconds", "peak GB", "sample s", "logprobs s", "update s"]
     header += ["sampled", "after", "greedy", "after", "hardest", "after", "gap max"]
-    flags = "\n".join(f"{script} {flags}" for script, flags in COMPARED.items()) if args.compare else args.script
-    print(f"{flags} {args.flags}\n{machine()}\n\n{format_table(header, rows)}")
+    print(f"{args.script} {args.flags}\n{machine()}\n\n{format_table(header, rows)}")
     if args.plot:
-        (plot_scripts if args.compare else plot_seeds)(curves, args.plot)
+        plot_seeds(curves, args.plot)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Logprobs of completions with their gradient: ours (each prompt once for its group, no padding, logits for a chunk of
-tokens at a time) against the naive way (every row padded, log_softmax over the logits of all its tokens). Seconds and
-peak memory, each in a process of its own, on the same rollout.
+"""Time and peak memory of completion logprobs and their gradient, in two ways: ours (each prompt once for its group, no
+padding, logits for a chunk of tokens at a time) and the naive way (padded rows, log_softmax over all logits). Both get
+the same rollout, each in its own process.
 
     python benchmarks/logprobs.py --model DIR --problems gsm8k/train.jsonl
 """
@@ -34,11 +34,11 @@ class Args:
     prompts: int = 4
     group_size: int = 8
     completion_tokens: int = 64
-    """of every completion; random ones"""
+    """length of every completion; its tokens are random"""
     dtype: str = "float32"
     device: str = "auto"
     way: Literal["both", "ours", "naive"] = "both"
-    """both: a process for each, and the table"""
+    """both: measure each way in its own process and print the table"""
 
 
 def naive_logprobs(model, rollout: common.Rollout, rows: list[int]) -> torch.Tensor:

@@ -1,12 +1,12 @@
-"""What a run takes, under which flags it fits, and which model fits where. Computed; on no GPU measured.
+"""Estimates how much memory a run takes, with which flags it fits, and which model fits on which GPU.
 
     python benchmarks/memory.py train_grpo.py --model NAME --max-new-tokens 512   # with its flags, on this machine
     python benchmarks/memory.py                                                   # the table of models and GPUs
     python benchmarks/memory.py --measure DIR --problems gsm8k/train.jsonl        # the estimate against measured peaks
 
-The flags that are named change the time only; where those don't help, --prompts-per-step too. The table's models are
-those of Qwen2.5 (8B: Qwen3) by their configs, in bfloat16 with fp32 masters, as on any GPU; 5% of its memory are left
-for what an allocator can't use.
+No GPU has confirmed the estimates. The suggested flags cost only time; if those don't suffice, --prompts-per-step falls
+too. The table takes the configs of Qwen2.5 (8B: Qwen3), in bfloat16 with fp32 masters as by default on a GPU, and
+leaves 5% of its memory for what an allocator can't use.
 """
 
 import importlib
@@ -34,7 +34,7 @@ from plumbing.pairs import encode_pairs, load_preference_pairs  # noqa: E402
 RL = "train_pg", "train_ppo", "train_grpo", "train_kimi"
 SCRIPTS = *RL, "train_sft", "train_dpo", "train_rm"
 
-# hidden size, width of the MLP, layers, heads, key heads, tied embeddings; from the models' config.json
+# hidden size, width of the MLP, layers, query heads, key heads, tied embeddings; from the models' config.json
 QWEN = {
     "0.5B": (896, 4864, 24, 14, 2, True),
     "1.5B": (1536, 8960, 28, 12, 2, True),
@@ -44,7 +44,7 @@ QWEN = {
 }
 GPUS = 24, 48, 80, 141  # GB
 SETTINGS = "", "--gradient-checkpointing", "--micro-batch-tokens 1024", "--micro-batch-tokens 8192", "--baseline value"
-LIBRARIES = 0.6e9  # bytes that Python, torch and, on a GPU, CUDA take for themselves
+LIBRARIES = 0.6e9  # bytes taken by Python, torch and, on a GPU, CUDA
 
 
 @dataclass
@@ -55,9 +55,9 @@ class Args:
     prompt: int = 256
     """tokens of the longest prompt"""
     measure: str | None = None
-    """model directory or hub name: run train_pg.py with it in several settings, and compare"""
+    """model directory or hub name to run train_pg.py with, in several settings, to compare the estimates with peaks"""
     problems: str = "arithmetic"
-    """with --measure: its problems"""
+    """with --measure: training problems"""
 
 
 @dataclass(frozen=True)
@@ -65,25 +65,25 @@ class Case:
     """A run on a machine."""
 
     script: str  # one of SCRIPTS
-    args: object  # the script's
-    config: object  # of --model
-    size: int  # its parameters
-    prompt: int  # tokens, and of the completion, in the longest row of the data
-    completion: int
+    args: object  # the script's Args
+    config: object  # the config of --model
+    size: int  # number of its parameters
+    prompt: int  # prompt tokens in the longest row of the data
+    completion: int  # completion tokens in that row
     dtype: torch.dtype
     cpu: bool
 
 
-# ---- What each script holds ------------------------------------------------------------------------------------------
+# ---- What each script loads ------------------------------------------------------------------------------------------
 
 
 def trained_models(script: str, args) -> int:
-    """The policy (or the reward model), and the critic."""
+    """The number of trained models: the policy (or the reward model) and the critic, if there is one."""
     return 1 + (script == "train_ppo" or (script == "train_pg" and args.baseline == "value"))
 
 
 def frozen_models(script: str, args) -> list[str]:
-    """The paths of the models that are only passed forward: reference, reward model, judge, verifier."""
+    """Paths of the models that are not trained: reference, reward model, judge, verifier."""
     reference = script in ("train_ppo", "train_grpo") and args.kl_coef > 0
     paths = [args.model if reference else None]
     if script in RL:
@@ -114,40 +114,40 @@ def longest_row(script: str, args, tokenizer, config) -> tuple[int, int]:
         demonstrations = encode_demonstrations(tokenizer, demonstrations, args.setup.system_prompt, context)
         return max(((len(d.prompt_ids), len(d.completion_ids)) for d in demonstrations), key=sum)
     system_prompt = args.system_prompt if script == "train_rm" else args.setup.system_prompt
-    flags = replace(args.pairs, pair_problems=min(40, args.pairs.pair_problems))  # those of arithmetic-pairs are alike
+    flags = replace(args.pairs, pair_problems=min(40, args.pairs.pair_problems))  # 40 of them suffice: they are alike
     pairs = encode_pairs(tokenizer, load_preference_pairs(args.data, args.seed, flags), system_prompt, context)
     return max(((len(p.prompt_ids), max(len(p.chosen_ids), len(p.rejected_ids))) for p in pairs), key=sum)
 
 
-# ---- What that takes -------------------------------------------------------------------------------------------------
+# ---- Memory estimate -------------------------------------------------------------------------------------------------
 
 
 def attention_widths(config) -> tuple[int, int]:
-    """Of a token's queries and of its keys, all heads together; values are as wide as keys."""
+    """Widths of a token's queries and of its keys, summed over heads; values are as wide as keys."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return heads * head_dim, (getattr(config, "num_key_value_heads", None) or heads) * head_dim
 
 
 def cache_bytes(config, dtype: torch.dtype) -> int:
-    """Of one token's keys and values in all layers."""
+    """Bytes of one token's keys and values in all layers."""
     config = config.get_text_config()
     return 2 * config.num_hidden_layers * attention_widths(config)[1] * dtype.itemsize
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes; inf where it can't be known."""
+    """Free bytes; inf if unknown."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else common.free_host_memory()
 
 
 def parameters(config) -> int:
-    """Of the causal LM; no weight is made."""
+    """Number of the causal LM's parameters, counted without allocating them."""
     with torch.device("meta"):
         return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
 
 
 def memory_needs(case: Case) -> dict[str, float]:
-    """Bytes that a run takes, by what they are for."""
+    """Bytes that a run takes, by purpose."""
     script, args, size, config = case.script, case.args, case.size, case.config.get_text_config()
     heads, hidden, layers = config.num_attention_heads, config.hidden_size, config.num_hidden_layers
     queries, keys = attention_widths(config)
@@ -155,18 +155,18 @@ def memory_needs(case: Case) -> dict[str, float]:
     trained, (P, G, minibatch), item = trained_models(script, args), batch_shape(script, args), case.dtype.itemsize
     frozen = [size if p == args.model else parameters(common.load_config(p)) for p in frozen_models(script, args)]
 
-    # What autograd keeps of a token in a Llama-like layer: of the MLP four times its width, queries twice, keys and
-    # values three times, and of the layer's own width four in the dtype and two, in the norms, in fp32.
+    # Autograd keeps per token of a Llama-like layer: in the model's dtype 4 x the MLP's width, 2 x the queries', 3 x
+    # the keys' and 4 x the hidden size; in fp32, for the norms, 2 x the hidden size.
     row, together = case.prompt + case.completion, 2 if script in ("train_dpo", "train_rm") else 1  # a pair stays whole
     tokens = min(max(args.optimization.micro_batch_tokens, together * row), minibatch * row)
     tokens *= (case.completion + case.prompt / G) / row  # a group's prompt is computed once, see engine.py
     layer = tokens * (item * (4 * width + 2 * queries + 3 * keys + 4 * hidden) + 8 * hidden)
     kept = layers * tokens * hidden * item + layer if args.optimization.gradient_checkpointing else layers * layer
-    scores = 3 * 4 * tokens * heads * row if case.cpu else 0  # of one layer; a GPU's kernel keeps none
+    scores = 3 * 4 * tokens * heads * row if case.cpu else 0  # attention scores of one layer; a GPU's kernel keeps none
     at_once = common.logits_at_once(torch.device("cpu" if case.cpu else "cuda"))
     head = 3 * 4 * min(tokens * config.vocab_size, at_once) + 4 * config.vocab_size * hidden
     sampling = 0.0
-    if script != "train_rm":  # SFT and DPO sample in their evaluations, one completion of a prompt
+    if script != "train_rm":  # SFT and DPO sample only in evaluations, one completion per prompt
         rows = P * G if script in RL else P
         cached = P * case.prompt + rows * args.max_new_tokens
         sampling = cached * cache_bytes(config, case.dtype) + 3 * 4 * rows * config.vocab_size
@@ -174,8 +174,8 @@ def memory_needs(case: Case) -> dict[str, float]:
         sampling += size * item  # an evaluation loads the reference
     optimizer, gradients = size * trained * (8 if item == 4 else 12), size * trained * 4  # two moments, fp32 masters
     if args.optimization.offload_optimizer and case.cpu:
-        optimizer = size * trained * 12  # fp32 weights have masters then too
-    elif args.optimization.offload_optimizer:  # all in host memory but one weight's gradient
+        optimizer = size * trained * 12  # if offloaded, fp32 weights have masters too
+    elif args.optimization.offload_optimizer:  # the GPU holds only one weight's gradient
         optimizer, gradients = 0, item * max(config.vocab_size * hidden, 3 * hidden * width)
     return {
         "weights": (size * trained + sum(frozen)) * item,
@@ -186,8 +186,8 @@ def memory_needs(case: Case) -> dict[str, float]:
 
 
 def peak(case: Case) -> float:
-    """Bytes, with what the libraries take. On a CPU sampling and training take turns, and an allocator that keeps
-    pieces of what is freed takes a seventh more (measured); on a GPU the sampler's graphs keep their buffers."""
+    """Peak bytes, libraries included. On a CPU sampling and training take turns, and the allocator, which keeps parts
+    of freed memory, takes a seventh more (measured). On a GPU both count: the sampler's graphs keep their buffers."""
     needs = memory_needs(case)
     turns = needs["sampling"], needs["training"]
     total = LIBRARIES + needs["weights"] + needs["optimizer"] + (max(turns) if case.cpu else sum(turns))
@@ -195,8 +195,8 @@ def peak(case: Case) -> float:
 
 
 def flags_that_fit(case: Case, memory: float) -> dict | None:
-    """The first change of flags, from those that change the time only to those that change the run, under which it
-    fits into `memory` bytes; {} where it fits as it is, None where nothing helps."""
+    """The first change of flags with which the run fits into `memory` bytes: {} if it fits unchanged, None if nothing
+    helps. Changes that cost only time come before those that change the run."""
     flags = to_flat(case.args)
     P, budget = flags.get("prompts_per_step", 1), flags["micro_batch_tokens"]
     budgets = [budget, *(2**n for n in range(14, 9, -1) if 2**n < budget)]
@@ -223,7 +223,7 @@ def as_flags(change: dict) -> str:
 
 
 def report(script: str, argv: list[str]) -> str:
-    """What the script takes with these flags on this machine, and flags under which it fits."""
+    """The memory that the script takes with these flags on this machine, and flags with which it fits."""
     if script not in SCRIPTS:
         fail(f"{script}.py: one of {', '.join(f'{name}.py' for name in SCRIPTS)} is expected")
     args = parse_args(importlib.import_module(script).Args, argv)
@@ -235,13 +235,13 @@ def report(script: str, argv: list[str]) -> str:
     try:
         case = Case(script, args, config, parameters(config), prompt, completion, dtype, cpu)
         needs, total, change = memory_needs(case), peak(case), flags_that_fit(case, free)
-    except (AttributeError, ValueError, TypeError) as error:  # no transformer, or no causal LM
-        fail(f"--model {args.model}: nothing is known of this architecture ({reason(error)})")
+    except (AttributeError, ValueError, TypeError) as error:  # not a transformer, or not a causal LM
+        fail(f"--model {args.model}: the memory of this architecture can't be estimated ({reason(error)})")
     what = f"{script}.py: {case.size / 1e6:.1f}e6 parameters, {str(dtype).removeprefix('torch.')}, "
     what += f"at most {prompt} tokens of prompt and {completion} of completion"
     rows = [[name, value / 1e9] for name, value in (needs | {"libraries": LIBRARIES}).items()]
-    rows += [["all, about", total / 1e9], ["free now", free / 1e9]]
-    turns = "the larger of sampling and training counts, and a seventh more" if cpu else "all at the same time"
+    rows += [["total, about", total / 1e9], ["free now", free / 1e9]]
+    turns = "the total counts the larger of sampling and training, plus a seventh" if cpu else "all at the same time"
     advice = f"it would fit with {as_flags(change)}" if change else "no flags make it fit; take a smaller model"
     return f"{what}\n\n{format_table(['', 'GB'], rows)}\n({turns})\n\n{'it fits' if change == {} else advice}"
 
@@ -270,8 +270,8 @@ def table(args: Args) -> list[list]:
 
 
 def measure(args: Args) -> list[list]:
-    """One row a setting: computed and measured peak of two small iterations of train_pg.py, which takes what
-    train_grpo.py does, but passes backward through every row, whatever the rewards; the last setting adds a critic."""
+    """One row per setting: computed and measured peak of two small iterations of train_pg.py. It takes the memory that
+    train_grpo.py takes, but gives every row a backward pass whatever the rewards. The last setting adds a critic."""
     rows, tokenizer, config = [], common.load_tokenizer(args.measure), common.load_config(args.measure)
     device, size = common.resolve_device("auto"), parameters(config)
     cpu, dtype = device.type == "cpu", common.resolve_dtype("auto", device)
@@ -281,7 +281,7 @@ def measure(args: Args) -> list[list]:
         run = parse_args(train_pg.Args, f"{small} {setting}".split())
         longest = longest_row("train_pg", run, tokenizer, config)
         computed = peak(Case("train_pg", run, config, size, *longest, dtype, cpu)) / 1e9
-        computed -= 0 if cpu else LIBRARIES / 1e9  # a GPU's peak is of tensors alone
+        computed -= 0 if cpu else LIBRARIES / 1e9  # a GPU's peak counts tensors only
         with tempfile.TemporaryDirectory() as directory:
             flags = f"{small} {setting} --run-root {directory} --iterations 2 --eval-every 0 --eval-problems 4"
             run_dir, _, _ = run_script("train_pg.py", 1, f"{flags} --save-every 0")

@@ -1,12 +1,12 @@
-r"""Are the tests strong? One mistake at a time is put into a copy of the working tree, and a test must fail.
+r"""Tests the tests: puts one mistake at a time into a copy of the working tree, and some test must fail.
 
-    python benchmarks/mutants.py                  # all of them: an hour where the tests are strong
-    python benchmarks/mutants.py --fast           # by the fast tests alone
-    python benchmarks/mutants.py --only grpo dpo  # those whose file or name has one of these texts
-    python benchmarks/mutants.py --check          # runs no test: is each text there exactly once, and does it compile?
+    python benchmarks/mutants.py                  # all of them: an hour if the tests are strong
+    python benchmarks/mutants.py --fast           # with the fast tests only
+    python benchmarks/mutants.py --only grpo dpo  # those whose file or name contains one of these
+    python benchmarks/mutants.py --check          # runs no tests; checks that each text occurs once
 
-First the likely test files run, then the whole fast suite, then the slow tests. Tests that compare the files' text (the
-repository's, the forks') are left out: they would notice any change.
+For each mistake the likely test files run first, then the whole fast suite, then the slow tests. Tests of the files'
+text (COMPARE_TEXT) are left out, because they notice any change.
 """
 
 import contextlib
@@ -29,37 +29,37 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.learning import ROOT  # noqa: E402
 from plumbing.evaluation import format_table  # noqa: E402
 
-# A file with its likely tests, then its mistakes. <<this=>that>> puts that in the place of this.
+# A file with its likely tests, then its mistakes. <<this=>that>> replaces this by that.
 MUTANTS = r"""
 train_grpo.py test_grpo.py test_runs.py
-    clip takes the larger: -torch.<<min=>max>>(ratio * A,
+    clip takes max instead of min: -torch.<<min=>max>>(ratio * A,
     clip bounds swapped: ratio.clamp(1 - <<clip_low, 1 + clip_high=>clip_high, 1 + clip_low>>)
     KL pushes away from the reference: per_token = per_token <<+=>->> kl_coef *
-    k3 upside down: ref_log_ratio = (<<ref_logprobs - logprobs=>logprobs - ref_logprobs>>)
+    k3 with the ratio inverted: ref_log_ratio = (<<ref_logprobs - logprobs=>logprobs - ref_logprobs>>)
     unbiased KL without its weight's gradient: token_log_ratio<<=>.detach()>>.exp() * k3
     std without Bessel's correction: rewards.std(1, keepdim=True<<=>, correction=0>>)
     uniform groups keep rounding noise: return advantages<<.masked_fill(is_uniform(rewards)[:, None], 0.0)=>>>
     padding reaches exp: (logprobs - old_logprobs)<<.masked_fill(~mask, 0.0)=>>>
-    GSPO forgets the length: << / mask.sum(1, keepdim=True).clamp(min=1)=>>>).expand_as
+    GSPO without division by the length: << / mask.sum(1, keepdim=True).clamp(min=1)=>>>).expand_as
     old logprobs not detached: old = logprobs<<.detach()=>>> if
-    weights of a micro-batch: <<weights[micro]=>common.token_weights(rollout.trained[micro], args.loss_norm, 40)>>,
+    weights per micro-batch: <<weights[micro]=>common.token_weights(rollout.trained[micro], args.loss_norm, 40)>>,
     temperature missing in the update: completion_logprobs(policy, rollout, micro<<, temperature=>>>)
     one seed for all batches: derive_seed(args.seed, "sample"<<, global_step=>>>)
-    dynamic sampling keeps what teaches nothing: (<<~=>>>is_uniform(by_rule)).nonzero()
-    truncated completions are the ones kept: advantages.where(<<rollout.finished=>~rollout.finished>>, 0.0)
-    rows with a KL alone not passed backward: (advantages != 0).any(1)<< | (args.kl_coef != 0)=>>>
+    dynamic sampling keeps the uniform groups: (<<~=>>>is_uniform(by_rule)).nonzero()
+    truncated completions kept, finished ones masked: advantages.where(<<rollout.finished=>~rollout.finished>>, 0.0)
+    no backward pass for rows that have only a KL: (advantages != 0).any(1)<< | (args.kl_coef != 0)=>>>
 train_pg.py test_pg.py test_runs.py
     gamma dropped from the return: next_return = rewards[:, t] + <<gamma * =>>>next_return
     delta without the next value: delta = rewards[:, t]<< + gamma * next_value=>>>
-    score beside the last token: token_rewards[rows, rollout.mask.sum(1) - <<1=>2>>]
-    down the gradient of the reward: return <<-=>>>(weights * (logprobs * advantages)
+    score one token before the last: token_rewards[rows, rollout.mask.sum(1) - <<1=>2>>]
+    policy gradient with the wrong sign: return <<-=>>>(weights * (logprobs * advantages)
     a baseline for none: eos_scores.mean() if args.baseline <<== "batch-mean"=>!= "value">>
-    recursion goes on over padding: next_advantage)<< * mask[:, t]=>>>
+    recursion continues over padding: next_advantage)<< * mask[:, t]=>>>
 train_ppo.py test_pg.py test_runs.py
     lambda dropped: gamma * <<gae_lambda * =>>>next_advantage
-    returns of whitened advantages: return advantages, <<advantages=>whiten(advantages, mask.bool())>> + values
+    returns from whitened advantages: return advantages, <<advantages=>whiten(advantages, mask.bool())>> + values
     values leak over the EOS: rewards, values = rewards * mask, values<< * mask=>>>
-    KL in the reward pays for distance: (<<-=>>>kl_coef * (logprobs - ref_logprobs)).detach()
+    KL in the reward with the wrong sign: (<<-=>>>kl_coef * (logprobs - ref_logprobs)).detach()
     gradient through the KL in the reward: (-kl_coef * (logprobs - ref_logprobs))<<.detach()=>>>
     score on a padded column: rewards[torch.arange(len(scores)), <<mask.sum(1) - 1=>-1>>]
     clip takes the smaller loss: torch.<<max=>min>>(-A * ratio,
@@ -67,24 +67,24 @@ train_ppo.py test_pg.py test_runs.py
     whitened over padding: real = advantages<<[mask]=>>>
     a missing EOS costs nothing: eos_scores.where(<<rollout.finished=>rollout.finished | True>>
 train_kimi.py test_kimi.py test_runs.py
-    mean log-ratio for the sum: (logprobs - anchor_logprobs).masked_fill(~mask, 0.0).<<sum=>mean>>(1)
+    mean of the log-ratios instead of their sum: (logprobs - anchor_logprobs).masked_fill(~mask, 0.0).<<sum=>mean>>(1)
     tau twice as strong: tau<< / 2=>>> * rho**2
     log Z of a sum, not of a mean: logsumexp(1, keepdim=True)<< - math.log(rewards.shape[1])=>>>
-    optimizer kept: <<optimizer.state.clear()=>pass>>
-    a minibatch weighs as a part of the batch: 1 / <<len(minibatch)=>batch_size>>)
+    optimizer state kept between iterations: <<optimizer.state.clear()=>pass>>
+    a minibatch divided by the size of the batch: 1 / <<len(minibatch)=>batch_size>>)
 train_dpo.py test_dpo.py
     chosen and rejected swapped: margins = <<chosen_rewards - rejected_rewards=>rejected_rewards - chosen_rewards>>
     IPO's target without its 2: 1 / <<(2 * beta)=>beta>>)
-    SimPO's gamma helps: margins <<-=>+>> gamma if
-    smoothing without the other side: label_smoothing * logsigmoid(<<-=>>>logits)
+    SimPO's gamma with the wrong sign: margins <<-=>+>> gamma if
+    label smoothing without the flipped label: label_smoothing * logsigmoid(<<-=>>>logits)
     mean over padding too: logprobs.<<sum(1) / mask.sum(1)=>mean(1)>> if mean
     another model's reference from the cache: name.encode()<< + tensor.cpu().flatten().view(torch.uint8)=>)#>>
 train_rm.py test_rm.py test_runs.py
-    margin helps: logsigmoid(margins <<-=>+>> margin)
-    pairs weigh alike: reward_model_loss(pair[0::2], pair[1::2], args.margin<<, weights=>>>)
-    calibration of the sure alone: index_add(0, index, right - confidence)<<=>[1:]>>
+    margin with the wrong sign: logsigmoid(margins <<-=>+>> margin)
+    pair weights ignored: reward_model_loss(pair[0::2], pair[1::2], args.margin<<, weights=>>>)
+    calibration without its first bin: index_add(0, index, right - confidence)<<=>[1:]>>
 train_sft.py test_faults.py test_runs.py
-    loss climbs: return <<-=>>>(weights * logprobs).sum()
+    loss with the wrong sign: return <<-=>>>(weights * logprobs).sum()
     a micro-batch normalised by itself: sft_loss(logprobs, weights[micro]<<=>/ weights[micro].sum()>>)
 common.py test_sampling.py test_logprobs.py test_grpo.py test_runs.py
     EOS left out of the mask: = tokens, logprobs, <<~ended=>~(ended | torch.isin(tokens, eos))>>
@@ -95,18 +95,18 @@ common.py test_sampling.py test_logprobs.py test_grpo.py test_runs.py
     a token of probability 0 is drawn: inside[:, -1:])<<, right=True=>>>)
     only the first EOS stops: torch.tensor(eos_token_ids, device=device).flatten()<<=>[:1]>>
     groups interleaved: [[<<p * G + g=>g * P + p>> for p in batch
-    slices over the budget: if used<< + size[row]=>>> > max_tokens:
-    sequence weights sum over rows: m.sum(1, keepdim=True).clamp(min=1)<< / len(m)=>>>
+    micro-batches over the budget: if used<< + size[row]=>>> > max_tokens:
+    sequence weights summed over rows: m.sum(1, keepdim=True).clamp(min=1)<< / len(m)=>>>
     token weights count padding: return m / m.<<sum().clamp(min=1)=>numel()>>
     constant weights by the longest row: (len(m) * <<max_new_tokens=>m.shape[1]>>)
     value read after the token: run(value_model.base_model), batch.predictor<<=>+ 1>>)
     score read before the last token: run(reward_model.base_model)[batch.ends<<=>- 1>>]
     mean score added: scores <<-=>+>> getattr(reward_model.config,
-    entropy's gradient turned round: -gradient[rows, None] <<-=>+>> bonus
+    entropy's gradient with the wrong sign: -gradient[rows, None] <<-=>+>> bonus
     dropout stays on: return model.to(device).<<eval=>train>>()
     masters not saved: {"masters": <<copies=>[]>>}
     only the last micro-batch counts: else <<master.grad.add_(gradient)=>gradient.float()>>
-    weights stay behind their masters: <<torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))=>pass>>
+    masters not copied to the weights: <<torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))=>pass>>
 plumbing/engine.py test_logprobs.py test_sampling.py
     predictor off by one: torch.arange(len(flat)<< - 1, ids.numel() - 1=>, ids.numel()>>)
     padded predictor off by one: starts[row] + column<< - 1=>>>
@@ -115,7 +115,7 @@ plumbing/engine.py test_logprobs.py test_sampling.py
     padding of a prompt is seen: .masked_fill(~prompt_mask, <<-torch.inf=>0.0>>)
     decoding one position late: self.compute(tokens, self.lengths + self.done<< - 1=>>>)
     plain decoding one position late: (self.lengths + self.done<<=>+ 1>>)[:, None]
-    rows that stay lose their lengths: = self.group[rows], self.lengths[<<rows=>: len(rows)>>], self.bias[rows]
+    remaining rows get other rows' lengths: = self.group[rows], self.lengths[<<rows=>: len(rows)>>], self.bias[rows]
 plumbing/turns.py test_evaluate.py test_data.py
     inserted tokens are trained: [<<False=>True>>] * len(inserts[row])
 plumbing/runs.py test_runs.py test_faults.py
@@ -124,21 +124,21 @@ plumbing/runs.py test_runs.py test_faults.py
     progress not saved: "global_step": global_step}<< | progress=>>>
     resumed from the start model: = <<state.get("model", args.model)=>args.model>>,
     the oldest checkpoint first: glob("step_*[0-9]")<<, reverse=True=>>>)
-    damage not seen: .read_text()) <<!= file_digests(directory)=>is None>>:
+    damaged checkpoint accepted: .read_text()) <<!= file_digests(directory)=>is None>>:
     the newest checkpoints removed: in written[<<keep:=>:-keep>>] if keep
 data.py test_data.py test_runs.py
     ledger by position, not by problem: zip(<<self.last_draw=>range(len(rates))>>, problems, rates
     every epoch in one order: random.Random(f"epoch <<{epoch} =>>>{self.seed}")
     every prioritized draw alike: random.Random(f"prioritized <<{self.drawn} =>>>{self.seed}")
-    what succeeds comes first: max(self.floor, <<1 - rate=>rate>>)
+    prioritized sampling prefers solved problems: max(self.floor, <<1 - rate=>rate>>)
     rates don't move: self.rates[index] += (rate - self.rates[index]) / <<2=>1e9>>
     pass rates ignored: self.rates = [<<known.get(i, mean)=>0.0>> for
     curriculum from hard to easy: key=lambda i: <<=>->>self.items[i].difficulty
     a curriculum that ends at once: share = min(1.0, max(<<self.drawn / self.total_draws=>1.0>>,
     a resumed curriculum forgets its length: self.total_draws = <<state["total_draws"]=>self.total_draws>>
-    too many across an epoch's end: self.order[position : position + count<< - len(indices)=>>>]
+    too many draws across an epoch's end: self.order[position : position + count<< - len(indices)=>>>]
     ledger not restored: <<list(state["attempts"]), list(state["successes"])=>self.attempts, self.successes>>
-    a mode moves a problem over the split: hashlib.sha256(<<text=>question>>.encode())
+    a thinking mode moves a problem to the other split: hashlib.sha256(<<text=>question>>.encode())
     no EOS after a demonstration: return [ids<< + [tokenizer.eos_token_id]=>>> for ids in
     BOS twice: tokenizer(chunk<<, add_special_tokens=False=>>>).input_ids
 rewards.py test_rewards.py
@@ -147,7 +147,7 @@ rewards.py test_rewards.py
     penalty from the limit on: (lengths - <<(max_new_tokens - buffer)=>max_new_tokens>>)
     short answers win by the penalty: / buffer).clamp(<<0, 1=>max=1>>)
     groups and problems out of step: <<[problem for problem in problems for _ in range(G)]=>problems * G>>
-    cut answers are right: components["accuracy"] *= <<rollout.finished.cpu()=>1>>
+    truncated completions can be right: components["accuracy"] *= <<rollout.finished.cpu()=>1>>
     length reward from the start: if iteration < <<flags.length_reward_start=>0>>:
     text outside of the tags: answer.strip()<< and not outside.strip()=>>> else
 plumbing/answers.py test_answers.py test_rewards.py
@@ -156,22 +156,22 @@ plumbing/answers.py test_answers.py test_rewards.py
     an answer in the thinking counts: text = <<remove_thinking=>str>>(text)
     nan equals nan: in (""<<, "nan", "inf", "infinity"=>,>>)
     half of a mixed number: value = <<int(match["whole"] or 0) + =>>>top / bottom
-    minus lost: return <<-value=>value>> if match["sign"]
+    minus sign lost: return <<-value=>value>> if match["sign"]
 plumbing/metrics.py test_runs.py
-    the last for the most: = <<max(float(value), self.sums.get(name, -float("inf")))=>float(value)>>
-    gaps cancel: - old_logprobs)[trained]<<.abs()=>>>
+    last value instead of the maximum: = <<max(float(value), self.sums.get(name, -float("inf")))=>float(value)>>
+    positive and negative gaps cancel: - old_logprobs)[trained]<<.abs()=>>>
     entropy over padding: <<(entropy.detach() * trained).sum() / trained.sum()=>entropy.detach().mean()>>
-    clipped whatever the advantage: <<(advantages < 0) & =>>>(ratio < 1 - clip_low)
+    clipped share ignores the advantage's sign: <<(advantages < 0) & =>>>(ratio < 1 - clip_low)
     a gradient that is not finite is applied: math.isfinite(loss)<< and math.isfinite(grad_norm)=>>>
 plumbing/pairs.py test_dpo.py test_rm.py
     pairs left in the order of their lengths: return <<[sorted(rows) for rows in batches]=>batches>>
     a cut completion gets an EOS: tuple(i<< if whole else i[:-1]=>>>)
     ties make pairs: if <<gap > 0 and =>>>gap >= min_gap:
-    a tie is half wrong: return <<((margins.abs() > 1e-4) * margins.sign() + 1) / 2=>(margins > 0).float()>>
-    weights not of mean 1: weight=pair.weight<< / mean=>>> if
+    a tie counts as wrong: return <<((margins.abs() > 1e-4) * margins.sign() + 1) / 2=>(margins > 0).float()>>
+    pair weights not scaled to mean 1: weight=pair.weight<< / mean=>>> if
 """
 EQUIVALENT = {
-    "recursion goes on over padding": "rewards and values are 0 on padding already, so all that comes from there is 0",
+    "recursion continues over padding": "rewards and values are 0 on padding already, so they contribute 0",
 }
 COMPARE_TEXT = "test_repository.py", "test_forks.py"
 
@@ -179,13 +179,13 @@ COMPARE_TEXT = "test_repository.py", "test_forks.py"
 @dataclass
 class Args:
     only: tuple[str, ...] = ()
-    """only mutants whose file or name has one of these texts"""
+    """only mutants whose file or name contains one of these texts"""
     check: bool = False
-    """run no tests: only look whether each text is there exactly once and what results compiles"""
+    """run no tests; only check that each text occurs exactly once and that the mutants compile"""
     fast: bool = False
-    """leave out the slow tests: a mutant that the fast suite lets live has survived"""
+    """skip the slow tests; a mutant that passes the fast ones has survived"""
     equivalent: bool = False
-    """also try those that change nothing; EQUIVALENT has the reasons"""
+    """also try mutants that change nothing; EQUIVALENT has the reasons"""
 
 
 class Mutant(NamedTuple):
@@ -199,7 +199,7 @@ class Mutant(NamedTuple):
         """The file's text with the mistake."""
         text = (root / self.file).read_text()
         if (count := text.count(self.old)) != 1:
-            sys.exit(f"{self.file}: {self.name}: {self.old!r} is there {count} times")
+            sys.exit(f"{self.file}: {self.name}: {self.old!r} occurs {count} times, once is expected")
         mutated = text.replace(self.old, self.new)
         compile(mutated, self.file, "exec")
         return mutated
@@ -218,7 +218,7 @@ def read_mutants() -> list[Mutant]:
 
 
 def copy_tree(target: Path) -> None:
-    """All that git tracks or does not ignore, as it is now."""
+    """Copies every file that git tracks or does not ignore, as it is now."""
     listed = subprocess.check_output(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, text=True)
     for name in filter(None, listed.split("\0")):
         if (ROOT / name).is_file():  # not deleted since
@@ -230,19 +230,19 @@ def failing_test(copy: Path, *options: str, limit: float = 3600) -> str | None:
     """The first test that fails in the copy, None if none does. limit: seconds."""
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--tb=no", *options]
     command += [f"--ignore=tests/{name}" for name in COMPARE_TEXT]
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}  # nothing compiled may outlive its mutant
-    with tempfile.TemporaryFile("w+") as output:  # a pipe would stay open as long as any child of a test
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}  # bytecode must not outlive its mutant
+    with tempfile.TemporaryFile("w+") as output:  # a pipe would stay open as long as a test's child runs
         process = subprocess.Popen(command, cwd=copy, env=environment, stdout=output, stderr=-2, start_new_session=True)
         try:
             process.wait(limit)
         except subprocess.TimeoutExpired:
-            return f"no end in {limit:.0f} s"
+            return f"timeout after {limit:.0f} s"
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         output.seek(0)
         printed = output.read()
-    if process.returncode in (0, 5):  # 5: not one test was chosen
+    if process.returncode in (0, 5):  # 5: no test was selected
         return None
     failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", printed, re.MULTILINE)
     return failed[1] if failed else f"pytest ended with {process.returncode}: {printed[-300:]}"
@@ -260,14 +260,14 @@ def main(args: Args) -> None:
     for mutant in mutants:
         mutant.apply(ROOT)
     if args.check:
-        return print(f"{len(mutants)} mutants: each text is there once, all compile")
+        return print(f"{len(mutants)} mutants: each text occurs once, all compile")
     rows, survived = [], 0
     with tempfile.TemporaryDirectory() as directory:
         copy = Path(directory)
         copy_tree(copy)
         begun = time.time()
         if failed := failing_test(copy):
-            sys.exit(f"without a mutant: {failed}")
+            sys.exit(f"fails without a mutant: {failed}")
         limit = 60 + 3 * (time.time() - begun)
         for mutant in mutants:
             if mutant.name in EQUIVALENT and not args.equivalent:

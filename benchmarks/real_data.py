@@ -1,13 +1,13 @@
-r"""Writes the data that benchmarks/real_model.sh trains a real pretrained model on.
+r"""Writes the training data of benchmarks/real_model.sh, which trains a real pretrained model.
 
     python benchmarks/real_data.py OUT [--gsm8k DIR]
 
-words.jsonl                  chains of one or two operations asked in words: "What is 12 plus 7 minus 5?"
-words_demonstrations.jsonl   300 of its training problems with their steps in our tags, for a cold start
+words.jsonl                  chains of one or two operations in words: "What is 12 plus 7 minus 5?"
+words_demonstrations.jsonl   300 of its training problems with worked steps in our tags, for a cold start
 
 With GSM8K's train.jsonl, test.jsonl, example_model_solutions.jsonl (https://github.com/openai/grade-school-math):
 
-gsm8k_demonstrations.jsonl   its worked solutions in our tags, without its calculator's marks <<1+1=2>>
+gsm8k_demonstrations.jsonl   its worked solutions in our tags, without calculator marks such as <<1+1=2>>
 gsm8k_few.jsonl              40 of the test problems whose pairs are held out, for DPO's evaluations
 gsm8k_samples.jsonl          four models' solutions of each test problem, scored: for train_rm and train_dpo
 """
@@ -33,7 +33,7 @@ PROBLEMS, DEMONSTRATIONS, HARDEST, FEW = 4000, 300, 2, 40
 class Args:
     out: tyro.conf.Positional[Path]
     gsm8k: Path | None = None
-    """directory with GSM8K's files"""
+    """directory with GSM8K's three files"""
 
 
 def words(out: Path) -> None:

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# A real pretrained model on a CPU, SmolLM2-135M-Instruct: what RESULTS.md reports of it, stage by stage.
+# Trains a real pretrained model, SmolLM2-135M-Instruct, on a CPU: the stages that RESULTS.md reports.
 #
 #     bash benchmarks/real_model.sh words                     # SFT cold start, then GRPO, on arithmetic in words
 #     GSM8K=DIR bash benchmarks/real_model.sh rm              # a reward model from GSM8K's real N-best solutions
 #     GSM8K=DIR bash benchmarks/real_model.sh dpo             # DPO on the same pairs
 #     GSM8K=DIR bash benchmarks/real_model.sh sft             # SFT on GSM8K's worked solutions
 #
-# MODEL: hub name or directory. GSM8K: directory with train.jsonl, test.jsonl and example_model_solutions.jsonl, which
-# grade_school_math/data of https://github.com/openai/grade-school-math is. OUT: where the runs go, a directory of its
-# own for each call.
+# MODEL: hub name or directory. GSM8K: directory with train.jsonl, test.jsonl and example_model_solutions.jsonl, such as
+# grade_school_math/data of https://github.com/openai/grade-school-math. OUT: directory for the runs, a new one for each
+# call.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 STAGE=${1:-} MODEL=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct} SEED=${SEED:-1}
 OUT=${OUT:-runs/real-$STAGE}
-case "$STAGE" in words | rm | dpo | sft) ;; *) echo "error: words, rm, dpo or sft is expected" >&2 && exit 2 ;; esac
+case "$STAGE" in words | rm | dpo | sft) ;; *) echo "error: give a stage: words, rm, dpo or sft" >&2 && exit 2 ;; esac
 [ ! -e "$OUT" ] || { echo "error: $OUT exists; remove it, or set OUT to another directory" >&2; exit 2; }
-[ "$STAGE" = words ] || [ -n "${GSM8K:-}" ] || { echo "error: GSM8K is not set" >&2; exit 2; }
+[ "$STAGE" = words ] || [ -n "${GSM8K:-}" ] || { echo "error: set GSM8K to the directory with its files" >&2; exit 2; }
 train() { echo "== $1 =="; time python "train_$2.py" --seed "$SEED" --run-root "$OUT/$1" "${@:3}"; }
 final() { echo "$OUT/$1"/*/final; }
 python benchmarks/real_data.py "$OUT/data" ${GSM8K:+--gsm8k "$GSM8K"}

@@ -3,9 +3,9 @@
     python benchmarks/sampling_speed.py --model DIR --problems gsm8k/train.jsonl             # float32
     python benchmarks/sampling_speed.py --model DIR --problems gsm8k/train.jsonl --dtype bfloat16
 
-Only useful tokens count: what a row computes after its EOS does not. `generate` runs twice: as it comes, and with the
-float32 matmul precision that ours sets on a CPU (see common.load_weights), so that nobody takes the one ratio for the
-other. The three take turns, after one round that isn't counted, and the median counts.
+Tokens that a row computes after its EOS don't count. `generate` runs twice: with its defaults, and with the float32
+matmul precision that our code sets on a CPU (see common.load_weights), so that this effect can be told apart. The three
+take turns; a first round warms up, and the median of the others counts.
 """
 
 import statistics
@@ -34,19 +34,19 @@ class Args:
     problems: str = "arithmetic"
     """where the prompts come from"""
     prompts: int = 8
-    """how many, the first ones"""
+    """number of prompts, the first ones"""
     group_size: int = 8
     lengths: list[int] = field(default_factory=lambda: [64, 128])
-    """limits of new tokens, one table row each"""
+    """limits on new tokens, one table row each"""
     dtype: str = "float32"
     device: str = "auto"
     rounds: int = 3
     profile: bool = False
-    """instead: which operations our sampling spends its time in, at the first length"""
+    """print instead the operations that take most of our sampling's time, at the first of --lengths"""
 
 
 def seconds(run, device: torch.device) -> tuple[float, int]:
-    """Of one call, and the useful tokens that it returned."""
+    """Seconds of one call, and the number of useful tokens that it returned."""
     start = time.perf_counter()
     tokens = run()
     if device.type == "cuda":
@@ -55,7 +55,7 @@ def seconds(run, device: torch.device) -> tuple[float, int]:
 
 
 def speeds(ours, stock, prompts: list[list[int]], group_size: int, limit: int, rounds: int) -> list[float]:
-    """Medians over the rounds of useful tokens a second: ours, `generate` as it comes, and with our precision."""
+    """Median useful tokens per second: ours, `generate` with its defaults, `generate` with our precision."""
     device, our_precision = ours.device, torch.get_float32_matmul_precision()
     eos = torch.tensor(ours.generation_config.eos_token_id, device=device)
     longest = max(map(len, prompts))
@@ -74,7 +74,7 @@ def speeds(ours, stock, prompts: list[list[int]], group_size: int, limit: int, r
             attention_mask=attention,
             do_sample=True,
             temperature=1.0,
-            top_k=0,  # the plain softmax, as ours: without the default's sort of the vocabulary
+            top_k=0,  # plain softmax, as ours; the default 50 would sort the vocabulary
             max_new_tokens=limit,
             num_return_sequences=group_size,
             eos_token_id=eos.tolist(),
@@ -122,7 +122,7 @@ def main(args: Args) -> None:
 
 
 def profile(model, prompts: list[list[int]], group_size: int, limit: int) -> str:
-    """A table of operations by the time that they take themselves; the second run's, when all is warm."""
+    """A table of operations by their own time, without their callees', measured in a second, warm run."""
     common.sample_groups(model, prompts, group_size, limit)
     with torch.profiler.profile() as profiler:
         common.sample_groups(model, prompts, group_size, limit, seed=1)
@@ -136,15 +136,15 @@ def profile(model, prompts: list[list[int]], group_size: int, limit: int) -> str
 
 
 def floor(model, prompts: list[list[int]], group_size: int, limit: int) -> float:
-    """Seconds a token at least: every step reads all weights once, and on average half of the completions' cache and
-    the prompts', at the bandwidth that a copy on this GPU reaches."""
+    """A lower bound on seconds per token: every step reads all weights, the prompts' cache and, on average, half of the
+    completions' cache, at the bandwidth that a copy reaches on this GPU."""
     source = torch.empty(2**30, dtype=torch.uint8, device=model.device)
     target = torch.empty_like(source)
     times = [seconds(lambda: target.copy_(source), model.device)[0] for _ in range(6)]
     bandwidth = 2 * source.numel() / min(times[1:])
     cached = sum(map(len, prompts)) + len(prompts) * group_size * limit / 2
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    if not model.config.tie_word_embeddings:  # then the input's are only looked up
+    if not model.config.tie_word_embeddings:  # input embeddings are only looked up
         weights -= model.get_input_embeddings().weight.numel() * model.dtype.itemsize
     read = weights + cached * cache_bytes(model.config, model.dtype)
     return read / bandwidth / (len(prompts) * group_size)

@@ -1,10 +1,10 @@
-"""Thinking grows where it pays: train_grpo.py on Countdown, its curves, and what the trained policies still get wrong.
+"""Thinking grows where it pays: train_grpo.py on Countdown, its curves, and the trained policies' remaining errors.
 
     python benchmarks/thinking.py                                                # trains with seeds 1, 2, 3
-    python benchmarks/thinking.py --runs runs/a runs/b --plot assets/countdown.png     # figures of runs that are there
+    python benchmarks/thinking.py --runs runs/a runs/b --plot assets/countdown.png     # reports on existing runs
 
-A try is an expression with its value in the thinking, such as 3+5-8=0. Shares are of all completions: with a try that
-is there twice, with a value that is wrong, cut by the length limit, and ended with a wrong answer.
+A try is an expression with its value in the thinking, such as 3+5-8=0. The second table has the shares of completions
+that repeat a try, give one a wrong value, are cut by the length limit, or end with a wrong answer.
 """
 
 import json
@@ -34,15 +34,15 @@ PANELS = {
 class Args:
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     flags: str = FLAGS
-    """the flags of train_grpo.py"""
+    """flags for train_grpo.py"""
     runs: list[Path] = field(default_factory=list)
     """run directories to report on instead of training"""
     plot: Path | None = None
-    """write the curves to this picture"""
+    """image file to write the curves to"""
 
 
 def left_over(path: str, problems: str, count: int = 200, samples: int = 4) -> tuple[list, list[dict]]:
-    """A row of the second table, and the records it is made of: held-out problems, sampled at temperature 1."""
+    """A row of the second table and the records behind it: held-out problems, sampled at temperature 1."""
     tokenizer, policy = common.load_tokenizer(path), common.load_policy(path)
     encoded = encode_problems(tokenizer, load_problems(problems, "eval", count), "", policy.config, 120)
     records = evaluate(policy, tokenizer, encoded, samples, 120)

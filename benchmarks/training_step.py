@@ -1,12 +1,12 @@
-"""One whole GRPO step, sampling to optimizer, against TRL's GRPOTrainer: same model, prompts, group size, length limit
-and one optimizer step in float32, each in a process of its own. Seconds are the median of the steps after the first.
+"""One whole GRPO step, from sampling to optimizer, here and in TRL's GRPOTrainer: same model, prompts, group size,
+length limit and one float32 optimizer step, each in its own process. Seconds are the median of all steps but the first.
 
     pip install -r requirements-dev.txt
     python benchmarks/training_step.py --model DIR --problems gsm8k/train.jsonl
 
-TRL runs as it comes but for its precision: its default is mixed bfloat16. It comes with gradient checkpointing, which
-takes time for memory, so both also run the other way round; and TRL once with the precision of products that ours sets
-on a CPU.
+TRL runs with its defaults except for the precision, which by default is mixed bfloat16. Gradient checkpointing, which
+trades time for memory, is on by default in TRL and off in ours, so each side also runs with the other's setting. TRL
+runs once more with the matmul precision that our code sets on a CPU.
 """
 
 import subprocess
@@ -45,17 +45,17 @@ class Args:
     group_size: int = 8
     max_new_tokens: int = 64
     micro_batch_tokens: int | None = None
-    """of ours: tokens in one forward and backward pass; None: train_grpo.py's default"""
+    """our tokens in one forward and backward pass; None: train_grpo.py's default"""
     kl_coef: float = 0.0
-    """above 0 both sides have a reference"""
+    """weight of the KL; above 0 both sides load a reference"""
     steps: int = 3
     learning_rate: float = 1e-6
     way: str = ""
-    """one of WAYS, in this process; without it: each in a process of its own, and the table"""
+    """measure this one of WAYS in this process; empty: measure each in its own process and print the table"""
 
 
 def reward_of(text: str) -> float:
-    """Of the text alone, 0 to 1: rewards that differ in every group, so that both sides pass every row backward."""
+    """From 0 to 1, by the text alone. It differs within groups, so both sides need a backward pass for every row."""
     return zlib.crc32(text.encode()) / 2**32
 
 
@@ -83,7 +83,7 @@ def measure_trl(args: Args, directory: str) -> list[list[float]]:
     system = ("system", SYSTEM_PROMPT)
     rows = [{"prompt": as_dicts(m if m[0][0] == "system" else (system, *m))} for m in turns]
     if "our precision" in args.way:
-        common.load_policy("models/tiny-arithmetic")  # sets it
+        common.load_policy("models/tiny-arithmetic")  # sets the precision
     config = GRPOConfig(
         output_dir=directory,
         per_device_train_batch_size=args.prompts * args.group_size,

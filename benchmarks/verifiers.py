@@ -1,5 +1,5 @@
-r"""Our verifier on real answers: does it say what is true, and what math-verify and others say? Every disagreement is
-printed. Needs `pip install -r requirements-dev.txt` for math-verify.
+r"""Compares our verifier on real answers with the truth, with math-verify and with recorded verdicts. It prints every
+disagreement. math-verify needs `pip install -r requirements-dev.txt`.
 
     python benchmarks/verifiers.py --gsm8k DIR --math500 FILE
 
@@ -7,10 +7,10 @@ GSM8K's files (train.jsonl, test.jsonl, and example_model_solutions.jsonl, with 
 problem and whether they are right) are in https://github.com/openai/grade-school-math, MATH-500's test.jsonl in
 https://huggingface.co/datasets/HuggingFaceH4/MATH-500.
 
-GSM8K       each answer in five writings is right, no other answer is, unless the two are the same number
-MATH-500    each problem's own worked solution is right, and its answer in four writings; of the solutions of two
-            other problems each, ours is compared with what math-verify itself says
-solutions   is_correct as the file has it
+GSM8K       each answer must be right in five notations, and any other answer wrong unless it is the same number
+MATH-500    each problem's own solution must be right, and its answer in four notations; our verdicts on its own
+            solution and on those of two other problems are compared with math-verify's
+solutions   our verdicts on GSM8K's model solutions are compared with the file's is_correct
 """
 
 import json
@@ -38,7 +38,7 @@ class Args:
 
 
 class Tally:
-    """Counts verdicts and prints each one that is not as it should be."""
+    """Counts verdicts and prints each one that differs from the expected one."""
 
     def __init__(self, name: str):
         self.name, self.total, self.right, self.wrong = name, 0, 0, 0
@@ -48,7 +48,7 @@ class Tally:
         self.right += verdict
         if verdict != expected:
             self.wrong += 1
-            print(f"  {self.name}: {'right' if verdict else 'wrong'} by ours, not by the other: {what!r}"[:400])
+            print(f"  {self.name}: {'right' if verdict else 'wrong'} by ours, the opposite is expected: {what!r}"[:400])
 
     def print(self) -> None:
         counts = f"{self.total:7} answers, {self.right:6} right, {self.wrong:3} verdicts differ"

@@ -1,12 +1,12 @@
-"""The same GRPO run here and in TRL's GRPOTrainer by recipes/trl_grpo.py: same base, problems in the same order, group
-size, learning rate and its schedule, clip range, optimizer, rewards, no KL, float32. evaluate.py scores both ends on
+"""The same GRPO run here and in TRL's GRPOTrainer, by recipes/trl_grpo.py: same base, order of problems, group size,
+learning rate and schedule, clip range, optimizer and rewards, no KL, float32. evaluate.py scores both final models on
 the same held-out problems.
 
     pip install -r requirements-dev.txt
     python benchmarks/vs_trl_learning.py            # the embedded base, three seeds
     python benchmarks/vs_trl_learning.py --model runs/train_grpo__.../final --iterations 20 --seeds 1     # on from ours
 
-Seconds are of the whole process, of ours with two small evaluations; peak memory is the process's.
+Seconds and peak memory are the whole process's; our seconds include two small evaluations.
 """
 
 import json
@@ -40,11 +40,11 @@ class Args:
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     eval_problems: int = 500
     processes: int = 1
-    """of TRL's side"""
+    """number of TRL's processes"""
 
 
 def run_trl(run: Path, processes: int) -> tuple[float, float]:
-    """Seconds and peak memory in GB (of the largest process) of the run repeated in TRL."""
+    """Repeats the run in TRL; returns seconds and peak memory in GB (of the largest process)."""
     command = [sys.executable, "recipes/trl_grpo.py", "--run", str(run)]
     if processes > 1:  # not --cpu: with it, accelerate launch starts one process
         several = ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"]
@@ -59,7 +59,7 @@ def run_trl(run: Path, processes: int) -> tuple[float, float]:
 
 
 def accuracy_of(model: Path, args: Args, scratch: Path) -> list[float]:
-    """Held-out accuracy at temperature 1 and length, by evaluate.py."""
+    """Held-out accuracy and mean length at temperature 1, by evaluate.py."""
     samples = scratch / "samples.jsonl"
     count, length = str(args.eval_problems), str(args.max_new_tokens)
     command = [sys.executable, "evaluate.py", "--model", str(model), "--problems", "arithmetic"]
@@ -85,8 +85,8 @@ def main(args: Args) -> None:
             rows.append(["TRL", seed, *accuracy_of(run / "trl" / "final", args, scratch), *cost])
             print(*rows[-1], file=sys.stderr)
     for name in ("ours", "TRL"):
-        of = [row[2:] for row in rows if row[0] == name]
-        rows.append([name, "mean", *(sum(values) / len(values) for values in zip(*of, strict=True))])
+        figures = [row[2:] for row in rows if row[0] == name]
+        rows.append([name, "mean", *(sum(values) / len(values) for values in zip(*figures, strict=True))])
     for row in rows:
         row.insert(3, "{:.3f}-{:.3f}".format(*interval(row[2], args.eval_problems)))
     what = f"{args.model}, {args.iterations} iterations of {args.prompts} x {args.group_size}, float32"

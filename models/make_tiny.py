@@ -16,7 +16,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 SPECIAL = ["<pad>", "<eos>", "<unk>"]
-# User turns are the question as it stands; a system prompt is ignored: the model was never shown one.
+# The prompt is the bare question. System prompts are ignored, because the model was never trained on one.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'user' %}{{ message.content }}"
     "{% elif message.role == 'assistant' %}{{ message.content + eos_token }}{% endif %}{% endfor %}"
@@ -60,7 +60,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast, hidden: int = 128, layers: i
 
 
 def main(directory: tyro.conf.Positional[Path], hidden: int = 128, layers: int = 4, characters: str = "") -> None:
-    """directory: where they are written. hidden, layers: the model's size. characters: tokens beyond ASCII."""
+    """directory: output directory. hidden, layers: the model's size. characters: more tokens, beyond ASCII."""
     tokenizer = make_tokenizer(characters)
     tokenizer.save_pretrained(directory)
     make_config(tokenizer, hidden, layers).save_pretrained(directory)

@@ -1,8 +1,8 @@
-"""What a completion's answer is, and whether it equals another: extraction, exact numbers, normalised strings,
+"""Extracts a completion's answer and compares it with the reference answer: exact numbers, normalised strings,
 math-verify.
 
-This code reads model output, and a policy under RL finds every hole in it. So nothing raises, no text is evaluated as
-code, and every step takes linear or bounded time.
+This code reads model output, and RL exploits every hole in it. So no function raises, no text is evaluated as code, and
+every step takes linear or bounded time.
 """
 
 import functools
@@ -16,16 +16,16 @@ from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 
-MAX_ANSWER_CHARS = 1_000  # a longer answer is never right; keeps every step after the extraction short
+MAX_ANSWER_CHARS = 1_000  # a longer answer is never right; bounds the time of every later step
 
 # ---- Extraction ----------------------------------------------------------------------------------------------------
 
 
 def remove_thinking(text: str) -> str:
-    """Takes a completion, returns what is left of it without its thinking, "" if nothing is.
+    """Takes a completion, returns it without its thinking; "" if nothing is left.
 
-    An unclosed <think> runs to the end of the text. A </think> without an opening tag makes thinking of all that
-    stands before it: some chat templates open the block in the prompt.
+    An unclosed <think> runs to the end of the text. If a </think> has no opening tag, everything before it is thinking:
+    some chat templates open the block in the prompt.
     """
     visible, start, inside = [], 0, False
     for tag in re.finditer(r"</?think>", text):
@@ -43,13 +43,13 @@ def remove_thinking(text: str) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Takes a text, returns what is inside its last closed \boxed{...} or \fbox{...}, None if there is none.
+    r"""Takes a text, returns the content of its last closed \boxed{...} or \fbox{...}, None if there is none.
 
-    Of nested boxes the inner one counts.
+    If boxes are nested, the inner one counts.
     """
-    open_braces = []  # where the content starts for a box, None for any other brace
+    open_braces = []  # for each open brace: where a box's content starts, None if it is no box
     last_start, last_end = -1, -1
-    # The regex only cuts out the tokens. Balancing them on a stack takes one pass, however many boxes stay open.
+    # The regex only finds the tokens. Matching braces on a stack takes one pass, however many boxes stay open.
     for token in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", text, re.DOTALL):
         if token.group() == "{":
             open_braces.append(None)
@@ -63,11 +63,11 @@ def last_boxed(text: str) -> str | None:
 
 
 def extract_answer(text: str) -> str | None:
-    r"""Takes a completion, returns its final answer as text, None where it gives none.
+    r"""Takes a completion, returns its final answer as text, None if there is none.
 
-    Outside of the thinking, the last <answer>...</answer> counts, else the last \boxed{...}, else the last
-    "#### x" up to the end of its line. A box or #### inside the <answer> is unwrapped. The last one counts even if
-    it is empty: then there is no answer.
+    The answer is the last <answer>...</answer> outside the thinking, else the last \boxed{...}, else the text after
+    the last "####" up to the end of its line. A box or #### inside the <answer> is unwrapped. The last one counts even
+    if it is empty: then there is no answer.
     """
     text = remove_thinking(text)
     answer = None
@@ -84,22 +84,22 @@ def extract_answer(text: str) -> str | None:
 
 # ---- Comparison ----------------------------------------------------------------------------------------------------
 
-# Words that make "18 <words>" something else than 18 of a unit: other answers, other numbers, functions.
+# Words that are no unit: after "18" they make another answer (18 or 20), another number (18 million), or a function.
 NOT_A_UNIT = (
     r"(?i:\b(?:and|or|plus|minus|times|over|mod|half|halves|thirds?|hundred|thousand|million|billion"
     r"|trillion|dozen|squared|cubed|sqrt|sin|cos|tan|log|exp)\b)"
 )
 TEXT_COMMAND = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*"
-# Short units by name and any word of three letters, of four where no space stands before it. A letter or two
-# may be variables: 2k and 2ab are not 2.
+# A unit is a listed short one, a word of three or more letters after a space, or of four or more without one. One or
+# two letters may be variables: 2k and 2ab are not 2.
 UNIT = (
     rf"(?!.*{NOT_A_UNIT})"
     r"(?:\s*%|\s*(?:cm|mm|km|kg|mg|ml|lbs?|oz|ft|in|mi|mph|hrs?|mins?|secs?)(?![A-Za-z])|\s+[A-Za-z]{3}|[A-Za-z]{4})"
     r"(?:[A-Za-z .,'()/-]|\^\{?[23]\}?)*"
 )
 LATEX_UNIT = rf"(?<=[0-9}})])\s*{TEXT_COMMAND}\{{(?!.*{NOT_A_UNIT})[A-Za-z ./]*\}}(?:\^\{{?[23]\}}?)?$"  # 5\text{ m}^2
-# [0-9] and not \d, which takes the digits of all scripts. Fraction("1e999999999") would fill the memory: three
-# digits of exponent at most.
+# [0-9], because \d matches the digits of all scripts. At most three digits of exponent, because
+# Fraction("1e999999999") would fill the memory.
 DECIMAL = (
     r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"  # 1,234.50  18.  .5
     r"(?:[eE][+-]?[0-9]{1,3})?"
@@ -110,7 +110,7 @@ NUMBER = re.compile(
 )
 TEXT = re.compile(TEXT_COMMAND + r"\{([^{}]*)\}")
 FRACTION = re.compile(r"\\frac\s*\{\s*(-?[0-9.,]+)\s*\}\s*(?:\{\s*([0-9.,]+)\s*\}|([0-9]))")
-# In order. A backslash after a backslash belongs to a line break \\ and not to what follows.
+# Applied in this order. (?<!\\): the second backslash of a line break \\ does not start a command.
 CLEANING = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
@@ -132,7 +132,7 @@ CLEANING = [
 
 
 def clean(text: str) -> str:
-    """Takes an answer, returns it without what carries no meaning: $, quotes, final dot, thin spaces, LaTeX units."""
+    """Takes an answer, returns it without meaningless parts: $, quotes, final dot, thin spaces, LaTeX units."""
     for pattern, replacement in CLEANING:
         text = pattern.sub(replacement, text)
     return text
@@ -159,27 +159,27 @@ def read_answer(text: str) -> tuple[str, Fraction | None]:
 
 
 def normalise(text: str) -> str:
-    r"""Takes a cleaned answer, returns it for comparison as a string: without case, \text{} and needless spaces."""
+    r"""Takes a cleaned answer, returns the string to compare: lower case, without \text{} and needless spaces."""
     text = TEXT.sub(r" \1 ", text).lower()
     text = re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
     text = re.sub(r"\s*([^\w\s])\s*", r"\1", " ".join(text.split()))  # the space of "1 2" stays: it is not 12
-    return re.sub(r"^\(([a-z])\)$", r"\1", text)  # the choice (C)
+    return re.sub(r"^\(([a-z])\)$", r"\1", text)  # (C) in multiple choice
 
 
 def answers_match(predicted: str | None, gold: str) -> bool:
     r"""Takes an extracted answer (or None) and the gold answer, returns whether they are the same answer.
 
-    Plain numbers are compared exactly (1,000 = 1000, 1 1/2 = 1.5 = \frac{3}{2}, 0.333 is not 1/3). A unit is
-    ignored, also where the two differ: the number decides. Percent is a unit as well: 50% = 50, not 0.5.
-    "5 million" and "10 or 18" are not plain numbers. Other answers match as normalised strings, else, where there is
-    mathematics in them, if math-verify (where it is installed) finds them equal, to 12 decimals where one of them
-    is a decimal number. A number in another base (52_8) only matches as a string. None, "", nan and inf match nothing.
+    Plain numbers are compared exactly (1,000 = 1000, 1 1/2 = 1.5 = \frac{3}{2}, 0.333 is not 1/3). Units are
+    ignored, even if they differ. Percent is a unit too: 50% = 50, not 0.5. "5 million" and "10 or 18" are not plain
+    numbers. Other answers match if their normalised strings are equal. If not, and if they contain mathematics,
+    math-verify (if installed) compares them, to 12 decimals if one of them is a decimal number. A number in another
+    base (52_8) only matches as a string. None, "", nan and inf match nothing.
     """
     return matched_by(predicted, gold) is not None
 
 
 def matched_by(predicted: str | None, gold: str) -> str | None:
-    """As answers_match: "rule" or "symbolic" (math-verify), whichever found them equal, else None."""
+    """How answers_match finds the answers equal: by "rule" or "symbolic" (math-verify); None if they differ."""
     if not predicted or not gold or max(len(predicted), len(gold)) > MAX_ANSWER_CHARS:
         return None
     (predicted, number), (gold, gold_number) = read_answer(predicted), read_answer(gold)
@@ -196,14 +196,14 @@ def matched_by(predicted: str | None, gold: str) -> str | None:
 # ---- math-verify ---------------------------------------------------------------------------------------------------
 
 
-# What math-verify would misread. It leaves out the base of 52_8 and all that follows \approx, adds up two numbers side
-# by side (10 \quad 8, (10)(8) and {10}{8} would be 18), and reads only a part of a text that ends in a backslash or
-# holds the word answer.
+# Answers that math-verify would misread. It drops the base of 52_8 and everything after \approx, adds two adjacent
+# numbers (10 \quad 8, (10)(8) and {10}{8} would be 18), and reads only a part of a text that ends in a backslash or
+# contains the word "answer".
 MISREAD = re.compile(
     r"[0-9]\s*_|\\approx|[0-9](?:[\s(){'\"]|\\q?quad|\\l?dots)+[0-9]|(?:^|[\s(])\{[^{}]*\}\s*[({0-9]|\\$|(?i:answer)"
 )
-# What would only run into the time limit: powers as in 9^{9^9} and 9^{99999999}, factorials of factorials, ten
-# brackets open at once.
+# Answers that would only run into the time limit: powers such as 9^{9^9} and 9^{99999999}, factorials of factorials,
+# brackets nested ten deep.
 TOO_LARGE = re.compile(r"\^[\s{(]*-?[\s{(]*(?:[0-9]{4}|[0-9]+[\s})]*\^)|![\s)}]*!|(?:[({\[][^(){}\[\]]*){10}")
 MATHEMATICS = re.compile(r"[\\^=+*/(\[{<>,-]|sqrt")
 
@@ -221,11 +221,11 @@ math_verify_lock = threading.Lock()
 
 @functools.lru_cache(maxsize=10_000)
 def math_verify_match(predicted: str, gold: str) -> bool:
-    """Takes two cleaned answers, returns whether math-verify finds them equal; False on any failure or without it.
+    """Takes two cleaned answers, returns whether math-verify finds them equal; False if it fails or is missing.
 
-    It runs in a process of its own (math_verify_process.py). Sympy can be made to hang, or to fill the memory, in ways
-    that no filter foresees, and the package's own time limit is an alarm signal, for the main thread only. A process
-    can be given its limits from any thread, and they count its own time, not that of a busy machine.
+    It runs in a separate process (math_verify_process.py): some texts make sympy hang or fill the memory in ways that
+    no filter foresees, and the package's own time limit is an alarm signal, which works only in the main thread. A
+    process can be limited from any thread, and its limit counts CPU time, so that a busy machine does not trigger it.
     """
     global math_verify_process
     if os.name != "posix" or find_spec("math_verify") is None:
@@ -240,7 +240,7 @@ def math_verify_match(predicted: str, gold: str) -> bool:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     text=True,
-                    start_new_session=True,  # Ctrl-C is for the training process
+                    start_new_session=True,  # Ctrl-C must not reach it
                 )
             math_verify_process.stdin.write(json.dumps([predicted, gold]) + "\n")
             math_verify_process.stdin.flush()
@@ -248,7 +248,7 @@ def math_verify_match(predicted: str, gold: str) -> bool:
         except OSError:
             pass
         finally:
-            # Also after an interrupt: a reply that is left in the pipe would answer the next question.
+            # Also after an interrupt: a reply left in the pipe would be read as the answer to the next question.
             if not reply and math_verify_process is not None:
                 math_verify_process.kill()
                 math_verify_process.wait()

@@ -1,12 +1,12 @@
-"""How a transformer computes a batch of groups, each prompt once for all its completions: packed and padded rows in
-training, KV caches and CUDA graphs in decoding. Token ids in, hidden states and logits out.
+"""The forward pass over a batch of groups, which computes each prompt once for all its completions: packed or padded
+rows in training, KV caches and CUDA graphs in decoding. Token ids in, hidden states and logits out.
 
-transformers' models call an attention function of our choice and pass on whatever else they were called with. So a
-batch is one row of tokens without padding, prompts first, and only the attention knows which token belongs to which
-row. Every other layer sees each prompt once and no padding.
+transformers' models call an attention function that we register and pass extra arguments through to it. So a batch is
+packed into one row of tokens without padding, prompts first, and only the attention knows which token belongs to which
+completion. All other layers compute each prompt once, and no padding.
 
-Shapes: P prompts, R rows of completions, L the longest prompt, T the longest completion, N tokens in all; H query
-heads, KVH key and value heads, D the width of a head.
+Shapes: P prompts, R rows (completions), L length of the longest prompt, T length of the longest completion, N tokens
+in total, V vocabulary; H query heads, KVH key/value heads, D width of a head.
 """
 
 import sys
@@ -20,8 +20,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-BLOCK = 16  # completion tokens by which a decoder's buffers grow
-PREFILL_TOKENS = 2**15  # prompt tokens computed at a time
+BLOCK = 16  # a decoder's buffers grow by this many completion tokens
+PREFILL_TOKENS = 2**15  # prompt tokens per prefill pass
 
 
 # ---- Attention -----------------------------------------------------------------------------------------------------
@@ -29,11 +29,11 @@ PREFILL_TOKENS = 2**15  # prompt tokens computed at a time
 
 def group_attention(module, query, key, value, attention_mask, scaling=None, groups=None, **options):
     """transformers' attention interface: query (1, H, N, D), key and value (1, KVH, N, D) -> (1, N, H, D)."""
-    if groups is None:  # anyone else's call
+    if groups is None:  # a call from outside this file
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     special = any(options.get(name) is not None for name in ("sliding_window", "softcap", "s_aux", "position_bias"))
     if special or query.shape[-1] != value.shape[-1]:
-        raise NotImplementedError("attention that is not plain softmax over all that came before")
+        raise NotImplementedError("its attention is not plain causal softmax attention")
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (N, heads, D)
     return groups.attend(module.layer_idx, q, k, v, scaling)[None], None
 
@@ -43,33 +43,33 @@ ALL_MASK_ATTENTION_FUNCTIONS.register("groups", sdpa_mask)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
-    """Softmax attention of q (R, T, H, D) over k, v (R, S, KVH, D), H a multiple of KVH; bias (R, T, S) is 0 where a
-    query sees a key and -inf elsewhere, None: causal. Returns (R, T, H, D)."""
+    """Softmax attention of q (R, T, H, D) over k, v (R, S, KVH, D), where H is a multiple of KVH. bias (R, T, S): 0
+    where a query may see a key, -inf elsewhere; None: causal. Returns (R, T, H, D)."""
     R, T, H, D = q.shape
     S, KVH = k.shape[1:3]
     if q.is_cuda:
         shared = {"is_causal": True} if bias is None else {"attn_mask": bias[:, None].to(q.dtype)}
-        grouped = bias is None and q.dtype != torch.float32  # with these, grouped heads would take the slow kernel
+        grouped = bias is None and q.dtype != torch.float32  # else enable_gqa would take the slow kernel
         if not grouped:
             k, v = k.repeat_interleave(H // KVH, 2), v.repeat_interleave(H // KVH, 2)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         out = nn.functional.scaled_dot_product_attention(q, k, v, scale=scaling, enable_gqa=grouped, **shared)
         return out.transpose(1, 2)
-    # On a CPU plain products are faster than torch's fused attention, see common.load_weights. The heads that share
-    # a key are more queries of it.
+    # On a CPU, plain matrix products are faster than torch's fused attention (see common.load_weights). Query heads
+    # that share a key/value head are stacked as additional queries.
     if bias is None:
         bias = causal_bias(T, q.device)[None]
     q = (q.float() * scaling).reshape(R, T, KVH, H // KVH, D).permute(0, 2, 3, 1, 4).reshape(R * KVH, -1, D)
     k, v = (t.transpose(1, 2).reshape(R * KVH, S, D) for t in (k, v))
     scores = (q @ k.float().transpose(1, 2)).view(R, KVH, -1, T, S)
-    scores = scores.add_(bias[:, None, None]).softmax(-1).to(v.dtype)  # in place: autograd needs them no more
+    scores = scores.add_(bias[:, None, None]).softmax(-1).to(v.dtype)  # in place: autograd no longer needs the scores
     out = scores.view(R * KVH, -1, S) @ v  # (R * KVH, H / KVH * T, D)
     return out.view(R, KVH, -1, T, D).permute(0, 3, 1, 2, 4).reshape(R, T, H, D)
 
 
 def products(q: Tensor, k: Tensor) -> Tensor:
-    """q @ k^T of batches of matrices in float32, also of 16-bit inputs, as fused attention has its scores: Qwen2.5's
-    keys are so large that 16-bit ones would be off by whole units."""
+    """Batched q @ k^T with a float32 result even for 16-bit inputs, as in fused attention: Qwen2.5's keys are so large
+    that 16-bit scores would be off by whole units."""
     if q.is_cuda and q.dtype != torch.float32:
         return torch.bmm(q, k.transpose(1, 2), out_dtype=torch.float32)
     return q.float() @ k.float().transpose(1, 2)
@@ -79,43 +79,43 @@ def causal_bias(T: int, device: torch.device) -> Tensor:
     return torch.full((T, T), -torch.inf, device=device).triu(1)
 
 
-SCORES_KEPT = 2**21  # of a layer's attention for the backward pass; where there are more, it computes them again
+SCORES_KEPT = 2**21  # on a CPU, the backward pass recomputes a layer's attention if it has more scores
 
 
 def call_with_groups(model: nn.Module, ids: Tensor, positions: Tensor, groups, **options) -> Tensor:
-    """The model's first output for one row of tokens (1, N), whose attention is groups.attend."""
-    whole = ids.new_zeros(1, 1, 1, 1)  # a 4-dimensional mask is left as it is: no model builds one of N x N
-    options |= {"position_ids": positions, "attention_mask": whole, "use_cache": False, "groups": groups}
+    """The model's first output for one row of tokens, ids (1, N). Every layer's attention is groups.attend."""
+    unused = ids.new_zeros(1, 1, 1, 1)  # models pass a 4-dimensional mask on unchanged, so none builds an N x N mask
+    options |= {"position_ids": positions, "attention_mask": unused, "use_cache": False, "groups": groups}
     return model(ids, **options)[0][0]
 
 
 class PackedGroups:
-    """Prompts (P) and rows (R) of completions as one row of N tokens: all prompts, then all completions.
+    """P prompts and R completions packed into one row of N tokens: all prompts, then all completions.
 
-    completions (R, T) and their mask; group (R,): each row's prompt. Right-padded only inside the attention, where
-    nothing real looks at the padding.
+    completions, mask: (R, T); group (R,): the index of each row's prompt. Only inside the attention are rows padded (on
+    the right); no real token attends to the padding.
     """
 
     def __init__(self, prompts: list[list[int]], completions: Tensor, mask: Tensor, group: Tensor):
         self.cache, device = None, completions.device
-        # Indices are built on the CPU: on a GPU, nearly every line below would wait for the GPU to finish.
+        # Indices are built on the CPU: on a GPU, nearly every line below would synchronize with it.
         completions, mask, group = completions.cpu(), mask.cpu(), group.cpu()
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         prompt_mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (P, L)
         flat = torch.tensor([token for prompt in prompts for token in prompt])
         ids = torch.cat([flat, completions[mask]])[None]  # (1, N)
-        row, column = mask.nonzero(as_tuple=True)  # of each completion token
+        row, column = mask.nonzero(as_tuple=True)  # row and column of each completion token
         positions = torch.cat([prompt_mask.nonzero()[:, 1], lengths[group][row] + column])[None]
-        # where in the one row each token of the padded prompts stands
+        # index in the packed row of each token of the padded prompts
         prompt_at = (prompt_mask.flatten().cumsum(0) - 1).view_as(prompt_mask).clamp(min=0)
-        # which token predicts each completion token, and where the prompts and the rows end
+        # indices of the token that predicts each completion token, and of the last token of each prompt and row
         prompt_ends = lengths.cumsum(0) - 1  # (P,)
         before = torch.arange(len(flat) - 1, ids.numel() - 1)
         predictor = torch.where(column == 0, prompt_ends[group][row], before)
         ends = len(flat) + mask.sum(1).cumsum(0) - 1  # (R,)
 
-        # The shorter and the longer half of the rows are padded apart, each to its own longest row. For each half:
-        # query indices, key indices, and the causal bias.
+        # The shorter and the longer half of the rows are padded separately, each to its own longest row. For each
+        # half: query indices, key indices, and the bias (causal, -inf on prompt padding).
         prompt_bias = torch.zeros(prompt_mask.shape).masked_fill(~prompt_mask, -torch.inf)
         completion_at = (len(flat) + mask.flatten().cumsum(0) - 1).view_as(mask).clamp(max=ids.numel() - 1)
         self.parts, place, done = [], torch.zeros_like(completion_at), prompt_mask.numel()
@@ -126,7 +126,7 @@ class PackedGroups:
                 bias = torch.cat([part.expand(len(rows), T, -1) for part in bias], 2)  # (R / 2, T, L + T)
                 self.parts.append((at.to(device), torch.cat([prompt_at[group[rows]], at], 1).to(device), bias))
                 place[rows, :T] = torch.arange(done, done := done + at.numel()).view_as(at)
-        # where in the outputs, prompts and then the halves, each of the N tokens stands
+        # index of each of the N tokens in the concatenated attention outputs (padded prompts, then the two halves)
         source = torch.cat([prompt_mask.flatten().nonzero()[:, 0], place[mask]])
         self.ids, self.positions, self.prompt_at = ids.to(device), positions.to(device), prompt_at.to(device)
         self.predictor, self.prompt_ends, self.ends = predictor.to(device), prompt_ends.to(device), ends.to(device)
@@ -136,12 +136,12 @@ class PackedGroups:
         return self.run(model, logits_to_keep=self.predictor)
 
     def run(self, model: nn.Module, **options) -> Tensor:
-        """The model's first output, (N, ...) unless the options have it compute less."""
+        """The model's first output, (N, ...) unless options such as logits_to_keep select fewer tokens."""
         return call_with_groups(model, self.ids, self.positions, self, **options)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         scores = q.shape[1] * sum(bias.numel() for _, _, bias in self.parts)
-        if torch.is_grad_enabled() and scores > SCORES_KEPT and not q.is_cuda:  # there the kernel keeps none
+        if torch.is_grad_enabled() and scores > SCORES_KEPT and not q.is_cuda:  # GPU kernels store none
             return checkpoint(self.attend_rows, q, k, v, scaling, use_reentrant=False)
         return self.attend_rows(q, k, v, scaling)
 
@@ -157,8 +157,8 @@ class PackedGroups:
 
 
 class PaddedRows:
-    """PackedGroups for models that have their own attention: each row with its prompt in front, right-padded. Under a
-    causal mask no real token sees the padding, so no mask is needed and positions count from 0."""
+    """PackedGroups for models whose attention can't be replaced: each row is prompt + completion, right-padded. Under
+    a causal mask no real token sees the padding, so no mask is needed and positions count from 0."""
 
     def __init__(self, prompts: list[list[int]], completions: Tensor, mask: Tensor, group: Tensor):
         heads = [torch.tensor(prompts[p], device=completions.device) for p in group.tolist()]
@@ -177,24 +177,24 @@ class PaddedRows:
 
 
 def gather_rows(t: Tensor, index: Tensor) -> Tensor:
-    """t[index], as an embedding: of all ways to index, the one whose backward pass is fast on a CPU."""
+    """t[index] as an embedding lookup, the only indexing whose backward pass is fast on a CPU."""
     return nn.functional.embedding(index, t.flatten(1)).view(*index.shape, *t.shape[1:])
 
 
 @torch.no_grad()
 def takes_groups(model: PreTrainedModel) -> bool:
-    """True where the model's attention can be ours: plain softmax over everything before. Found out by trying, once
-    for a model: hidden states of packed groups must be those of each row alone."""
+    """Whether our attention can replace the model's, which must be plain causal softmax attention. Tested once per
+    model: the hidden states of packed groups must match those of each row computed alone."""
     if not hasattr(model, "takes_groups"):
         device, base, config = model.device, model.base_model, model.config.get_text_config()
         before = config._attn_implementation
-        a, b, c, d = range(config.vocab_size // 3, config.vocab_size // 3 + 4)  # special tokens are chaotic in bf16
+        a, b, c, d = range(config.vocab_size // 3, config.vocab_size // 3 + 4)  # special ids are chaotic in bf16
         prompts, completions = [[a, b, c, d, a], [b, d]], torch.tensor([[c, a, d], [a, b, d], [b, b, c]], device=device)
         mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1]], device=device).bool()
         alone = [[*prompts[0], c, a, d], [*prompts[0], a, b], [*prompts[1], b, b, c]]
         try:
             if not {*(getattr(config, "layer_types", None) or [])} <= {"full_attention", "attention"}:
-                raise NotImplementedError("windows, chunks or recurrences, which texts this short don't show")
+                raise NotImplementedError("windows, chunks or recurrences, which a test on short texts would miss")
             expected = [base(torch.tensor([ids], device=device), use_cache=False)[0][0, -1] for ids in alone]
             expected = torch.stack(expected)
             model.set_attn_implementation("groups")
@@ -203,14 +203,14 @@ def takes_groups(model: PreTrainedModel) -> bool:
             limit = 0.05 if model.dtype.itemsize == 2 else 1e-3
             model.takes_groups = error.max().item() < limit
             why = f"its hidden states differ by {error.max().item():.2g}, more than {limit:g}"
-        except (torch.OutOfMemoryError, torch.AcceleratorError):  # says nothing about the model
+        except (torch.OutOfMemoryError, torch.AcceleratorError):  # the device failed, not the model
             raise
-        except Exception as error:  # whatever a model raises that was not written for this
+        except Exception as error:  # an unsupported model may raise anything
             model.takes_groups, why = False, (str(error).strip() or type(error).__name__).splitlines()[0]
         if not model.takes_groups:
             model.set_attn_implementation(before)
             slow = "sampling and training take the slow path"
-            print(f"note: this model's attention is its own: {slow} ({why})", file=sys.stderr)
+            print(f"note: this model's attention can't be replaced: {slow} ({why})", file=sys.stderr)
     return model.takes_groups
 
 
@@ -220,15 +220,15 @@ def takes_groups(model: PreTrainedModel) -> bool:
 def decoder_class(model: PreTrainedModel) -> type:
     config = model.config.get_text_config()
     rope = str(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None))
-    graph = model.device.type == "cuda" and "dynamic" not in rope and "longrope" not in rope  # these wait for the GPU
+    graph = model.device.type == "cuda" and "dynamic" not in rope and "longrope" not in rope  # these two synchronize
     return (GraphDecoder if graph else GroupDecoder) if takes_groups(model) else PlainDecoder
 
 
 class PlainDecoder:
-    """Any model that transformers can generate with: left-padded prompts, so that every row goes on at the same slot
-    of the cache, and transformers' own cache, expanded to the group."""
+    """Decoder for any model that transformers can generate with. Prompts are left-padded, so that all rows write to
+    the same cache slot; transformers' own cache is expanded to one entry per completion."""
 
-    check_every = 1  # steps between looks at which rows have ended
+    check_every = 1  # steps between checks for rows that have ended
 
     def __init__(self, model: PreTrainedModel, prompts: list[list[int]], group_size: int, max_new_tokens: int):
         self.model, self.prompts, self.group_size, self.done = model, prompts, group_size, 0
@@ -238,7 +238,7 @@ class PlainDecoder:
         ids = torch.tensor([[0] * (longest - len(p)) + p for p in self.prompts], device=device)
         lengths = torch.tensor([len(prompt) for prompt in self.prompts], device=device)
         attention = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
-        positions = (attention.cumsum(1) - 1).clamp(min=0)  # of real tokens only
+        positions = (attention.cumsum(1) - 1).clamp(min=0)  # count real tokens only
         output = self.model(ids, attention_mask=attention, position_ids=positions, use_cache=True, logits_to_keep=1)
         self.cache, expand = output.past_key_values, torch.arange(len(ids), device=device)
         expand = expand.repeat_interleave(self.group_size)
@@ -264,10 +264,10 @@ class PlainDecoder:
 
 
 class GroupDecoder:
-    """Decoding where a prompt's keys and values are kept, and read, once for all rows of its group, and those of the
-    completions in buffers that grow by BLOCK tokens and shrink with the rows that are left."""
+    """Decoder that stores and reads a prompt's keys and values once for all rows of its group. Those of completions
+    are in buffers that grow by BLOCK tokens and shrink when ended rows are dropped."""
 
-    check_every = 1  # steps between looks at which rows have ended
+    check_every = 1  # steps between checks for rows that have ended
 
     def __init__(self, model: PreTrainedModel, prompts: list[list[int]], group_size: int, max_new_tokens: int):
         self.model, self.prompts, self.group_size = model, prompts, group_size
@@ -275,10 +275,10 @@ class GroupDecoder:
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)[self.group]  # (R,)
         self.width, self.capacity = max(map(len, prompts)), BLOCK  # L, and columns for completion tokens
         self.done = 0  # completion tokens computed
-        self.keys = self.values = None  # of each layer (R, KVH, capacity, D)
+        self.keys = self.values = None  # (R, KVH, capacity, D) per layer
 
     def prefill(self) -> Tensor:
-        """Logits (B, V) of the first tokens; fills the prompts' keys and values, of each layer (P, KVH, L, D)."""
+        """Computes the prompts' keys and values, (P, KVH, L, D) per layer. Returns the first tokens' logits (R, V)."""
         device, size = self.model.device, max(1, PREFILL_TOKENS // self.width)
         slices = [self.prefill_slice(self.prompts[i : i + size]) for i in range(0, len(self.prompts), size)]
         logits = torch.cat([logits for logits, _ in slices])[self.group]
@@ -292,31 +292,31 @@ class GroupDecoder:
             self.keys, self.values = ([layer.new_zeros(shape) for layer in layers] for layers in kinds)
         seen = torch.arange(self.width + self.capacity, device=device) < self.lengths[:, None]
         self.bias = torch.zeros(seen.shape, device=device).masked_fill(~seen, -torch.inf)  # (R, L + capacity)
-        self.column = torch.zeros(1, dtype=torch.long, device=device)  # where a step's keys and values go
+        self.column = torch.zeros(1, dtype=torch.long, device=device)  # buffer column of this step's keys and values
         self.slot, self.rows = self.place_rows(self.group.bincount().max())
         return logits
 
     def prefill_slice(self, prompts: list[list[int]]) -> tuple[Tensor, list[list[Tensor]]]:
-        """The last tokens' logits (P, V), and each layer's keys and values."""
+        """Logits (P, V) after the prompts' last tokens, and each layer's keys and values."""
         none = torch.zeros(0, 1, dtype=torch.long, device=self.model.device)  # no completions yet
         packed = PackedGroups(prompts, none, none.bool(), none[:, 0])
         packed.cache = []  # attend() puts the layers' keys and values there
         logits = packed.run(self.model, logits_to_keep=packed.prompt_ends)
         pad = (0, 0, 0, self.width - packed.prompt_at.shape[1])
-        # On a CPU keys are kept in float32: scores are float32, and each step would convert all 16-bit keys again.
+        # Keys are float32 on a CPU: scores are float32, so each step would convert all 16-bit keys again.
         cache = packed.cache if logits.is_cuda else [(k.float(), v) for k, v in packed.cache]
         return logits, [[nn.functional.pad(t.transpose(1, 2), pad).contiguous() for t in pair] for pair in cache]
 
     def place_rows(self, G: int) -> tuple[Tensor, Tensor]:
-        """Each row's slot in (P, G), for the products with the prompts; and the row in each slot, (P * G,), any row
-        where none belongs."""
+        """Index maps for the products with the prompts: each row's slot in the flattened (P, G) grid, and the row in
+        each slot, (P * G,). Empty slots hold row 0."""
         R, counts = len(self.group), self.group.bincount(minlength=len(self.prompt_keys[0]))
         row = torch.arange(R, device=self.group.device)
         slot = self.group * G + row - (counts.cumsum(0) - counts)[self.group]
         return slot, torch.zeros(len(counts) * int(G), dtype=torch.long, device=row.device).index_copy_(0, slot, row)
 
     def batch_size(self, live: int) -> int:
-        """How many rows to go on with: copying the buffers has its price too."""
+        """Number of rows to continue with. Dropping rows copies the buffers, so it waits for an eighth to end."""
         return live if live <= len(self.group) * 7 // 8 else len(self.group)
 
     def keep(self, rows: Tensor) -> None:
@@ -347,7 +347,7 @@ class GroupDecoder:
         buffer[:, :, self.done - 1] = new
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        """One query a row: softmax over the prompt's keys and the row's own."""
+        """One query per row over the prompt's keys and the row's own: q (R, H, D), k and v (R, KVH, D) -> (R, H, D)."""
         (R, H, D), KVH = q.shape, k.shape[1]
         keys, values = self.keys[layer][:R], self.values[layer][:R]
         self.store(keys, k)
@@ -363,35 +363,34 @@ class GroupDecoder:
         return out.view(R, H, D)
 
     def to_slots(self, t: Tensor) -> Tensor:
-        """(R, KVH, H / KVH, X) -> (P * KVH, G * H / KVH, X): all queries that a prompt's key is read for."""
+        """(R, KVH, H / KVH, X) -> (P * KVH, G * H / KVH, X): stacks the queries that share a prompt."""
         _, KVH, _, X = t.shape
         P = len(self.prompt_keys[0])
         return t[self.rows].view(P, -1, *t.shape[1:]).transpose(1, 2).reshape(P * KVH, -1, X)
 
     def to_rows(self, t: Tensor, R: int, KVH: int) -> Tensor:
-        """And back."""
+        """The inverse of to_slots, for the first R rows."""
         P = len(self.prompt_keys[0])
         return t.view(P, KVH, len(self.rows) // P, -1, t.shape[-1]).transpose(1, 2).flatten(0, 1)[self.slot[:R]]
 
 
 class GraphDecoder(GroupDecoder):
-    """The same on a GPU, where launching a small model's thousand kernels takes several times as long as computing
-    them: one step is a CUDA graph. What it reads must stay where it is, so buffers have their full size from the start,
-    rows leave only when half of them have ended, a graph for each such size, and both are kept for the next batch of
-    this shape. Weights are updated in place, so the graphs see them.
-    """
+    """GroupDecoder whose step is a CUDA graph: on a GPU, launching a small model's thousand kernels takes several times
+    as long as running them. A graph reads fixed addresses, so buffers have their full size from the start. Rows are
+    dropped only when half of them have ended, and each batch size has its own graph. Graphs and buffers are kept
+    for the next batch of the same shape. Weights are updated in place, so the graphs remain valid."""
 
-    check_every = 8  # to look is to wait for the GPU
-    stream = None  # all captures' own: libraries keep a workspace for each stream
+    check_every = 8  # each check synchronizes with the GPU
+    stream = None  # shared by all captures: libraries keep one workspace per stream
 
     def __init__(self, model: PreTrainedModel, prompts: list[list[int]], group_size: int, max_new_tokens: int):
         super().__init__(model, prompts, group_size, max_new_tokens)
         last = getattr(model, "graph_decoder", None)
         if last is not None and last["shape"][:2] == (len(prompts), group_size):
-            self.width = max(self.width, last["shape"][2])  # only ever wider, so that the graphs soon last
-        self.width, self.capacity = (-(-n // 64) * 64 for n in (self.width, max_new_tokens))  # rarely anew
+            self.width = max(self.width, last["shape"][2])  # never narrower, so that graphs can be reused
+        self.width, self.capacity = (-(-n // 64) * 64 for n in (self.width, max_new_tokens))  # so shapes rarely change
         self.shape = len(prompts), group_size, self.width, self.capacity
-        self.graphs: dict[int, tuple] = {}  # of each number of rows: the graph and its logits
+        self.graphs: dict[int, tuple] = {}  # number of rows -> (graph, its logits)
 
     def prefill(self) -> Tensor:
         last = getattr(self.model, "graph_decoder", None)
@@ -399,17 +398,17 @@ class GraphDecoder(GroupDecoder):
         if reusable:
             self.keys, self.values, self.graphs = last["keys"], last["values"], last["graphs"]
         else:
-            self.model.graph_decoder = last = None  # frees its memory first
+            self.model.graph_decoder = last = None  # frees its memory before the new buffers are made
         logits = super().prefill()
         self.tokens, self.positions = torch.zeros_like(self.lengths), torch.zeros_like(self.lengths)
         names = "tokens", "positions", "bias", "column", "slot", "rows", "prompt_keys", "prompt_values"
         for name in names if reusable else ():
             old, new = last[name], getattr(self, name)
-            for there, here in [(old, new)] if torch.is_tensor(old) else zip(old, new, strict=True):
-                there.copy_(here)
+            for target, source in [(old, new)] if torch.is_tensor(old) else zip(old, new, strict=True):
+                target.copy_(source)
             setattr(self, name, old)
-        # what the next batch of this shape goes on with; not the decoder, which has the model: a circle would keep a
-        # model's memory long after its last use
+        # State for the next batch of this shape. Not the decoder, which refers to the model: that reference cycle
+        # would keep the model's memory long after its last use.
         kept = "shape", "keys", "values", "graphs", *names
         self.model.graph_decoder = {name: getattr(self, name) for name in kept}
         return logits
@@ -442,7 +441,7 @@ class GraphDecoder(GroupDecoder):
         inputs = self.tokens[:R], self.positions[:R]
         stream = GraphDecoder.stream = GraphDecoder.stream or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # what libraries allocate at a first call must not be part of the graph
+        with torch.cuda.stream(stream):  # warm up: a library's first allocations must not be captured
             for _ in range(2):
                 super().compute(*inputs)
         torch.cuda.current_stream().wait_stream(stream)

@@ -1,4 +1,4 @@
-"""A model's accuracy on held-out problems: samples, scores, and the table of before and after."""
+"""Evaluates a model on held-out problems: sampling, scores, and the before/after table."""
 
 import math
 import re
@@ -12,7 +12,7 @@ from data import Problem, decode
 from plumbing.answers import extract_answer
 from rewards import Verifier, format_reward
 
-SAMPLES = 4  # completions of each problem in a training script's evaluations
+SAMPLES = 4  # completions per problem in a training script's evaluations
 
 
 @torch.no_grad()
@@ -31,12 +31,12 @@ def evaluate(
     sample: Callable = sample_groups,
     rewards: dict[str, Callable] | None = None,
 ) -> list[dict]:
-    """A record for each problem: its row and `completions`, a list of {text, answer, correct, format, reward, length,
-    finished, logprob}. reward = correct; logprob: the sum over its tokens, at the temperature.
+    """One record per problem: its row and `completions`, a list of {text, answer, correct, format, reward, length,
+    finished, logprob}. reward equals correct; logprob is the sum over the completion's tokens, at `temperature`.
 
     problems: encoded (see data.encode_problems). batch_size: completions sampled at once.
     is_right: a Verifier or a function (text, problem) -> bool; None: the rules. sample: a function with sample_groups'
-    arguments. rewards: other rewards by name, functions (text, problem) -> float; each is a field of the completions.
+    arguments. rewards: further rewards by name, functions (text, problem) -> float; each adds a field to completions.
     """
     verify = is_right if isinstance(is_right, Verifier) else Verifier(is_right=is_right)
     records: list[dict] = [{}] * len(problems)
@@ -71,13 +71,13 @@ def evaluate(
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Unbiased estimate, from n samples, of the chance that one of k is right (Chen et al. 2021, arXiv:2107.03374,
-    eq. 1): 1 - C(n - correct, k) / C(n, k)."""
+    """Unbiased estimate, from n samples, of the probability that at least one of k samples is right (Chen et al. 2021,
+    arXiv:2107.03374, eq. 1): 1 - C(n - correct, k) / C(n, k)."""
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-# Words of a model that goes back over what it wrote: R1's "aha moments" (arXiv:2501.12948, table 3), which others found
-# in its base model too (arXiv:2503.20783, section 2.3). Counted from before the first update on.
+# Words with which a model rechecks its own text, as in R1's "aha moments" (arXiv:2501.12948, table 3). R1's base model
+# uses them too (arXiv:2503.20783, section 2.3), so they are counted before the first update as well.
 REFLECTION = re.compile(
     r"\b(?:wait|hmm+|however|alternatively|actually|re-?check|re-?examine|re-?evaluate|double[- ]check|verify|"
     r"mistake|let me (?:check|verify|re\w+)|let's check|check again)\b|等一下|等等|不对|再(?:检查|想)",
@@ -90,7 +90,7 @@ def count_reflection_words(text: str) -> int:
 
 
 def summarize(records: list[dict]) -> dict[str, float]:
-    """Means over all completions of the records; `pass_at_<k>` over problems."""
+    """Means over all completions of the records; `pass_at_<k>` is a mean over problems."""
     completions = [c for record in records for c in record["completions"]]
     n = len(records[0]["completions"])
 
@@ -115,7 +115,7 @@ def summarize(records: list[dict]) -> dict[str, float]:
 
 
 def group_by(records: list[dict], name: str) -> dict[str, list[dict]]:
-    """Records by difficulty or topic; those without one are left out."""
+    """Records grouped by a field (difficulty or topic); records without a value are left out."""
     values = {record[name] for record in records} - {None, ""}
     return {value: [r for r in records if r[name] == value] for value in sorted(values)}
 
@@ -123,8 +123,8 @@ def group_by(records: list[dict], name: str) -> dict[str, list[dict]]:
 def evaluate_policy(
     policy, tokenizer, problems, max_new_tokens, format_style, batch_size, seed, is_right=None, rewards=None, **options
 ) -> dict[str, float]:
-    """The eval/* scalars of a training script, sampled at temperature 1 unless the name says greedy. is_right, rewards,
-    options (such as sample): see `evaluate`; a reward's mean is eval/<name>."""
+    """The eval/* scalars of a training script. Completions are sampled at temperature 1 unless the tag says greedy.
+    is_right, rewards, options (such as sample): see `evaluate`; the mean of a reward is eval/<name>."""
 
     def run(num_samples: int, temperature: float) -> list[dict]:
         limits = num_samples, max_new_tokens, temperature, format_style, batch_size, seed
@@ -132,7 +132,7 @@ def evaluate_policy(
 
     sampled, greedy = run(SAMPLES, 1.0), run(1, 0.0)
     if isinstance(is_right, Verifier):
-        is_right.summary()  # verifier/* is about training batches: forget the evaluation's counts
+        is_right.summary()  # resets the counts: verifier/* is about training batches only
     summary = summarize(sampled)
     scores = {f"eval/{name}": v for name, v in summary.items() if not (math.isnan(v) or name.startswith("pass_at"))}
     scores["eval/pass_at_k"] = summary[f"pass_at_{SAMPLES}"]
@@ -159,7 +159,7 @@ def format_table(header: list[str], rows: list[list]) -> str:
 
 
 def comparison_table(before: dict[str, float], after: dict[str, float]) -> str:
-    """Held-out accuracy before and after training, in all and by difficulty."""
+    """Table of held-out accuracy, overall and by difficulty, and other metrics before and after training."""
     prefix = "eval/accuracy_difficulty_"
     rows = [["all", ""]] + [
         [f"difficulty {tag[len(prefix) :]}", tag[len("eval/accuracy") :]] for tag in after if tag.startswith(prefix)

@@ -1,8 +1,8 @@
-"""The command line: one-line errors, the ranges of flags, the groups of flags that several scripts share, parsing and
+"""The command line: one-line errors, the ranges of flags, the flag groups that several scripts share, parsing and
 `--resume`.
 
-A script's flags are the fields of its dataclass `Args`. A range stands beside the flag, in its type
-(`learning_rate: Positive = 1e-4`). A flag without a range may be any finite number.
+A script's flags are the fields of its dataclass `Args`. A flag's range is part of its type
+(`learning_rate: Positive = 1e-4`). A numeric flag without a range may be any finite number.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from typing import Annotated, Literal, NoReturn, get_args, get_origin, get_type_
 
 import tyro
 
-Group = tyro.conf.OmitArgPrefixes  # a group of flags: a box of --help, each flag spelled without the group's name
+Group = tyro.conf.OmitArgPrefixes  # a flag group: a box in --help; its flags have no prefix
 
 
 def fail(message: str) -> NoReturn:
@@ -36,7 +36,7 @@ def reason(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a flag allows. Each number of a list is checked; None always passes."""
+    """The numbers that a flag allows. In a list, every number is checked; None always passes."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -59,7 +59,7 @@ AtLeast2 = Annotated[int, Range(2)]
 
 
 def ranges(hint) -> list[Range]:
-    """All Ranges in a type: of `Positive`, of `AtLeast1 | None`, of `tuple[Positive, ...]`."""
+    """All Ranges in a type such as `Positive`, `AtLeast1 | None` or `tuple[Positive, ...]`."""
     found = [part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Range)]
     return found + [limit for part in get_args(hint) if get_args(part) for limit in ranges(part)]
 
@@ -87,18 +87,18 @@ def as_flag(name: str) -> str:
 
 
 def check_minibatch(minibatch_size: int, group_size: int, batch_size: int) -> None:
-    """A minibatch is whole groups of the iteration's batch."""
+    """Fails unless a minibatch consists of whole groups and is no larger than the iteration's batch."""
     if minibatch_size % group_size or not group_size <= minibatch_size <= batch_size:
         allowed = f"a multiple of --group-size {group_size}, at most {batch_size} (prompts x group size)"
         fail(f"--minibatch-size {minibatch_size}: must be {allowed}")
 
 
 def check_folder(flag: str, folder: str) -> None:
-    """A directory that will be made must be writable, or the nearest one above it that is there."""
+    """Fails unless the folder, or its nearest existing parent, is a writable directory."""
     path = Path(folder).resolve()
     nearest = next(place for place in (path, *path.parents) if place.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        fail(f"{flag} {folder}: can't be written ({nearest} is not a directory that can be written)")
+        fail(f"{flag} {folder}: can't be written ({nearest} is not a writable directory)")
 
 
 def named_directory(run_root: str, run_name: str) -> Path:
@@ -106,13 +106,13 @@ def named_directory(run_root: str, run_name: str) -> Path:
 
 
 def check_run_directory(flags) -> None:
-    """A new run's --run-root must be writable, and its --run-name not taken."""
+    """Fails unless --run-root is writable and --run-name is valid and not taken."""
     check_folder("--run-root", flags.run_root)
     if flags.run_name is None:
         return
     directory = named_directory(flags.run_root, flags.run_name)
     if directory == Path(flags.run_root):
-        fail(f"--run-name {flags.run_name}: is no name for a directory")
+        fail(f"--run-name {flags.run_name}: is not a valid directory name")
     if directory.exists():
         fail(f"--run-name {flags.run_name}: {directory} exists; --resume it, or take another name")
 
@@ -127,10 +127,10 @@ SYSTEM_PROMPT = (
 
 @dataclass
 class SetupFlags:
-    """Model and data."""
+    """Held-out problems, system prompt, device and dtype."""
 
     eval_data: str | None = None
-    """held-out problems; without it a tenth of --problems, chosen by hash, is held out"""
+    """held-out problems; None: a tenth of --problems, chosen by hash, or a hub dataset's test or validation split"""
     system_prompt: str = SYSTEM_PROMPT
     """system turn of the chat template ('' for none); the embedded model's template ignores it"""
     device: str = "auto"
@@ -141,28 +141,28 @@ class SetupFlags:
 
 @dataclass
 class SamplingFlags:
-    """How completions are sampled, and for which problems."""
+    """Temperature, and the order in which problems are drawn."""
 
     temperature: Positive = 1.0
     """sampling temperature; also applied to all logprobs"""
     problem_sampling: Literal["uniform", "curriculum", "prioritized"] = "uniform"
-    """each problem once per epoch | the easiest first, and by the end of the run all | those that fail more often"""
+    """each problem once per epoch | easy problems first, all by the end of the run | failed problems more often"""
     priority_floor: Share = 0.05
-    """prioritized: a problem's weight is 1 - its recent success rate, and never below this; 0 drops what is solved"""
+    """prioritized: lowest weight of a problem (the weight is 1 - recent success rate); 0: solved problems come last"""
 
 
 @dataclass
 class OptimizationFlags:
-    """The optimizer, and the memory that an update takes."""
+    """Optimizer, and memory use of an update."""
 
     warmup_iterations: AtLeast0 = 10
     """iterations over which the learning rate rises linearly"""
     micro_batch_tokens: AtLeast1 = 8192
-    """tokens (prompt and completion of each row) in one forward and backward pass; changes memory only"""
+    """tokens (prompt + completion of each row) per forward and backward pass; fewer save memory, same gradient"""
     gradient_checkpointing: bool = False
-    """keep only each layer's input for the backward pass and compute the layer again there: less memory, slower"""
+    """store only each layer's input and recompute the layer in the backward pass: less memory, slower"""
     offload_optimizer: bool = False
-    """keep fp32 masters, Adam's state and gradients in host memory: 2 bytes a parameter on the GPU, not 18; slower"""
+    """keep fp32 masters, Adam's state and gradients in host memory: 2 bytes per parameter on the GPU, not 18; slower"""
     max_grad_norm: Positive = 1.0
     """gradients are clipped to this norm"""
     max_bad_updates: AtLeast1 = 10
@@ -171,22 +171,22 @@ class OptimizationFlags:
 
 @dataclass
 class RunFlags:
-    """Evaluations, checkpoints and the run's directory."""
+    """Evaluation, checkpoints and the run directory."""
 
     eval_every: AtLeast0 = 25
-    """iterations between evaluations; 0: only before and after"""
+    """iterations between evaluations; 0: only before and after training"""
     eval_problems: AtLeast1 = 300
-    """held-out problems in an evaluation (SFT, DPO, reward model: also held-out demonstrations or pairs)"""
+    """number of held-out problems per evaluation (SFT, DPO, reward model: also of demonstrations or pairs)"""
     save_every: AtLeast0 = 50
-    """iterations between checkpoints; 0: only final/"""
+    """iterations between checkpoints; 0: save only the final model (final/)"""
     keep_checkpoints: AtLeast0 = 0
-    """keep only this many of the newest checkpoints; 0: all"""
+    """number of newest checkpoints to keep; 0: all"""
     run_root: str = "runs"
-    """directory in which run directories are made"""
+    """parent directory of the run directories"""
     run_name: str | None = None
-    """name of the run directory; None: script, problems, model, seed and time"""
+    """name of the run directory; None: made of script, problems, model, seed and time"""
     resume: str | None = None
-    """run directory to continue, from its newest checkpoint and with its arguments"""
+    """run directory to continue from its newest checkpoint, with its saved arguments"""
 
 
 # ---- Parsing -------------------------------------------------------------------------------------------------------
@@ -204,8 +204,8 @@ RESUME_MAY_CHANGE = (
 
 
 def parse_args(Args, argv: list[str] | None = None):
-    """tyro.cli(Args), with every range checked. With `--resume RUN` the run's saved arguments are the defaults, and
-    only the flags of RESUME_MAY_CHANGE may differ from them."""
+    """tyro.cli(Args) with every range checked. With `--resume RUN`, the run's saved arguments are the defaults and only
+    the flags in RESUME_MAY_CHANGE may differ from them."""
     argv = sys.argv[1:] if argv is None else argv
     run = next((a.partition("=")[2] for a in argv if a.startswith("--resume=")), None)
     if "--resume" in argv[:-1]:
@@ -225,7 +225,7 @@ def parse_args(Args, argv: list[str] | None = None):
     except (ValueError, TypeError, AttributeError) as error:
         fail(f"--resume {run}: {file} does not hold this script's arguments ({error})")
     args = tyro.cli(Args, args=argv, default=default)
-    before = json.loads(json.dumps(to_flat(default)))  # tuples as lists, as they are in the file
+    before = json.loads(json.dumps(to_flat(default)))  # tuples become lists, as in the file
     for name, value in json.loads(json.dumps(to_flat(args))).items():
         if value != before[name] and name not in RESUME_MAY_CHANGE:
             *allowed, flag = map(as_flag, (*RESUME_MAY_CHANGE, name))
@@ -236,7 +236,7 @@ def parse_args(Args, argv: list[str] | None = None):
 
 
 def to_flat(args) -> dict:
-    """All flags by name, those of the groups too."""
+    """All flags by name, including those in groups."""
     flat = {}
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
@@ -245,7 +245,7 @@ def to_flat(args) -> dict:
 
 
 def from_flat(default, values: dict):
-    """`default` with the values of a flat dict. Raises ValueError if a name is no flag."""
+    """`default` with the values of a flat dict. Raises ValueError if a name is not a flag."""
     if unknown := values.keys() - to_flat(default).keys():
         raise ValueError(f"unknown: {', '.join(sorted(unknown))}")
     hints, changes = get_type_hints(type(default)), {}

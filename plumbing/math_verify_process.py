@@ -1,6 +1,6 @@
-"""math-verify as a process of its own, with limits of time and memory (see answers.math_verify_match).
+"""Runs math-verify in a separate process with time and memory limits (see answers.math_verify_match).
 
-It reads [predicted, gold] from stdin, a JSON list a line, and writes true or false for each, until stdin closes.
+It reads one JSON list [predicted, gold] per line from stdin and writes true or false for each, until stdin closes.
 """
 
 import json
@@ -10,7 +10,7 @@ import resource
 import signal
 import sys
 
-MATH_VERIFY_SECONDS = 0.8  # processor time for one comparison; a usual one takes 0.01 to 0.1
+MATH_VERIFY_SECONDS = 0.8  # CPU time per comparison; most take 0.01 to 0.1
 MATH_VERIFY_BYTES = 2 << 30
 
 
@@ -24,9 +24,9 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MATH_VERIFY_BYTES, MATH_VERIFY_BYTES))
     except (ValueError, OSError):  # macOS has no such limit
         pass
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # its default is to end the process, inside C code as well
-    # LaTeX only: the package's other reader hands the text to sympy's parse_expr, which evaluates it. Without
-    # units: it counts letters such as m, s and ab among them, and 5m would equal 5.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # by default it ends the process, even inside C code
+    # LaTeX only: the package's other parser passes the text to sympy's parse_expr, which evaluates it. units=False,
+    # because it treats letters such as m, s and ab as units, and 5m would equal 5.
     latex = math_verify.LatexExtractionConfig(
         normalization_config=NormalizationConfig(
             basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"

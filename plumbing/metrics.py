@@ -1,4 +1,4 @@
-"""What a run logs and watches: means over an iteration, times, metrics of a rollout and of an update, samples as text,
+"""Logging and monitoring of a run: means over an iteration, times, metrics of rollouts and updates, samples as text,
 and signs of collapse."""
 
 import math
@@ -19,23 +19,23 @@ from plumbing.flags import fail
 
 
 class Metrics:
-    """Weighted means of what is added in an iteration. Names that end in "_max" keep the largest value instead."""
+    """Weighted means of the values added in an iteration; names that end in "_max" keep the largest value instead."""
 
     def __init__(self):
-        self.tokens = 0  # sampled
+        self.tokens = 0  # sampled tokens
         self.sums: dict[str, float] = {}
         self.weights: dict[str, float] = {}
         self.weighted: dict[str, bool] = {}
 
     def add(self, values: dict[str, float], weight: float | None = None) -> None:
-        """weight: of these values in their means, such as the tokens that they are about; None: all weigh the same."""
+        """weight: weight of these values in their means, such as the number of tokens; None: equal weights."""
         for name, value in values.items():
             if name.endswith("_max"):
                 self.sums[name] = max(float(value), self.sums.get(name, -float("inf")))
                 self.weights[name] = 1.0
                 continue
             if self.weighted.setdefault(name, weight is not None) != (weight is not None):
-                raise ValueError(f"{name} was added with a weight and without one: two metrics need two names")
+                raise ValueError(f"{name} was added with a weight and without one: use two names")
             if weight is None or weight > 0:
                 self.sums[name] = self.sums.get(name, 0.0) + (weight or 1.0) * float(value)
                 self.weights[name] = self.weights.get(name, 0.0) + (weight or 1.0)
@@ -45,7 +45,7 @@ class Metrics:
 
 
 class Clock:
-    """Seconds between one lap and the next, the device's queued work included."""
+    """Seconds between laps, by name; a lap waits for the GPU's queued work."""
 
     def __init__(self, device: torch.device):
         self.device, self.seconds = device, {}
@@ -91,7 +91,7 @@ def log_iteration(writer: SummaryWriter, metrics: Metrics, clock: Clock, global_
 
 
 def add_rollout_metrics(metrics: Metrics, rollout: Rollout, rewards: Tensor, components: dict[str, Tensor]) -> None:
-    """reward/* and rollout/* of one sampled batch. rewards, components: (P, G)."""
+    """Adds reward/* and rollout/* of one sampled batch. rewards and each component: (P, G)."""
     lengths, right = rollout.lengths.float().cpu(), components["accuracy"].flatten() > 0
     values = {f"reward/{name}": values.float().mean() for name, values in components.items()} | {
         "reward/total": rewards.mean(),
@@ -111,8 +111,8 @@ def add_rollout_metrics(metrics: Metrics, rollout: Rollout, rewards: Tensor, com
 
 
 def token_metrics(rollout: Rollout, rows: list[int], entropy: Tensor, old_logprobs: Tensor | None = None) -> dict:
-    """Means over the rows' trained tokens: entropy, and with old_logprobs the gap between sampler and trainer. They
-    compute the same weights and tokens, so only kernels, cache and rounding differ. entropy, old_logprobs: (R, T)."""
+    """Over the rows' trained tokens: mean entropy and, with old_logprobs, the logprob gap of sampler and trainer. Both
+    use the same weights and tokens, so only kernels, cache and rounding differ. entropy, old_logprobs: (R, T)."""
     trained = rollout.trained[rows]
     if not trained.any():
         return {}
@@ -125,7 +125,7 @@ def token_metrics(rollout: Rollout, rows: list[int], entropy: Tensor, old_logpro
 
 @torch.no_grad()
 def ratio_metrics(ratio: Tensor, advantages: Tensor, mask: Tensor, clip_low: float, clip_high: float) -> dict:
-    """Shares of the tokens whose gradient the clip stops, and the largest ratio. All (B, T)."""
+    """Fractions of tokens whose gradient is removed by the clip, and the largest ratio. Tensors are (B, T)."""
     tokens = mask.sum().clamp(min=1)
     clipped_low, clipped_high = (advantages < 0) & (ratio < 1 - clip_low), (advantages > 0) & (ratio > 1 + clip_high)
     return {
@@ -136,7 +136,7 @@ def ratio_metrics(ratio: Tensor, advantages: Tensor, mask: Tensor, clip_low: flo
 
 
 def log_samples(writer: SummaryWriter, tokenizer, rollout: Rollout, texts, components: dict, global_step: int) -> None:
-    """The first completion of the first eight prompts, as indented blocks: markdown would eat tags and newlines."""
+    """Logs one completion of each of the first eight prompts, indented: markdown would drop tags and newlines."""
     parts = []
     for p in range(min(8, len(rollout.prompt_ids))):
         row = p * rollout.group_size
@@ -150,33 +150,33 @@ def log_samples(writer: SummaryWriter, tokenizer, rollout: Rollout, texts, compo
 
 
 class Health:
-    """Watches a run. An update whose loss or gradient is not finite is skipped. If a run shows a sign of collapse for
-    PATIENCE iterations in a row, one warning with suggestions is printed."""
+    """Monitors a run. Updates with a non-finite loss or gradient are skipped. If a sign of collapse persists for
+    PATIENCE iterations in a row, it prints one warning with suggestions."""
 
     PATIENCE = 5
-    SIGNS = {  # tag: (is it a sign?, what it means and what to try)
+    SIGNS = {  # tag: (test for the sign, meaning and advice)
         "loss/entropy": (
             lambda entropy: entropy < 0.005,
-            "the policy is nearly deterministic and explores no more: a lower --learning-rate, or more regularisation",
+            "the policy is nearly deterministic and no longer explores: lower --learning-rate or add regularisation",
         ),
         "reward/std_within_group": (
             lambda std: std == 0,
-            "all completions of every prompt score alike, so a group teaches nothing: other problems, a larger "
+            "in every group all completions get the same reward, so nothing is learned: try other problems, a larger "
             "--group-size, or train_sft.py first",
         ),
         "rollout/finished": (
             lambda finished: finished == 0,
-            "every completion is cut by the length limit, so none has an answer: a larger --max-new-tokens, or a model "
-            "that ends what it writes (train_sft.py)",
+            "every completion is cut by the length limit, so none has an answer: try a larger --max-new-tokens, or a "
+            "model that ends its completions (train_sft.py)",
         ),
         "drop of rollout/finished": (
             lambda drop: drop > 0.5,
-            "completions have grown into the length limit, which cuts most of them now: look at the texts for "
-            "repetition; a larger --max-new-tokens, --overlong-weight, or --loss-norm token or constant",
+            "completions have grown to the length limit, which now cuts most of them: check the texts for repetition; "
+            "try a larger --max-new-tokens, --overlong-weight, or --loss-norm token or constant",
         ),
         "loss/kl": (
             lambda kl: kl > 5,
-            "the policy is far from its reference: a larger --kl-coef or --tau, a lower --learning-rate",
+            "the policy is far from its reference: try a larger --kl-coef or --tau, or a lower --learning-rate",
         ),
     }
 
@@ -186,9 +186,9 @@ class Health:
         self.bad_updates, self.streaks = 0, Counter()
 
     def is_finite(self, loss: float, grad_norm: float, rollout: Rollout, rows: list[int], **values: Tensor) -> bool:
-        """Whether an optimizer may take this step. After max_bad_updates bad ones in a row the run ends, and
-        `bad_update.jsonl` in the run directory has the minibatch: the rows with a non-finite entry in one of the
-        values, (B,) or (B, T), or else all rows."""
+        """Whether the optimizer may take this step. After max_bad_updates non-finite updates in a row, writes the last
+        minibatch to `bad_update.jsonl` in the run directory and ends the run. values: (B,) or (B, T); only rows with a
+        non-finite entry in one of them are written, or all rows if there is none."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.bad_updates = 0
             return True
@@ -206,14 +206,14 @@ class Health:
                 records.append({"not_finite": not_finite, "prompt": prompt, "completion": texts[row], "ids": ids})
             write_jsonl(str(file), [r for r in records if r["not_finite"]] or records)
             limit = f"--max-bad-updates {self.max_bad_updates} updates in a row were not finite"
-            fail(f"{limit} (the last: {what}), the weights are as before them; its rows are in {file}")
+            fail(f"{limit} (the last: {what}); they did not change the weights. The last one's rows are in {file}")
         return False
 
     def watch(self, logged: dict[str, float]) -> None:
-        """Called with what an iteration has logged."""
+        """Checks an iteration's logged scalars for signs of collapse."""
         finished = logged.get("rollout/finished", 0.0)
         self.most_finished = max(self.most_finished, finished)
-        if finished:  # else it is the sign above
+        if finished:  # 0 is a sign of its own
             logged = logged | {"drop of rollout/finished": self.most_finished - finished}
         for tag, (is_sign, advice) in self.SIGNS.items():
             self.streaks[tag] = self.streaks[tag] + 1 if tag in logged and is_sign(logged[tag]) else 0

@@ -1,4 +1,4 @@
-"""Preference pairs: where they come from, their token ids, their batches, and what is reported of them."""
+"""Preference pairs: where they come from, token ids, batches, and reports."""
 
 import random
 from collections import Counter
@@ -50,26 +50,26 @@ class Pair:
 
 @dataclass
 class PairFlags:
-    """Which pairs of --data are trained on."""
+    """Selection and weights of the preference pairs in --data."""
 
     pair_problems: AtLeast1 = 1500
-    """arithmetic-pairs: how many problems are sampled, eight times each"""
+    """arithmetic-pairs: number of problems; eight completions are sampled for each"""
     pair_weight: Literal["uniform", "gap"] = "uniform"
-    """weight of a pair in the loss; gap: proportional to the difference of its scores (samples files)"""
+    """weight of a pair in the loss; gap: proportional to its score difference (needs scored samples)"""
     min_gap: NonNegative = 0.5
-    """two scores of a samples file that differ by less make no pair; at 0.5 a right and a wrong answer remain"""
+    """samples: smallest score difference that makes a pair; 0.5 keeps pairs of a right and a wrong answer"""
     max_pairs_per_prompt: AtLeast1 = 4
-    """at most this many pairs of one prompt, chosen at random, so that a few prompts don't dominate"""
+    """at most this many pairs per prompt, chosen at random, so that a few prompts don't dominate"""
     balance_topics: bool = False
-    """as many pairs of every topic as there are of the rarest"""
+    """reduce every topic to as many pairs as the rarest topic has"""
 
 
 def load_preference_pairs(source: str, seed: int = 0, flags: PairFlags | None = None) -> list[Pair]:
-    """Preference pairs. Prints how many there are and what was dropped.
+    """Loads preference pairs and prints how many were kept and dropped.
 
-    source: "arithmetic-pairs", N-best samples of the embedded model; a .jsonl file with the fields `prompt` (or
-    `question`), `chosen`, `rejected`, optionally `weight`; or a samples file of evaluate.py, which holds several scored
-    completions of each problem. seed: of the random choice of a prompt's pairs.
+    source: "arithmetic-pairs", sampled from the embedded model; a .jsonl file with the fields `prompt` (or `question`),
+    `chosen`, `rejected`, optionally `weight`; or a samples file of evaluate.py, which holds several scored completions
+    of each problem. seed: for the random choices of --max-pairs-per-prompt and --balance-topics.
     """
     flags = flags or PairFlags()
     dropped = Counter()
@@ -100,9 +100,9 @@ def load_preference_pairs(source: str, seed: int = 0, flags: PairFlags | None = 
 
 
 def arithmetic_samples(count: int) -> list[dict]:
-    """Records as in a samples file, from the embedded model: eight completions of each of `count` problems of both
-    splits, with the reward that is train_grpo.py's default. Always from one seed, on the CPU, in fp32: a resumed run
-    must find the same ones, on any device."""
+    """Records as in a samples file: eight completions by the embedded model for each of `count` problems of both
+    splits, with train_grpo.py's default reward. The seed is fixed and sampling is on the CPU in fp32, so that a resumed
+    run gets the same pairs on any device."""
     model = "models/tiny-arithmetic"
     tokenizer = common.load_tokenizer(model)
     policy = common.load_policy(model, eos_token_id=tokenizer.eos_token_id)
@@ -115,11 +115,11 @@ def arithmetic_samples(count: int) -> list[dict]:
 
 
 def sampled_pairs(rows: list[tuple[str, dict]], source: str, min_gap: float, dropped: Counter) -> list[Pair]:
-    """All pairs that each problem's scored completions induce, the better one chosen; weight = the scores' gap."""
+    """All pairs of a better (chosen) and a worse completion of a problem, min_gap or more apart; weight = that gap."""
     pairs, questions = [], set()
     for (place, _), record in zip(rows, read_samples(rows, source), strict=True):
         question, messages = add_mode(record["question"], record["messages"], record.get("mode"))
-        scored: dict[str, dict] = {}  # by text: a completion that was sampled twice says nothing new
+        scored: dict[str, dict] = {}  # by text: duplicates add no information
         for completion in record["completions"]:
             dropped["duplicate texts"] += completion["text"] in scored
             scored.setdefault(completion["text"], completion)
@@ -146,7 +146,7 @@ def read_pairs(rows: list[tuple[str, dict]], source: str, dropped: Counter) -> l
     pairs, errors = {}, []
     for place, row in rows:
         try:
-            if isinstance(row.get("chosen"), list) and len(row["chosen"]) > 1:  # each with the prompt before it
+            if isinstance(row.get("chosen"), list) and len(row["chosen"]) > 1:  # each contains the prompt
                 question, messages, chosen = split_conversation("chosen", row["chosen"])
                 *other, rejected = split_conversation("rejected", row.get("rejected"))
                 if other != [question, messages]:
@@ -170,7 +170,7 @@ def read_pairs(rows: list[tuple[str, dict]], source: str, dropped: Counter) -> l
 
 
 def balance(items: list, flag: str, source: str, seed: int, dropped: Counter) -> list:
-    """As many items of every topic as there are of the rarest, a random choice."""
+    """Reduces every topic, at random, to as many items as the rarest topic has."""
     topics = {topic: [item for item in items if item.topic == topic] for topic in sorted({i.topic for i in items})}
     if len(topics) < 2:
         fail(f"{flag}: {source} does not name two topics")
@@ -184,7 +184,7 @@ def listed(dropped: Counter) -> str:
 
 
 def completion_field(row: dict, name: str) -> str:
-    """A text, or a list of one message, the assistant's."""
+    """The text of a field: a text, or a list of one message by the assistant."""
     if not isinstance(row.get(name), list):
         return text_field(row, (name,))
     messages = read_messages(name, row[name])
@@ -194,7 +194,7 @@ def completion_field(row: dict, name: str) -> str:
 
 
 def split_conversation(name: str, value) -> tuple[str, tuple | None, str]:
-    """(question, messages, completion) of a whole conversation: the completion is its last turn."""
+    """Splits a conversation into (question, messages, completion); the completion is its last turn."""
     messages = read_messages(name, value) if isinstance(value, list) else []
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise ValueError(f"field {name!r}: a list of messages that ends with the assistant's turn is expected")
@@ -207,7 +207,7 @@ def split_conversation(name: str, value) -> tuple[str, tuple | None, str]:
 def encode_pairs(tokenizer, pairs: list[Pair], system_prompt: str, context: float) -> list[Pair]:
     """The pairs that fit the context, with their token ids.
 
-    A pair that the context would cut is dropped and counted: the part that is cut off has the answer and the EOS.
+    Longer pairs are dropped and counted: truncation would remove the answer and the EOS.
     """
     prompts = encode_prompts(tokenizer, [pair.messages or pair.question for pair in pairs], system_prompt)
     for pair, prompt in zip(pairs, prompts, strict=True):
@@ -216,7 +216,7 @@ def encode_pairs(tokenizer, pairs: list[Pair], system_prompt: str, context: floa
 
     def encode(texts: list[str], finished: list[bool]) -> list[tuple[int, ...]]:
         ids = encode_completions(tokenizer, texts, prompts)
-        return [tuple(i if whole else i[:-1]) for i, whole in zip(ids, finished, strict=True)]  # cut: without EOS
+        return [tuple(i if whole else i[:-1]) for i, whole in zip(ids, finished, strict=True)]  # truncated: no EOS
 
     chosen = encode([pair.chosen for pair in pairs], [pair.chosen_finished for pair in pairs])
     rejected = encode([pair.rejected for pair in pairs], [pair.rejected_finished for pair in pairs])
@@ -235,14 +235,14 @@ def pair_length(pair: Pair) -> int:
 
 
 def pair_rollout(pairs: list[Pair], device) -> Rollout:
-    """The pairs as groups of two: row 2i is pair i's chosen completion, row 2i + 1 its rejected one."""
+    """A Rollout with groups of two: row 2i is pair i's chosen completion, row 2i + 1 its rejected one."""
     completions = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
     return common.make_rollout([pair.prompt_ids for pair in pairs], completions, group_size=2, device=device)
 
 
 def pair_micro_batches(rollout: Rollout, max_tokens: int) -> list[list[int]]:
-    """All rows of a Rollout of pairs in micro-batches of whole pairs, in the order chosen, rejected, chosen, ...: a
-    pair's loss needs both rows. The budget is never less than the largest pair takes."""
+    """All rows of a Rollout of pairs in micro-batches of whole pairs, because a pair's loss needs both rows, ordered
+    chosen, rejected, chosen, ... If the largest pair exceeds max_tokens, its size is the limit."""
     G, lengths = rollout.group_size, rollout.lengths.view(-1, rollout.group_size).sum(1).tolist()
     largest = max(G * len(prompt) + length for prompt, length in zip(rollout.prompt_ids, lengths, strict=True))
     batches = common.micro_batches(rollout, list(range(len(rollout.mask))), max(max_tokens, largest))
@@ -253,14 +253,14 @@ def pair_micro_batches(rollout: Rollout, max_tokens: int) -> list[list[int]]:
 
 
 def ranked_right(margins: Tensor) -> Tensor:
-    """(B,) reward(chosen) - reward(rejected) -> (B,): 1 where a pair is ranked as labelled, 0 where not, 0.5 for a tie.
-    A margin within rounding is a tie: in float32 a policy equal to its reference has margins of 1e-6, not 0."""
+    """Margins reward(chosen) - reward(rejected), (B,) -> (B,): 1 if a pair is ranked as labelled, 0 if not, 0.5 for a
+    tie. Margins within rounding error are ties: a policy equal to its reference has margins of 1e-6 in float32."""
     return ((margins.abs() > 1e-4) * margins.sign() + 1) / 2
 
 
 def pair_table(before: dict[str, float], after: dict[str, float], questions: list[str]) -> str:
-    """The evaluation of a preference method before and after training, except the accuracy. questions: the held-out
-    pairs'. Pairs of one question say much the same, so the interval counts questions, not pairs."""
+    """Table of a preference method's metrics, except accuracy, before and after training. questions: one per held-out
+    pair. Pairs of one question are not independent, so the interval counts distinct questions, not pairs."""
     names = ("pair_accuracy", "pair_margin", "pair_loss", "calibration", "kl", "win_rate")
     rows = [[name, before[f"eval/{name}"], after[f"eval/{name}"]] for name in names if f"eval/{name}" in after]
     if rows and rows[0][0] == "pair_accuracy":

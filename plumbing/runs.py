@@ -1,4 +1,4 @@
-"""A run on disk: its directory, arguments and source, checkpoints, event writer, and a Ctrl-C that loses nothing."""
+"""A run on disk: directory, arguments, source, checkpoints, event writer, and Ctrl-C that saves a checkpoint."""
 
 import errno
 import gc
@@ -22,10 +22,10 @@ from plumbing.flags import check_run_directory, fail, named_directory, reason, t
 
 
 class Run:
-    """Make it after the last check of the input: before, nothing is on disk. A script learns the same without it.
+    """A run's files. Create it after the last input check, because it writes to disk. It does not affect learning.
 
-    dir and writer: the run directory and its TensorBoard writer. start_from: the newest whole checkpoint's directory if
-    a run is resumed, else --model. progress: the values of the last `checkpoint`; in a new run two zeros.
+    dir, writer: the run directory and its TensorBoard writer. start_from: the newest intact checkpoint's directory if
+    the run is resumed, else --model. progress: the last `checkpoint`'s values; iteration and global_step 0 at first.
     """
 
     def __init__(self, args, tokenizer):
@@ -42,7 +42,7 @@ class Run:
             (self.dir / "args.json.tmp").write_text(json.dumps(to_flat(args) | {"resume": None}, indent=2) + "\n")
             os.replace(self.dir / "args.json.tmp", self.dir / "args.json")
             keep_source(source, self.dir, self.progress["iteration"])
-            # events after the checkpoint, written before the run was interrupted, are purged
+            # purge events that the interrupted run wrote after its last checkpoint
             purge = self.progress["global_step"] + bool(state) if args.run.resume else None
             self.writer = SummaryWriter(str(self.dir), purge_step=purge)
         except OSError as error:
@@ -54,11 +54,11 @@ class Run:
             self.writer.add_text("hyperparameters", table, 0)
         print(f"run directory: {self.dir}")
         self._stop = StopSignal()
-        gc.freeze()  # the libraries' million objects stay: no garbage collection needs to walk through them again
+        gc.freeze()  # the libraries' million objects stay alive: garbage collection can skip them
 
     def restore(self, **stateful) -> None:
-        """Tells the run what a checkpoint holds besides the model, and restores it if a run is resumed. stateful: by
-        name anything with state_dict and load_state_dict, such as the optimizer, the sampler, a critic."""
+        """Registers what checkpoints hold besides the model, and restores it if the run is resumed. stateful: named
+        objects with state_dict and load_state_dict, such as the optimizer, the sampler or a critic."""
         self._stateful = stateful
         if self._saved is None:
             return
@@ -69,8 +69,8 @@ class Run:
             value.load_state_dict(self._saved.pop(name))
 
     def checkpoint(self, model, iteration: int, global_step: int, **progress) -> None:
-        """Saves if --save-every says so, at the end, and on Ctrl-C, after which it ends the program. progress: plain
-        values to find again in `progress` after a resume."""
+        """Saves every --save-every iterations and at the end (0: never), and on Ctrl-C, which then ends the program.
+        progress: further plain values, available in `self.progress` after a resume."""
         flags, last = self._args.run, iteration == self._args.iterations
         if self._stop.number or (flags.save_every and (last or iteration % flags.save_every == 0)):
             self.writer.flush()
@@ -91,8 +91,8 @@ class Run:
 
 
 def run_directory(args) -> Path:
-    """The resumed run's, or a new one under --run-root, named --run-name or after script, data, model, seed and
-    time."""
+    """The resumed run's directory, or a new one under --run-root; its name is --run-name, or made of script, data,
+    model, seed and time."""
     flags = args.run
     if flags.resume:
         return Path(flags.resume)
@@ -100,7 +100,7 @@ def run_directory(args) -> Path:
     if flags.run_name is not None:
         return named_directory(flags.run_root, flags.run_name)
     model, script = Path(args.model), Path(getfile(type(args))).stem
-    if model.name == "final":  # a run's result: named after its script
+    if model.name == "final":  # the result of another run: use that run's script name
         model = Path(model.resolve().parent.name.partition("__")[0] + "-final")
     data = getattr(args, "data", None) or args.problems
     data = "+".join(Path(source).stem for source in (data if isinstance(data, tuple) else [data]))
@@ -121,7 +121,7 @@ def keep_source(source: Path, directory: Path, iteration: int) -> None:
 
 
 def git_commit(folder: Path) -> str:
-    """The commit, with "-dirty" if the work tree differs from it; untracked files count."""
+    """The commit's hash, with "-dirty" if the work tree differs from it; untracked files count."""
 
     def git(*command: str) -> str:
         return subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True).stdout.strip()
@@ -133,7 +133,7 @@ def git_commit(folder: Path) -> str:
 
 
 def explain(kind, error, trace) -> None:
-    """What a run prints when it ends in an error: one line if memory or disk space ran out."""
+    """Prints a run's last error: one line if memory or disk space ran out or on Ctrl-C, else the traceback."""
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         lower = "--micro-batch-tokens (training), or --prompts-per-step, --group-size or --max-new-tokens (sampling)"
         advice = f"lower {lower}, add --gradient-checkpointing or --offload-optimizer"
@@ -148,8 +148,8 @@ def explain(kind, error, trace) -> None:
 
 
 class StopSignal:
-    """The first Ctrl-C or SIGTERM only sets `number`: the iteration goes on to its end, where the run saves and leaves.
-    The second one stops at once."""
+    """The first Ctrl-C or SIGTERM only sets `number`: the run finishes the iteration, saves a checkpoint and exits. The
+    second one stops at once."""
 
     def __init__(self):
         self.number = 0
@@ -157,7 +157,7 @@ class StopSignal:
 
     def handle(self, number, frame) -> None:
         self.number = number
-        print("\nstopping after this iteration, with a checkpoint; once more to stop at once", file=sys.stderr)
+        print("\nstopping after this iteration, with a checkpoint; interrupt again to stop at once", file=sys.stderr)
         self.restore()
 
     def restore(self) -> None:
@@ -170,10 +170,10 @@ class StopSignal:
 
 def save_model(target: Path, model, tokenizer, state: dict | None = None, keep: int = 0) -> None:
     """Writes an ordinary Hugging Face directory; with a state also trainer.pt and the digests by which
-    `load_checkpoint` knows that everything is whole.
+    `load_checkpoint` detects damaged files.
 
-    It is written aside and renamed: `target` is never there in part, whenever the process is killed. keep: once this
-    checkpoint is whole, only this many of the newest are kept; 0: all.
+    It writes to a temporary directory and renames that, so `target` is never incomplete, even if the process is killed.
+    keep: once this checkpoint is complete, only this many of the newest are kept; 0: all.
     """
     aside, old = target.with_name(target.name + ".tmp"), target.with_name(target.name + ".old")
     try:
@@ -185,17 +185,17 @@ def save_model(target: Path, model, tokenizer, state: dict | None = None, keep: 
             torch.save(state, aside / "trainer.pt")
             (aside / "digests.json").write_text(json.dumps(file_digests(aside)))
         if target.exists():
-            shutil.rmtree(old, ignore_errors=True)  # a kill may have left one
+            shutil.rmtree(old, ignore_errors=True)  # left by a killed process
             os.rename(target, old)
         os.rename(aside, target)
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and not re.search("StreamWriter|inline_container|iostream", str(error)):
-            raise  # not torch's way to say that it can't write
+            raise  # not one of torch's write errors
         free = f"{shutil.disk_usage(target.parent).free / 1e9:.3f} GB are free there"
         shutil.rmtree(aside, ignore_errors=True)
         fail(f"{target} can't be written ({reason(error)}; {free}). Make room, then go on with --resume")
     shutil.rmtree(old, ignore_errors=True)
-    written = [path for path in checkpoints(target.parent) if path.name <= target.name]  # a newer one is damaged
+    written = [path for path in checkpoints(target.parent) if path.name <= target.name]  # newer ones are damaged
     for outdated in written[keep:] if keep else []:
         shutil.rmtree(outdated)
 
@@ -213,23 +213,23 @@ def file_digests(directory: Path) -> dict[str, str]:
 
 
 def load_checkpoint(run: str | None) -> dict:
-    """The state of a run's newest whole checkpoint, with its directory as "model". {} for no run, and for a run that
-    has no checkpoint yet and so starts over."""
+    """The state of a run's newest intact checkpoint, with its directory as "model"; {} without a run, or if the run has
+    no checkpoint yet and starts over."""
     if not run:
         return {}
     directories = checkpoints(Path(run) / "checkpoints")
     for directory in directories:
         try:
             if json.loads((directory / "digests.json").read_text()) != file_digests(directory):
-                raise ValueError("its files are not as they were written")
+                raise ValueError("its files don't match their digests")
             state = torch.load(directory / "trainer.pt", weights_only=True, map_location="cpu")
-        except Exception as error:  # whatever a damaged file makes json, torch or the file system raise
+        except Exception as error:  # json, torch and the file system raise anything on damaged files
             print(f"warning: {directory} is damaged ({reason(error)}); trying the one before it", file=sys.stderr)
             continue
         if "progress" not in state:
-            fail(f"--resume {run}: written by an older version of this code, which must go on with it")
+            fail(f"--resume {run}: written by an older version of this code; resume it with that version")
         return state | {"model": str(directory)}
     if directories:
-        fail(f"--resume {run}: none of its checkpoints is whole")
-    print(f"note: {run} has no checkpoint yet: starting over in it", file=sys.stderr)
+        fail(f"--resume {run}: none of its checkpoints is whole; start a new run")
+    print(f"note: {run} has no checkpoint yet: starting over in this directory", file=sys.stderr)
     return {}

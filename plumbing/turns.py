@@ -1,4 +1,4 @@
-"""A completion that goes on after inserted tokens: a user's next turn, or words put into the model's mouth."""
+"""Continues completions after inserted tokens: a user's next turn, or text written in the model's place."""
 
 from dataclasses import replace
 
@@ -17,9 +17,9 @@ def continue_groups(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> Rollout:
-    """A Rollout whose row i goes on after the token ids inserts[i] (None: it stays as it is), for at most
-    max_new_tokens more. The inserted tokens are real (`mask`) but not the policy's own (`loss_mask`), such as a user's
-    next turn."""
+    """Appends the token ids inserts[i] to row i and samples at most max_new_tokens more tokens; a row whose insert is
+    None stays as it is. Returns the new Rollout. Inserted tokens, such as a user's next turn, are real (in `mask`) but
+    not trained (not in `loss_mask`), because the policy did not write them."""
     G, device = rollout.group_size, rollout.mask.device
     rows = [row for row, insert in enumerate(inserts) if insert is not None]
     completions = [ids[mask].tolist() for ids, mask in zip(rollout.completion_ids, rollout.mask, strict=True)]
@@ -43,8 +43,8 @@ def continue_groups(
 
 
 def follow_up_ids(tokenizer, text: str, finished: bool = True) -> list[int]:
-    """Token ids of a user's next turn, up to the point where the assistant's next text begins. They follow a
-    completion's ids. finished: the completion ends with its EOS; if not, the end of its turn comes first."""
+    """Token ids of a user's next turn, to append to a completion's ids; they end where the assistant's next text
+    begins. finished: the completion ends with its EOS; if it does not, the ids first close the assistant's turn."""
     if not tokenizer.chat_template:
         return token_ids(tokenizer, ["\n\n" + text])[0]
     turns = as_dicts((("user", "-"), ("assistant", "%%"), ("user", text)))

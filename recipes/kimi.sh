@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Kimi K1.5 (arXiv:2501.12599): problems filtered by the model's own pass rate, without those it guesses right without
-# thinking and with all topics alike, SFT on long chains, then RL by mirror descent: a curriculum from easy to hard,
-# then problems sampled by how often they fail, with the length reward switched on late in that phase; beside the same
-# two phases with the length reward from the start, and beside late RL that a learned verifier judges. Left out: images,
-# the chain-of-thought reward model and code tests (nothing here needs them), partial rollouts (there is one process).
+# Kimi K1.5 (arXiv:2501.12599): SFT on long chains; problems filtered by the model's own pass rate, without lucky
+# guesses, topics balanced; RL by mirror descent in two phases, a curriculum from easy to hard and then problems sampled
+# by how often they fail, with the length reward switched on late. For comparison: both phases with the length reward
+# from the start, and a second phase judged by a learned verifier. Left out: images, the chain-of-thought reward model,
+# code tests (nothing here needs them), partial rollouts (there is one process).
 #     PROBLEMS=countdown MODEL=models/tiny-countdown LONG=countdown HARDER=countdown:4 LENGTH=120 TOPICS= \
 #         bash recipes/kimi.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 MODEL=${MODEL:-models/tiny-arithmetic} PROBLEMS=${PROBLEMS:-arithmetic} LONG=${LONG:-arithmetic:5-6}
-HARDER=${HARDER:-arithmetic:7-8} OUT=${OUT:-runs/kimi} SAMPLE=${SAMPLE:-} # more flags for evaluate.py as it samples
+HARDER=${HARDER:-arithmetic:7-8} OUT=${OUT:-runs/kimi} SAMPLE=${SAMPLE:-} # more flags for evaluate.py when it samples
 SAMPLED=${SAMPLED:-3000} SFT=${SFT:---iterations 100} EVALUATE=${EVALUATE:---eval-problems 500 --num-samples 2}
-PHASE=${PHASE:-60} SWITCH=${SWITCH:-30} RL=${RL:-} # iterations of each phase, and of the second until the reward is on
+PHASE=${PHASE:-60} SWITCH=${SWITCH:-30} RL=${RL:-} # SWITCH: iterations until the length reward
 LENGTH=${LENGTH:-40} TOPICS=${TOPICS---balance-topics} RM=${RM:-}
 [ ! -e "$OUT" ] || { echo "error: $OUT exists; remove it, or set OUT to another directory" >&2; exit 2; }
 train() { echo "== $1 =="; python "train_$2.py" --run-root "$OUT/$1" --eval-data "$OUT/held_out.jsonl" \
     --max-new-tokens "$LENGTH" "${@:3}"; }
 final() { echo "$OUT/$1"/*/final; }
 evaluate() { python evaluate.py --max-new-tokens "$LENGTH" "$@"; }
-sample() { # MODEL PROBLEMS FILE ...: eight tries at each
+sample() { # MODEL PROBLEMS FILE ...: eight samples per problem
     evaluate --model "$1" --problems "$2" --split train --eval-problems "$SAMPLED" --num-samples 8 --output "$3" \
         $SAMPLE "${@:4}"
 }

@@ -1,23 +1,22 @@
 #!/usr/bin/env bash
-# Qwen3 (arXiv:2505.09388): SFT on samples whose every step is right, RL on few problems (and how few are enough) that
-# are neither always solved nor never, fusion of thinking and not thinking into one model that is told by /think or
-# /no_think, RL on rules and preferences in thinking mode; then what a thinking budget costs. Left out: strong-to-weak
-# distillation (r1.sh has it), general tasks and tools (the embedded models know one task).
+# Qwen3 (arXiv:2505.09388): SFT on samples whose steps are all right; RL on few problems that are solved sometimes but
+# not always, with several counts to see how few suffice; fusion of both modes into one model, which /think and
+# /no_think switch; RL on rules and preferences in thinking mode; accuracy under thinking budgets. Left out:
+# strong-to-weak distillation (r1.sh has it), general tasks and tools (the embedded models know one task).
 #     PROBLEMS=countdown MODEL=models/tiny-countdown HARDER=countdown:4 LENGTH=120 bash recipes/qwen3.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 MODEL=${MODEL:-models/tiny-arithmetic} PROBLEMS=${PROBLEMS:-arithmetic} HARDER=${HARDER:-arithmetic:7-8}
 OUT=${OUT:-runs/qwen3} COLD_PROBLEMS=${COLD_PROBLEMS:-400} SAMPLED=${SAMPLED:-2000} SAMPLE=${SAMPLE:-}
 LENGTH=${LENGTH:-40} SFT=${SFT:---iterations 50 --warmup-iterations 5} FEW=${FEW:-32 128 512} RL=${RL:---iterations 100}
-RM=${RM:-} FUSION=${FUSION:---iterations 600}
-BUDGETS=${BUDGETS:---budgets 1 3 5 7 9 11 13 15 17 19 21}
+RM=${RM:-} FUSION=${FUSION:---iterations 600} BUDGETS=${BUDGETS:-1 5 9 13 17 21}
 GENERAL=${GENERAL:---iterations 40 --kl-coef 0.05} EVALUATE=${EVALUATE:---eval-problems 500 --num-samples 2}
 [ ! -e "$OUT" ] || { echo "error: $OUT exists; remove it, or set OUT to another directory" >&2; exit 2; }
 train() { echo "== $1 =="; python "train_$2.py" --run-root "$OUT/$1" --eval-data "$OUT/eval.jsonl" \
     --max-new-tokens "$LENGTH" "${@:3}"; }
 final() { echo "$OUT/$1"/*/final; }
 evaluate() { python evaluate.py --max-new-tokens "$LENGTH" "$@"; }
-sample() { # MODEL COUNT FILE ...: of training problems
+sample() { # MODEL COUNT FILE ...: samples of training problems
     evaluate --model "$1" --problems "$OUT/train.jsonl" --split all --eval-problems "$2" --num-samples 4 \
         --output "$3" $SAMPLE "${@:4}"
 }
@@ -45,11 +44,13 @@ python curate.py --problems "$OUT/eval.jsonl" --split all --mode think --output 
 train general grpo --model "$(final fusion)" --problems "$OUT/general.jsonl" --eval-data "$OUT/general-eval.jsonl" \
     --reward-model "$(final rm)" $GENERAL $QUICK
 
-STAGES="base=$MODEL sft=$(final sft)"
+STAGES="base=$MODEL sft=$(final sft)" HELD_OUT="--problems $OUT/eval.jsonl --split all"
 for few in $FEW all; do STAGES+=" rl-$few=$(final "rl-$few")"; done
-evaluate --stages $STAGES --problems "$OUT/eval.jsonl" --split all --temperatures 0.6 1.4 $EVALUATE
+evaluate --stages $STAGES $HELD_OUT --temperatures 0.6 1.4 $EVALUATE
 STAGES="fusion=$(final fusion) general=$(final general)" MODES="--modes think,no_think"
-evaluate --stages $STAGES --problems "$OUT/eval.jsonl" --split all $MODES --temperatures 0.6 1.4 $EVALUATE
+evaluate --stages $STAGES $HELD_OUT $MODES --temperatures 0.6 1.4 $EVALUATE
 echo "== outside the training distribution: $HARDER =="
 evaluate --stages $STAGES --problems "$HARDER" $MODES $EVALUATE
-python benchmarks/think_budget.py --model "$(final fusion)" --problems "$PROBLEMS" $BUDGETS
+for budget in $BUDGETS; do
+    evaluate --stages "budget-$budget=$(final fusion)" $HELD_OUT --modes think --think-budget "$budget" $EVALUATE
+done

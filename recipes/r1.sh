@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # DeepSeek-R1 (arXiv:2501.12948), every stage. R1-Zero: RL on the base model, rewards for accuracy and format only. The
-# pipeline: SFT cold start, RL with a reward for one language too, SFT of the base on the RL model's right samples mixed
-# with other demonstrations, RL on rules and preferences (beside RL on preferences alone). Distillation into a smaller
-# student, beside the same student trained by RL alone. Left out: non-reasoning tasks, safety, and the generative judge
-# of the rejection stage, because the embedded models know one task, which rules can judge.
+# pipeline: SFT cold start, RL with an additional language reward, SFT of the base on the RL model's right samples mixed
+# with other demonstrations, RL on rules and preferences (compared with RL on preferences alone). Distillation into a
+# smaller student, compared with the same student trained by RL alone. Left out: non-reasoning tasks, safety, and the
+# generative judge of the rejection stage, because the embedded models know one task, which rules can judge.
 #     PROBLEMS=countdown MODEL=models/tiny-countdown HARDER=countdown:4 LENGTH=120 bash recipes/r1.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 MODEL=${MODEL:-models/tiny-arithmetic} PROBLEMS=${PROBLEMS:-arithmetic} HARDER=${HARDER:-arithmetic:7-8}
-OUT=${OUT:-runs/r1} STUDENT=${STUDENT:-} SAMPLE=${SAMPLE:-} LENGTH=${LENGTH:-40} # more flags for evaluate.py's samples
+OUT=${OUT:-runs/r1} STUDENT=${STUDENT:-} SAMPLE=${SAMPLE:-} LENGTH=${LENGTH:-40} # SAMPLE: evaluate.py's flags
 RL=${RL:---iterations 100} COLD=${COLD:---iterations 50 --warmup-iterations 5} SFT=${SFT:---iterations 200}
 PREFERENCE=${PREFERENCE:---iterations 40 --kl-coef 0.05} RM=${RM:-} OTHER=${OTHER:-$PROBLEMS-demonstrations:600}
 STUDENT_SFT=${STUDENT_SFT:---demonstrations 100000 --iterations 1500 --learning-rate 2e-3}

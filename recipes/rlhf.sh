@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# RLHF as InstructGPT has it (arXiv:2203.02155): SFT, a reward model from preference pairs, PPO on its score with a KL
-# to the SFT model; and DPO (arXiv:2305.18290) on the same pairs, which needs neither reward model nor sampling. Left
-# out: the pretraining gradients (there is no pretraining text) and people, for whom a verifier labels the pairs.
+# RLHF as in InstructGPT (arXiv:2203.02155): SFT, a reward model trained on preference pairs, PPO on its score with a KL
+# to the SFT model; and DPO (arXiv:2305.18290) on the same pairs, which needs neither a reward model nor sampling. Left
+# out: pretraining gradients (there is no pretraining text) and human labels (a verifier labels the pairs).
 #     PROBLEMS=countdown MODEL=models/tiny-countdown HARDER=countdown:4 LENGTH=120 bash recipes/rlhf.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,11 +18,11 @@ QUICK="--eval-every 0 --save-every 0"
 mkdir -p "$OUT"
 
 train sft sft --model "$MODEL" --data "$DEMONSTRATIONS" $SFT
-# right and wrong completions of each problem: the verifier's preferences; a tenth is held out of training
+# right and wrong completions of each problem, as preferences; a tenth is held out of training
 evaluate --model "$(final sft)" --split all --eval-problems "$SAMPLED" --num-samples 8 \
     --output "$OUT/pairs.jsonl" $SAMPLE
 python train_rm.py --run-root "$OUT/rm" --model "$(final sft)" --data "$OUT/pairs.jsonl" $RM
-SCORE="--reward-model $(final rm) --accuracy-weight 0 --format-weight 0" # the preference alone
+SCORE="--reward-model $(final rm) --accuracy-weight 0 --format-weight 0" # no rule rewards
 train ppo ppo --model "$(final sft)" $SCORE --kl-coef "$KL" $PPO $QUICK
 train ppo-no-kl ppo --model "$(final sft)" $SCORE --kl-coef 0 $PPO $QUICK
 train dpo dpo --model "$(final sft)" --data "$OUT/pairs.jsonl" $DPO

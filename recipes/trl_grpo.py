@@ -4,7 +4,7 @@ prompts, rewards and flags. TABLE translates the flags; docs/scaling-out.md says
     pip install trl==1.16.0
     accelerate launch --multi_gpu --num_processes 8 recipes/trl_grpo.py --run runs/train_grpo__...
 
-It begins at the run's start model, not at the run's result. evaluate.py reads the model it writes, OUTPUT/final.
+Training begins at the run's start model, not at its result. evaluate.py reads the trained model, OUTPUT/final.
 """
 
 import contextlib
@@ -88,11 +88,11 @@ COMPUTED = {  # flag -> the GRPOConfig field that `translate` computes from it, 
     "save_every": "save_steps",
     "keep_checkpoints": "save_total_limit",
 }
-OUR_CODE = {"model", "problems", "eval_data", "system_prompt", *to_flat(RewardFlags())} - {"truncated"}  # as it is
-IGNORED = {"device", "eval_every", "eval_problems", "run_root", "run_name", "resume"}  # say nothing about training
-IGNORED |= {"max_sampling_rounds", "priority_floor"}  # belong to values without a counterpart
-IGNORED |= {"max_bad_updates"}  # TRL has no such check: it takes every step
-FIXED = {  # what train_grpo.py does without a flag
+OUR_CODE = {"model", "problems", "eval_data", "system_prompt", *to_flat(RewardFlags())} - {"truncated"}  # unchanged
+IGNORED = {"device", "eval_every", "eval_problems", "run_root", "run_name", "resume"}  # no effect on training
+IGNORED |= {"max_sampling_rounds", "priority_floor"}  # only for values without a counterpart
+IGNORED |= {"max_bad_updates"}  # TRL has no such check
+FIXED = {  # fixed in train_grpo.py
     "top_p": 1.0,
     "top_k": 0,
     "use_vllm": False,
@@ -114,13 +114,13 @@ class Args:
 
 
 def optimizer_steps(flags: dict) -> int:
-    """In one iteration."""
+    """Number of optimizer steps in one iteration."""
     batch_size = flags["prompts_per_step"] * flags["group_size"]
     return flags["update_epochs"] * batch_size // (flags["minibatch_size"] or batch_size)
 
 
 def translate(flags: dict, processes: int, prompt_tokens: int, gpu: bool) -> dict:
-    """GRPOConfig's fields. prompt_tokens: the longest prompt's. Ends with one line if a flag has no counterpart."""
+    """GRPOConfig's fields. prompt_tokens: the longest prompt's. Exits with an error if a flag has no counterpart."""
     fields = dict(FIXED)
     for name, to in TABLE.items():
         value = flags[name]
@@ -142,7 +142,7 @@ def translate(flags: dict, processes: int, prompt_tokens: int, gpu: bool) -> dic
         fail(f"--prompts-per-step {prompts}: not a multiple of the {processes} processes; change --num_processes")
     if minibatch_size % processes:
         fail(f"--minibatch-size {minibatch_size}: not a multiple of the {processes} processes; change --num_processes")
-    rows = minibatch_size // processes  # of one optimizer step, on one device
+    rows = minibatch_size // processes  # in one optimizer step on one device
     fitting = flags["micro_batch_tokens"] // (prompt_tokens + flags["max_new_tokens"])
     device_rows = max(size for size in range(1, rows + 1) if rows % size == 0 and size <= max(1, fitting))
     fields |= {
@@ -164,8 +164,8 @@ def translate(flags: dict, processes: int, prompt_tokens: int, gpu: bool) -> dic
 
 
 def trl_prompts(tokenizer, problems: list, system_prompt: str) -> list:
-    """The prompts as TRL takes them: messages, or texts for a model without a chat template. Ends with one line if TRL
-    would make other token ids of one than train_grpo.py did."""
+    """The prompts in TRL's format: messages, or texts for a model without a chat template. Exits with an error if TRL
+    would encode a prompt to other token ids than train_grpo.py did."""
     chat = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
     prompts = []
     for problem in problems:
@@ -180,15 +180,15 @@ def trl_prompts(tokenizer, problems: list, system_prompt: str) -> list:
                 prompts.append("\n\n".join(turn["content"] for turn in turns))
                 ids = tokenizer(text=prompts[-1])["input_ids"]
         except TemplateError as error:
-            fail(f"problem {problem.id!r}: the chat template refuses it in TRL ({error}); try --system-prompt ''")
+            fail(f"problem {problem.id!r}: its chat template fails in TRL ({error}); try --system-prompt ''")
         if list(ids) != list(problem.prompt_ids):
-            fail(f"problem {problem.id!r}: TRL's token ids of its prompt differ from ours, so TRL can't repeat the run")
+            fail(f"problem {problem.id!r}: TRL's token ids for its prompt differ from ours, so it can't repeat the run")
     return prompts
 
 
 class Scores:
-    """Our rewards as TRL's reward functions, one for each, so that TRL logs them by name. They are computed once a
-    batch, by score_completions. A process has whole groups."""
+    """Our rewards as TRL's reward functions, one per reward, so that TRL logs them by name. score_completions computes
+    them all once per batch. Each process has whole groups."""
 
     def __init__(self, args: train_grpo.Args, tokenizer, problems: list, stops: list[int], device, dtype):
         self.args, self.tokenizer, self.problems, self.stops, self.device = args, tokenizer, problems, stops, device
@@ -203,7 +203,7 @@ class Scores:
 
     def function(self, name: str):
         def reward(completion_ids, problem, trainer_state, **_) -> list[float]:
-            if self.scored is not completion_ids:  # the first of the functions for this batch
+            if self.scored is not completion_ids:  # the first function called for this batch
                 self.scored, self.components = completion_ids, self.score(completion_ids, problem)
             iteration = trainer_state.global_step // self.steps
             counts = reward_weights(self.args.rewards, iteration)[name] > 0  # no length reward before its start
@@ -213,7 +213,7 @@ class Scores:
         return reward
 
     def score(self, completion_ids: list[list[int]], indices: list[int]) -> dict:
-        """Each reward by name, (P, G). indices: each completion's problem."""
+        """Each reward (P, G) by name. indices: the problem of each completion."""
         G, limit = self.args.group_size, self.args.max_new_tokens
         batch = [self.problems[index] for index in indices[::G]]
         rollout = common.make_rollout([problem.prompt_ids for problem in batch], completion_ids, G, self.device)
@@ -227,7 +227,7 @@ class Scores:
 
 
 def read_run(run: str) -> train_grpo.Args:
-    """The arguments of a finished or interrupted run. Ends with one line if they are not whole, or another script's."""
+    """The arguments of a finished or interrupted run. Exits with an error if they are damaged or another script's."""
     file = Path(run) / "args.json"
     if file.exists() and not (Path(run) / "train_grpo.py").exists():
         scripts = ", ".join(sorted(path.name for path in Path(run).glob("*.py"))) or "no script"
@@ -243,12 +243,12 @@ def read_run(run: str) -> train_grpo.Args:
     except OSError as error:
         fail(f"--run {run}: no run directory ({file} can't be read: {error.strerror})")
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        fail(f"--run {run}: {file} does not hold this version's arguments ({reason(error)}); make the run again")
+        fail(f"--run {run}: {file} does not hold this version's arguments ({reason(error)}); start the run again")
     return args
 
 
 def flat_hints(Args) -> dict:
-    """Every flag's type by name, those of the groups too."""
+    """Every flag's type by name, including flags in groups."""
     hints = {}
     for name, hint in get_type_hints(Args, include_extras=True).items():
         group = get_args(hint)[0] if get_origin(hint) is Annotated else hint
@@ -257,7 +257,7 @@ def flat_hints(Args) -> dict:
 
 
 def allows(hint, value) -> bool:
-    """Whether a flag of this type and range can have this value, as args.json holds it."""
+    """True if a flag of this type and range can have this value from args.json."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return allows(parts[0], value) and all(limit.allows(value) for limit in ranges(hint))
@@ -271,8 +271,8 @@ def allows(hint, value) -> bool:
 
 
 def prepare(flags: Args, processes: int, gpu: bool):
-    """The run's arguments, GRPOConfig's fields, tokenizer, problems, prompts, the order of all draws. Every check of
-    the input is here; no model has been loaded."""
+    """Returns the run's arguments, GRPOConfig's fields, tokenizer, problems, prompts and the order of all draws. Makes
+    every check of the input, before any model is loaded."""
     args = read_run(flags.run)
     args = replace(args, iterations=flags.iterations or args.iterations)
     if args.iterations == 0:
@@ -289,7 +289,7 @@ def prepare(flags: Args, processes: int, gpu: bool):
         fail(f"TRL {VERSION} is needed, installed is {installed}: pip install trl=={VERSION}")
     if gpu and processes == 1 and torch.cuda.device_count() > 1:
         fail("several GPUs, one process: use accelerate launch --num_processes N, or set CUDA_VISIBLE_DEVICES=0")
-    translate(to_flat(args), processes, 1, gpu)  # the flags alone, before the problems are read
+    translate(to_flat(args), processes, 1, gpu)  # checks the flags before the problems are read
     check_rewards(args.rewards, args.max_new_tokens, args.model)
     tokenizer, config = common.load_tokenizer(args.model), common.load_config(args.model)
     problems = load_train_problems(args.problems, args.setup.eval_data)
@@ -308,32 +308,32 @@ def prepare(flags: Args, processes: int, gpu: bool):
 def main(flags: Args) -> None:
     processes, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
-    said = io.StringIO() if rank else sys.stderr  # every process makes the same checks, the first one speaks
+    said = io.StringIO() if rank else sys.stderr  # all processes make the same checks, only the first prints
     try:
         with contextlib.redirect_stderr(said):
             args, fields, tokenizer, problems, prompts, order = prepare(flags, processes, gpu)
     except SystemExit:
-        if rank:  # a process that ends takes the others with it: wait until the first one has spoken
+        if rank:  # a process that exits ends the others: let the first one print
             time.sleep(30)
             print(said.getvalue(), end="", file=sys.stderr)
         raise
 
-    from datasets import Dataset  # seconds of imports: after the checks
+    from datasets import Dataset  # slow imports, so after the checks
     from trl import GRPOConfig, GRPOTrainer
 
     class Trainer(GRPOTrainer):
         def create_scheduler(self, num_training_steps, optimizer=None):
-            """Ours: it rises by iteration, and its first step is not 0."""
+            """Our schedule: the rate rises by iteration, and it is not 0 in the first step."""
             steps, warmup = optimizer_steps(to_flat(args)), max(1, args.optimization.warmup_iterations)
             rise = torch.optim.lr_scheduler.LambdaLR
             self.lr_scheduler = rise(optimizer or self.optimizer, lambda step: min(1.0, (step // steps + 1) / warmup))
             return self.lr_scheduler
 
-    config = GRPOConfig(**fields)  # before the model: FSDP and DeepSpeed want to know of it
+    config = GRPOConfig(**fields)  # before the model: FSDP and DeepSpeed need it first
     model = AutoModelForCausalLM.from_pretrained(
         common.resolve_model(args.model), dtype=torch.float32, use_safetensors=True, trust_remote_code=False
     )
-    named = model.generation_config.eos_token_id  # as in common.load_policy: nothing but where to stop
+    named = model.generation_config.eos_token_id  # as in common.load_policy: only where to stop
     stops = sorted({*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None})
     model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=model.config.pad_token_id)
     dtype = common.resolve_dtype(args.setup.dtype, config.device)
@@ -345,7 +345,7 @@ def main(flags: Args) -> None:
     final = Path(config.output_dir) / "final"
     counts = trainer.accelerator.gather(torch.tensor([scores.count], device=config.device)).tolist()
     trainer.save_model(str(final))
-    # Else a CPU process can hang at its end: torch 2.13's gloo thread needs the GIL to drop the gathered tensor.
+    # Without this a CPU process can hang at exit: torch 2.13's gloo thread needs the GIL to drop the gathered tensor.
     trainer.accelerator.wait_for_everyone()
     if trainer.accelerator.is_main_process:
         print(f"\ncompletions: {sum(counts)} ({' + '.join(map(str, counts))})\nmodel: {final}")
@@ -354,7 +354,7 @@ def main(flags: Args) -> None:
 
 
 def comparison(run: str, args: train_grpo.Args, final: Path) -> str:
-    """The command that evaluates the start model, ours if the run got that far, and TRL's."""
+    """The command that evaluates the start model, our final model if there is one, and TRL's."""
     ours, source = Path(run) / "final", args.setup.eval_data or args.problems
     stages = [f"start={args.model}", f"ours={ours}" if ours.exists() else "", f"trl={final}"]
     words = ["python", "evaluate.py", "--stages", *filter(None, stages), "--problems", source]

@@ -12,7 +12,7 @@ DIFFICULTIES = range(1, 7)
 
 
 def draw_chain(rng: random.Random, difficulty: int) -> tuple[int, list[int]]:
-    """A first operand (1-99) and `difficulty` signed ones (1-9) whose running total stays within 0-99."""
+    """A first operand (1-99) and `difficulty` signed operands (1-9); every running total is in 0-99."""
     first = total = rng.randint(1, 99)
     steps = []
     while len(steps) < difficulty:
@@ -37,12 +37,12 @@ def draw_problem(rng: random.Random, difficulty: int) -> dict:
 
 
 def running_totals(question: str) -> list[str]:
-    """The total after each operation, as the thinking should have them."""
+    """The total after each operation, as the thinking should list them."""
     return [str(total) for total in itertools.accumulate(map(int, re.findall(r"[+-]?[0-9]+", question)))][1:]
 
 
 def steps_are_right(text: str, problem) -> bool:
-    """Whether the thinking is the running totals, all right: an answer that is right after a wrong one is luck."""
+    """Whether the thinking lists exactly the right running totals. A right answer after a wrong total is luck."""
     thinking, closed, _ = text.removeprefix("<think>").partition("</think>")
     return bool(closed) and thinking.split() == running_totals(problem.question)
 
@@ -50,10 +50,10 @@ def steps_are_right(text: str, problem) -> bool:
 def demonstrations(count: int, seed: int = 0) -> list[tuple[str, str]]:
     """(question, completion) pairs by a sloppy teacher, for the SFT model that RL starts from.
 
-    A good one reads "<think>19 14</think><answer>14</answer>" for "12+7-5=": the running totals, then the last of them.
-    The teacher gets a step wrong one time in five (and goes on from the wrong total), leaves out a tag one time in
-    five, and of chains longer than four operations, which it rarely shows, it mostly drops the end. So the model
-    learns the task, knows the right way, and does not prefer it: what is left for RL to do.
+    A good completion for "12+7-5=" is "<think>19 14</think><answer>14</answer>": the running totals, then the last one.
+    The teacher gets one step in five wrong (and goes on from the wrong total) and leaves out a tag in one completion in
+    five. It rarely shows chains longer than four operations, and then mostly drops their end. So the model learns the
+    task and knows the right way, but does not prefer it: that is left for RL.
     """
     rng = random.Random(f"demonstrations {seed}")
     pairs = []

@@ -1,4 +1,4 @@
-"""The task `countdown`: reach a target with all of the given numbers, as in "3,5,8=16". Difficulty = how many numbers.
+"""The task `countdown`: reach a target with all of the given numbers, as in "3,5,8=16". Difficulty = count of numbers.
 
 Many answers are right, so the task brings its own verifier, `is_right`. The embedded model models/tiny-countdown was
 trained on its `demonstrations`.
@@ -13,7 +13,7 @@ from plumbing.answers import extract_answer
 
 DIFFICULTIES = (3,)
 WAIT = ("wait", "等一下")  # the teacher's word before another try, in two languages
-MAX_CHARS, MAX_DEPTH = 200, 10  # of an expression, and of the brackets in it
+MAX_CHARS, MAX_DEPTH = 200, 10  # limits of an expression: its length, and its nested brackets
 
 
 def signed_sums(numbers: list[int]) -> list[tuple[str, int]]:
@@ -37,7 +37,7 @@ def draw_numbers(rng: random.Random, count: int) -> tuple[list[int], int]:
 
 
 def question(numbers: list[int], target: int) -> str:
-    """The numbers are sorted, so that one problem has one question, and the split can't hold it on both sides."""
+    """The question's text. Sorted numbers give each problem one text, so that it can't be in both splits."""
     return f"{','.join(map(str, sorted(numbers)))}={target}"
 
 
@@ -49,10 +49,10 @@ def draw_problem(rng: random.Random, difficulty: int) -> dict:
 
 
 def complete_row(row: dict) -> dict:
-    """A file's row with `nums` and `target`, and a question where it has none. Raises ValueError if they are bad."""
+    """Checks a row's `nums` and `target` (else ValueError). Adds its question and difficulty if it has none."""
     numbers, target = row.get("nums"), row.get("target")
     if row.get("answer") is not None:
-        raise ValueError("fields 'answer' and 'nums': a row has one of them")
+        raise ValueError("fields 'answer' and 'nums': a row can have only one of them")
     if not isinstance(numbers, list) or not numbers or any(type(n) is not int or not 0 <= n < 1e9 for n in numbers):
         raise ValueError(f"field 'nums' is {str(numbers)[:80]}, a list of integers from 0 is expected")
     if type(target) is not int or abs(target) >= 1e9:
@@ -65,7 +65,7 @@ def complete_row(row: dict) -> dict:
 
 
 def is_right(text: str, problem) -> bool:
-    """Whether the answer of a completion is an expression that uses each number once and is exactly the target."""
+    """Whether a completion's answer is an expression that uses each number once and equals the target exactly."""
     try:
         value, numbers = read_expression(extract_answer(text) or "")
     except (ValueError, ZeroDivisionError):
@@ -127,7 +127,7 @@ def tries_in(text: str) -> list[tuple[str, bool]]:
 
 
 def steps_are_right(text: str, problem) -> bool:
-    """Whether the thinking shows tries, each with its right value."""
+    """Whether the thinking has at least one try, and states the right value of each."""
     tries = tries_in(text)
     return "</think>" in text and bool(tries) and all(right for _, right in tries)
 
@@ -141,8 +141,8 @@ def demonstrations(count: int, seed: int = 0) -> list[tuple[str, str]]:
         3,5,8=16  ->  <think>3+5-8=0 wait 3-5+8=6 wait 3+5+8=16</think><answer>3+5+8</answer>
 
     It tries sums in a random order. After a wrong one it gives up half of the time, and answers with it. It leaves out
-    a tag one time in ten. One time in four it says "wait" in Chinese. So the model knows how to search and lacks the
-    persistence: what is left for RL to do.
+    a tag one time in ten. One time in four it says "wait" in Chinese. So the model knows how to search but lacks
+    persistence: that is left for RL.
     """
     rng = random.Random(f"demonstrations {seed}")
     pairs = []

@@ -1,4 +1,4 @@
-"""Small random models of several architectures, and the embedded one. Everything runs on a CPU in fp32."""
+"""Shared fixtures and helpers: small random models, the embedded model, short runs. All on a CPU in fp32."""
 
 import os
 
@@ -35,13 +35,13 @@ CONFIGS = {
     "qwen2": Qwen2Config(**SHAPE, **DEEP, intermediate_size=64, max_position_embeddings=64),  # biases
     "qwen3": Qwen3Config(**SHAPE, **DEEP, intermediate_size=64, max_position_embeddings=64, head_dim=8),
     "gpt2": GPT2Config(**SHAPE, n_embd=32, n_layer=2, n_head=4, n_positions=64),  # learned positions
-    # a sliding window: no attention for groups, so the slow path
+    # a sliding window: it can't share prompts within a group, so it takes the slow path
     "mistral": MistralConfig(**SHAPE, **DEEP, intermediate_size=64, max_position_embeddings=64, sliding_window=4),
 }
 
 
 def make_model(name: str, seed: int = 0, **changes):
-    """A random model whose logits are far from uniform, so that a wrong position or mask is seen."""
+    """A random model whose logits are far from uniform, so that a wrong position or mask shows."""
     torch.manual_seed(seed)
     config = type(CONFIGS[name]).from_dict(CONFIGS[name].to_dict() | changes)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
@@ -65,7 +65,7 @@ def embedded():
 
 @pytest.fixture(autouse=True)
 def fixed_settings():
-    """Loading a policy sets the process's matmul precision: no test may depend on which ones ran before it."""
+    """Resets the matmul precision, which loading a policy changes, so that the tests' order does not matter."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest")
 
@@ -75,7 +75,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 
 @pytest.fixture(autouse=True)
 def process_as_before():
-    """A run takes over Ctrl-C, the excepthook and the garbage collector; one that doesn't end well keeps them."""
+    """Restores Ctrl-C, the excepthook and the garbage collector, which a run takes over and a failed run keeps."""
     handlers, excepthook = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], sys.excepthook
     yield
     for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
@@ -94,7 +94,7 @@ def ragged_prompts() -> list[list[int]]:
 
 
 def run(main, args) -> Path:
-    """Runs main and returns the run directory it made (or went on in)."""
+    """Runs main and returns the run directory that it made or resumed."""
     if args.run.resume:
         main(args)
         return Path(args.run.resume)
@@ -111,7 +111,7 @@ def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def assert_same_events(first: Path, second: Path) -> None:
-    """Every step of every tag, none missing or twice, to the bit; times and memory apart."""
+    """Every tag has the same steps, none missing or twice, and the same values to the bit, except times and memory."""
     ours, theirs = scalars(first), scalars(second)
     assert set(ours) == set(theirs)
     for tag in ours:
@@ -131,7 +131,7 @@ def weights(directory: Path) -> bytes:
 
 
 def small(module, root: Path, **changes):
-    """Args of a run of seconds, of any train script. changes: flags by name, those of the groups too."""
+    """Args for a run of a few seconds, for any train script. changes: flags by name, including those in groups."""
     shared = {"model": EMBEDDED, "device": "cpu", "run_root": str(root), "iterations": 2, "eval_problems": 6}
     shared |= {"eval_every": 0, "save_every": 0}
     if module.__name__ in ("train_sft", "train_dpo", "train_rm"):
@@ -143,7 +143,7 @@ def small(module, root: Path, **changes):
 
 
 def refusal(main, args, capsys) -> str:
-    """The one line on stderr with which main ends, with exit code 2. (Progress bars apart.)"""
+    """The one error line that main prints to stderr (besides progress bars) before it exits with code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         main(args)
@@ -156,7 +156,7 @@ def refusal(main, args, capsys) -> str:
 
 @functools.cache
 def few_problems() -> str:
-    """A file of 240 easy problems: to draw and encode the 6,000 of "arithmetic" takes longer than a short run."""
+    """A file of 240 easy problems: drawing and encoding the 6,000 of "arithmetic" takes longer than a short run."""
     file = Path(tempfile.mkdtemp()) / "few.jsonl"
     atexit.register(shutil.rmtree, file.parent)
     data.write_jsonl(str(file), [problem.to_row() for problem in data.load_problems("arithmetic:1-3", "train", 240)])

@@ -1,5 +1,5 @@
-"""A python for the recipes that has imported torch already: it serves "run this script with these arguments", each in a
-fork of its own, so that a recipe's ten short commands don't import for half a minute.
+"""A server that has imported torch already and runs scripts for the recipes' tests, each in its own fork, so that a
+recipe's ten short commands don't spend half a minute on imports.
 
     forking_python.py serve ADDRESS LOG     and, for each command,     forking_python.py run ADDRESS SCRIPT ARGUMENTS
 """

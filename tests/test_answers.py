@@ -1,4 +1,4 @@
-"""What an answer is, and when two are the same. Each docstring names the mistake that the test pins."""
+"""Extraction and comparison of answers. Each docstring names the mistake that the test catches."""
 
 import signal
 import subprocess
@@ -58,7 +58,7 @@ def seconds(function, *args, clock=time.monotonic):
     ],
 )
 def test_extract_answer(text, answer):
-    """The first box instead of the last; the brace of \\frac ends the box; a cut-off box or tag counts."""
+    """Catches: the first box taken instead of the last; a box that ends at \\frac's brace; a cut-off box or tag."""
     assert extract_answer(text) == answer
 
 
@@ -75,7 +75,7 @@ def test_extract_answer(text, answer):
     ],
 )
 def test_the_last_answer_counts_even_if_empty(text):
-    """An answer that was taken back, or an empty string as an answer."""
+    """Catches: an answer that was taken back, or an empty string as an answer."""
     assert extract_answer(text) is None
 
 
@@ -99,7 +99,7 @@ def test_the_last_answer_counts_even_if_empty(text):
     ],
 )
 def test_thinking_is_no_answer(text, answer):
-    """A guess within the thinking is rewarded: closed, cut off, or opened by the chat template."""
+    """Catches: a guess inside the thinking (closed, cut off, or opened by the chat template) that is rewarded."""
     assert extract_answer(text) == answer
 
 
@@ -172,7 +172,7 @@ def test_thinking_is_no_answer(text, answer):
     ],
 )
 def test_equal_answers(predicted, gold):
-    """A right answer scores 0 because of its writing: separators, currency, units, signs, LaTeX."""
+    """Catches: a right answer that scores 0 for its notation: separators, currency, units, signs, LaTeX."""
     assert answers_match(predicted, gold)
     assert answers_match(gold, predicted)
 
@@ -234,7 +234,7 @@ def test_equal_answers(predicted, gold):
     ],
 )
 def test_different_answers(predicted, gold):
-    """A wrong answer scores 1: lists of guesses, percent as a fraction, variables as units, bases, sums."""
+    """Catches: wrong answers that score 1: lists of guesses, percent as a fraction, variables as units, bases, sums."""
     assert not answers_match(predicted, gold)
     assert not answers_match(gold, predicted)
 
@@ -244,7 +244,7 @@ NO_ANSWERS = ["", " ", "$", "...", "nan", "NaN", "inf", "-inf", "+Infinity", r"\
 
 @pytest.mark.parametrize("nothing", [None, *NO_ANSWERS])
 def test_no_answer_matches_nothing(nothing):
-    """nan, inf, an empty answer or none at all equals a gold answer, or itself."""
+    """Catches: nan, inf, an empty answer or a missing one that equals a gold answer or itself."""
     for gold in ["0", "18", "x+1", r"\frac{1}{2}", r"\infty", "none", *NO_ANSWERS]:
         assert not answers_match(nothing, gold)
         assert nothing is None or not answers_match(gold, nothing)
@@ -254,7 +254,7 @@ def test_no_answer_matches_nothing(nothing):
     "gold", ["1/0", r"\frac{1}{0}", "0/0", "}{", r"\foo{", "%%%", "^", r"\sqrt", "\\", "$$x^{", "\0"]
 )
 def test_unparseable_gold(gold):
-    """An unparseable gold answer scores 1 for any answer, or for another unparseable one; parsing raises."""
+    """Catches: an unparseable gold answer that matches any answer or another unparseable one, or that raises."""
     for predicted in ["0", "1", "x", "2/0", r"\frac{2}{0}", "{}", r"\bar{", "%%", "^^", r"\sqrt{}", ""]:
         assert not answers_match(predicted, gold)
 
@@ -303,14 +303,14 @@ def check_mathematics(wrong):
 
 
 def test_mathematics(math_verify):
-    """Equal expressions score 0; different ones score 1, since rounding or an unread part makes them equal."""
+    """Catches: equal expressions that score 0; different ones made equal by rounding or by a part that is not read."""
     wrong = []
     check_mathematics(wrong)
     assert wrong == []
 
 
 def test_mathematics_in_threads(math_verify):
-    """The time limit is an alarm signal and raises outside of the main thread; threads get each other's replies."""
+    """Catches: a time limit by alarm signal, which raises outside the main thread; replies to another thread."""
     wrong = []
     threads = [threading.Thread(target=check_mathematics, args=(wrong,)) for _ in range(3)]
     for thread in threads:
@@ -321,7 +321,7 @@ def test_mathematics_in_threads(math_verify):
 
 
 def test_mathematics_without_math_verify(monkeypatch):
-    """A missing optional package raises, or takes the plain rules with it."""
+    """Catches: a missing optional package that raises or disables the plain rules."""
     monkeypatch.setattr(answers, "find_spec", lambda name: None)
     answers.math_verify_match.cache_clear()
     try:
@@ -333,7 +333,7 @@ def test_mathematics_without_math_verify(monkeypatch):
 
 @pytest.mark.slow
 def test_import_is_light():
-    """Importing the file imports torch or sympy: seconds for every script that only wants to compare answers."""
+    """Catches: an import of torch or sympy, which costs seconds in every script that only compares answers."""
     code = "import plumbing.answers, sys; sys.exit(bool({'torch', 'sympy', 'math_verify'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(answers.__file__).parent.parent).returncode == 0
 
@@ -364,7 +364,7 @@ def test_import_is_light():
     ],
 )
 def test_large_numbers_return_at_once(predicted):
-    """The verifier hangs on, or evaluates, what the model wrote."""
+    """Catches: a verifier that hangs on the model's text or evaluates it."""
     for gold in ["18", r"\frac{x}{2}"]:
         answers_match("x^2", "x^3")  # so that the start of math-verify is not measured
         assert seconds(answers_match, predicted, gold) < 1
@@ -379,7 +379,7 @@ HANGS = [
 
 @pytest.mark.parametrize("predicted", HANGS)
 def test_hang_is_ended(math_verify, predicted):
-    """Sympy hangs for ever, or the comparison after a hang gets no reply or the wrong one."""
+    """Catches: sympy hanging for ever; after a hang, a comparison that gets no reply or the wrong one."""
     assert answers_match("x^2", "x*x")  # so that the start of math-verify is not measured
     assert seconds(answers_match, predicted, "x=1") < 5
     assert not answers_match(predicted, "x=1")
@@ -390,7 +390,7 @@ def test_hang_is_ended(math_verify, predicted):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs Unix signals")
 def test_interrupt_leaves_no_reply_behind(math_verify):
-    """After Ctrl-C in a comparison, every later one gets the reply to the one before it."""
+    """Catches: after Ctrl-C in a comparison, every later one gets the reply to the one before it."""
 
     def interrupt(signum, frame):
         raise KeyboardInterrupt
@@ -441,7 +441,7 @@ SIZES = [50_000, pytest.param(1_000_000, marks=pytest.mark.slow)]
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("unit", HOSTILE)
 def test_long_text_takes_linear_time(unit, size):
-    """A regex or a scanner goes back to the start for every tag: a megabyte takes hours."""
+    """Catches: a regex or scanner that restarts from the beginning at every tag; a megabyte would take hours."""
     text = unit * (size // len(unit))
     for whole in (text, text + "<answer>18</answer>", r"\boxed{18}" + text, "<answer>" + text + "</answer>"):
         assert seconds(extract_answer, whole, clock=time.process_time) < 1
@@ -466,7 +466,7 @@ def check_fuzz(text, gold):
 @settings(max_examples=60, deadline=None)
 @given(FUZZ, FUZZ)
 def test_fuzz(text, gold):
-    """Some text makes a function raise or return something else than it should."""
+    """Catches: text that makes a function raise or return an unexpected value."""
     check_fuzz(text, gold)
 
 
@@ -480,7 +480,7 @@ def test_fuzz_long(text, gold):
 @settings(max_examples=100, deadline=None)
 @given(st.integers(-(10**12), 10**12), st.integers(-(10**12), 10**12))
 def test_fuzz_integers(a, b):
-    """Two numbers are compared as text or as floats."""
+    """Catches: numbers compared as text or as floats."""
     for text in (f"{a}", f"{a:,}", f"${a}", f"{a}.", f"{a} eggs", f"{a}.000", f"{3 * a}/3"):
         assert answers_match(text, str(b)) == (a == b)
         assert answers_match(text, str(a))

@@ -23,7 +23,7 @@ from plumbing.flags import parse_args
 
 
 def refuse(script, flags: dict, capsys) -> str:
-    """What stderr says of a command that ends with exit code 2. flags: by name, a value or True for a switch."""
+    """Stderr of a command that must end with exit code 2. flags: by name; a value, or True for a switch."""
     argv = []
     for name, value in flags.items():
         argv += ["--" + name.replace("_", "-"), *([] if value is True else [str(value)])]
@@ -42,7 +42,7 @@ def write_lines(path: Path, rows: list[dict]) -> str:
 
 @pytest.fixture
 def no_model(monkeypatch):
-    """Whatever is refused here is refused before any weights are read."""
+    """Fails the test if weights are read: bad input must be refused before that."""
 
     def load_weights(*args, **kwargs):
         raise AssertionError("a model was loaded")
@@ -52,7 +52,7 @@ def no_model(monkeypatch):
 
 @pytest.fixture(scope="session")
 def few(tmp_path_factory) -> str:
-    """A file of problems that are read at once."""
+    """A small file of problems, quick to read."""
     rows = [{"question": f"{i}+1=", "answer": str(i + 1)} for i in range(60)]
     return write_lines(tmp_path_factory.mktemp("few") / "problems.jsonl", rows)
 
@@ -98,7 +98,7 @@ FLAGS = [
     (train_kimi, {"group_size": 1}, "--group-size 1: must be 2 or more"),
     (train_kimi, {"baseline": "log-z", "tau": 0}, "--baseline log-z: needs --tau above 0"),
     (train_kimi, {"tau": -1}, "--tau -1.0: must be 0 or more"),
-    (train_kimi, {"minibatch_size": 256}, "--minibatch-size 256: with one epoch at most half the batch"),
+    (train_kimi, {"minibatch_size": 256}, "--minibatch-size 256: one update per iteration, but tau acts from the 2nd"),
     (train_kimi, {"minibatch_size": 12}, "--minibatch-size 12: must be a multiple of --group-size 8, at most 256"),
     (train_kimi, {"length_weight": -1}, "--length-weight -1.0: must be 0 or more"),
     (train_kimi, NO_WEIGHT, ALL_0),
@@ -121,7 +121,7 @@ FLAGS = [
     ("script", "flags", "said"), FLAGS, ids=[f"{script.__name__} {said[:40]}" for script, _, said in FLAGS]
 )
 def test_flags(script, flags, said, tmp_path, capsys, no_model, few):
-    """A bad flag, or two that don't go together, is found after the weights are loaded, or leaves a run directory."""
+    """Catches: a bad flag, or two that don't go together, found after weights are loaded or leaving a run directory."""
     data = {"problems": few} if hasattr(script.Args, "problems") else {}
     assert said in refuse(script, {"model": EMBEDDED, "run_root": tmp_path / "runs"} | data | flags, capsys)
     assert not list(tmp_path.iterdir())
@@ -164,7 +164,7 @@ CALLS = [
 
 @pytest.mark.parametrize(("script", "call"), CALLS)
 def test_from_the_command_line(script, call):
-    """What tyro finds, what we find, and --help: in a process of its own, with the exit code."""
+    """An error that tyro finds, one that we find, and --help, each with its exit code in its own process."""
     process = start(script, *call)
     shown, error = process.communicate()
     assert process.returncode == (0 if call is HELP else 2)
@@ -266,7 +266,7 @@ SHORT = {"max_new_tokens": 4, "eval_problems": 1}
 
 
 def test_sft_drops_and_counts_what_the_context_would_cut(tmp_path, capsys):
-    """Pins: truncation that eats the end of a completion, where the answer and the EOS stand."""
+    """Catches: truncation that cuts off the end of a completion, with its answer and EOS."""
     rows = [{"prompt": f"{i}+1=", "completion": "2" * (300 if i < 3 else 5)} for i in range(40)]
     data = write_lines(tmp_path / "d.jsonl", rows)
     run(train_sft.main, small(train_sft, tmp_path / "runs", data=data, iterations=1, **SHORT))

@@ -1,4 +1,4 @@
-"""The task Countdown: its problems, its verifier, its teacher. Each docstring names the mistake that a test pins."""
+"""The task Countdown: its problems, its verifier, its teacher. Docstrings name the mistakes that tests catch."""
 
 import ast
 import json
@@ -52,7 +52,7 @@ def test_every_right_expression_is_right(expression):
     ],
 )
 def test_values_are_exact(numbers, target, expression, right):
-    """Precedence, the order of equal signs, floating point; a number that is given twice."""
+    """Catches: wrong precedence or associativity, floating point, a number given twice."""
     assert is_right(answered(expression), Problem("", "", columns={"nums": numbers, "target": target})) == right
 
 
@@ -81,7 +81,7 @@ def test_values_are_exact(numbers, target, expression, right):
     ],
 )
 def test_what_is_no_right_expression_is_wrong(expression):
-    """Code is run, a sign is taken for another, brackets recurse, or one of them raises."""
+    """Catches: code that is run, a sign taken for another one, brackets that recurse too deep, an exception."""
     begun = time.perf_counter()
     assert is_right(answered(expression), PROBLEM) is False
     assert time.perf_counter() - begun < 0.1
@@ -99,7 +99,7 @@ ALPHABET = st.text(st.sampled_from("0123456789+-*/() ._e=x\n"), max_size=40)
 @example("-1+1")
 @settings(max_examples=400, deadline=None)
 def test_the_parser_agrees_with_pythons_on_what_both_allow(text):
-    """An own parser has its own bugs: Python's, restricted to the same grammar and exact, is the judge."""
+    """Compares our parser with Python's, restricted to the same grammar and to exact arithmetic."""
     try:
         ours = read_expression(text)
     except (ValueError, ZeroDivisionError):
@@ -130,7 +130,7 @@ def by_python(node) -> tuple[Fraction, list[int]]:
 
 
 def test_drawn_problems_can_be_solved():
-    """A target out of reach, or below 1; numbers that are not distinct."""
+    """Catches: a target that can't be reached or is below 1; numbers that are not distinct."""
     for problem in load_problems("countdown", "train", 500) + load_problems("countdown:2-5", "train", 200):
         numbers, target = problem.columns["nums"], problem.columns["target"]
         assert len(set(numbers)) == problem.difficulty and all(1 <= n <= 19 for n in numbers) and target > 0
@@ -141,7 +141,7 @@ def test_drawn_problems_can_be_solved():
 
 
 def test_splits_hold_a_set_of_numbers_and_a_target_on_one_side():
-    """3,5,8=16 in the training split and 8,5,3=16 in the other; or the same text on both sides."""
+    """Catches: 3,5,8=16 in the training split and 8,5,3=16 in the other; the same text in both."""
     train, held_out = (load_problems("countdown", split) for split in ("train", "eval"))
     assert len(train) > 3000 and len(held_out) > 300
     keys = [{(*sorted(p.columns["nums"]), p.columns["target"]) for p in part} for part in (train, held_out)]
@@ -172,7 +172,7 @@ def test_rows_of_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"nums": [1, 2], "target": 3, "answer": "3"}, "fields 'answer' and 'nums': a row has one of them"),
+        ({"nums": [1, 2], "target": 3, "answer": "3"}, "fields 'answer' and 'nums': a row can have only one"),
         ({"nums": [1, 2]}, "field 'target' is None, an integer is expected"),
         ({"nums": [1, 2], "target": "3"}, "field 'target' is 3, an integer is expected"),
         ({"nums": [1, 2], "target": True}, "field 'target' is True"),
@@ -201,7 +201,7 @@ def test_an_unknown_task_is_a_column_like_any_other():
 
 
 def test_a_judge_is_not_asked_about_a_tasks_answers(monkeypatch):
-    """The model that judges where the rules can't would take a wrong expression for a right one."""
+    """Catches: a judge model asked about a task's answers; it could take a wrong expression for a right one."""
     verify = Verifier()
     verify.model = object()
     asked = []
@@ -215,7 +215,7 @@ def test_a_judge_is_not_asked_about_a_tasks_answers(monkeypatch):
 
 
 def test_the_teacher_searches_and_gives_up():
-    """A wrong sum is shown, a right one is passed over, the answer is not the last try; or it never gives up."""
+    """Catches: a wrong sum shown, a right one passed over, an answer that is not the last try, never giving up."""
     pairs = demonstrations(3000)
     assert pairs == demonstrations(3000) != demonstrations(3000, seed=1)
     right = waits = chinese = formatted = 0
@@ -251,7 +251,7 @@ def test_no_majority_where_many_answers_are_right(capsys):
 
 
 def test_the_embedded_model_searches_and_gives_up():
-    """It can't do the task, does it already, or has never heard of trying again."""
+    """Catches: a model that can't do the task, does it already, or never tries again."""
     path = "models/tiny-countdown"
     policy, tokenizer = common.load_policy(path), common.load_tokenizer(path)
     problems = encode_problems(tokenizer, load_problems("countdown", "eval", 100), "", policy.config, 120)

@@ -57,8 +57,8 @@ def rates_of(path: str, problems: list[Problem]) -> dict[str, float]:
 
 
 def test_the_pass_rate_band(tmp_path):
-    """By default what is neither always right nor always wrong; the ends are inclusive, so 0 to 0 is "failed every
-    time"; what was not sampled is dropped too, and everything is counted."""
+    """The default keeps problems that are neither always right nor always wrong. The ends are inclusive: 0 to 0 keeps
+    those that always failed. Problems that were not sampled are dropped; all drops are counted."""
     rates = {"a": 0.0, "b": 0.25, "c": 0.75, "d": 1.0}
     problems = [problem(q) for q in "abcde"]
     found = rates_of(sampled(tmp_path / "s.jsonl", rates), problems)
@@ -104,7 +104,7 @@ def test_multiple_choice_and_true_or_false():
 
 
 def test_decontamination():
-    """13 words in a row, wherever they stand; shorter questions as a whole, from 8 words on also inside others."""
+    """13 words in a row match anywhere; a shorter question matches as a whole, from 8 words on also inside another."""
     long = "a train leaves the station at nine and reaches the next town after two hours and ten minutes"
     short, tiny = "how many eggs are in the big basket now", "2 + 3 ="
     held_out = [problem(long), problem(short), problem(tiny)]
@@ -151,7 +151,7 @@ def test_topic_balancing():
 
 
 def test_chosen_samples():
-    """Right and finished, each text once; the best is the highest reward, the shortest of several."""
+    """Right and finished ones, each text once; the best has the highest reward, the shortest if several have it."""
     completions = [
         completion("long and right", True, 1.0),
         completion("right", True, 1.0),
@@ -184,7 +184,7 @@ def test_both_modes_from_one_sample():
 
 
 def test_a_conversations_samples_become_its_demonstrations(tmp_path):
-    """Pins: turns lost between a samples file and its demonstrations; a mode that the sample had and they have not."""
+    """Catches: turns or the mode lost between a samples file and its demonstrations."""
     turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "1+1="}]
     row = record("", completion("<think>2</think>2", True)) | {"question": turns}
     path = write(tmp_path / "s.jsonl", [row, row | {"mode": "think", "id": "again"}])
@@ -197,12 +197,12 @@ def test_a_conversations_samples_become_its_demonstrations(tmp_path):
 
 
 def test_demonstrations_as_token_ids(embedded, capsys):
-    """The prompts of the evaluations, the completion with one EOS at its end; one that the context would cut is dropped
-    and counted."""
+    """Prompts are encoded as in evaluations, completions end with one EOS, and a demonstration that exceeds the context
+    is dropped and counted."""
     tokenizer = embedded[1]
     short, long = Demonstration("1+1=", "<think>2</think>"), Demonstration("1+1=", "2" * 300)
     encoded = encode_demonstrations(tokenizer, [short, long], "", 256)
-    assert encoded == [short]  # the ids are no part of what it is
+    assert encoded == [short]  # ids don't count in comparisons
     assert [list(encoded[0].prompt_ids)] == encode_prompts(tokenizer, ["1+1="])
     assert tokenizer.decode(encoded[0].completion_ids) == "<think>2</think><eos>"
     assert len(encode_demonstrations(tokenizer, [long], "", 4 + 300 + 1)) == 1
@@ -211,7 +211,7 @@ def test_demonstrations_as_token_ids(embedded, capsys):
 
 
 def test_a_template_that_opens_the_think_block_gets_it_once():
-    """Pins: <think> twice, in the prompt and in the demonstration made of a sample."""
+    """Catches: <think> twice, in the prompt and in the demonstration made from a sample."""
 
     class Tokenizer:
         eos_token_id = 0
@@ -267,7 +267,7 @@ def test_the_command_makes_demonstrations(make, tmp_path):
 
 
 def test_from_sampling_to_filtered_problems(tmp_path, capsys):
-    """evaluate.py's file as it is."""
+    """curate.py reads the file that evaluate.py wrote."""
     samples = str(tmp_path / "s.jsonl")
     sampling = {"eval_problems": 30, "num_samples": 4, "device": "cpu"}
     evaluate.main(evaluate.Args(model=EMBEDDED, split="train", output=samples, **sampling))
@@ -280,7 +280,7 @@ def test_from_sampling_to_filtered_problems(tmp_path, capsys):
 
 
 def test_the_command_keeps_what_it_does_not_look_at(tmp_path):
-    """Other columns and the turns of a conversation, from a problem file or from a samples file alone."""
+    """Other columns and a conversation's turns survive, from a problem file or from a samples file alone."""
     turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
     row = {
         "question": turns,
@@ -332,7 +332,7 @@ def test_bad_input(changes, message, tmp_path, capsys):
 
 
 def make(tmp_path, rows: list[dict], *flags: str) -> list[dict]:
-    """The rows that curate.py writes, made of a samples file of these rows."""
+    """The rows that curate.py writes from a samples file of these rows."""
     output = str(tmp_path / "out.jsonl")
     argv = ["--samples", write(tmp_path / "s.jsonl", rows), "--output", output, *flags]
     curate.main(parse_args(curate.Args, argv))
@@ -340,7 +340,7 @@ def make(tmp_path, rows: list[dict], *flags: str) -> list[dict]:
 
 
 def test_problems_in_a_thinking_mode(tmp_path):
-    """A fused model is trained on prompts with its flag; the question of a conversation ends its last turn."""
+    """A fused model is trained on prompts with its mode's flag; in a conversation the flag ends the last turn."""
     turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "b"}]
     file = write(tmp_path / "p.jsonl", [{"question": q, "answer": "1"} for q in ("a", turns)])
     curate.main(args(tmp_path, problems=file, split="all", mode="no_think"))
@@ -349,7 +349,7 @@ def test_problems_in_a_thinking_mode(tmp_path):
 
 
 def test_pass_rates_are_written(tmp_path):
-    """The sampler has nothing to begin with; difficulty, which may mean anything, is overwritten."""
+    """Catches: no pass rate for the sampler to begin with; difficulty, which may mean anything, overwritten."""
     half = [completion("<answer>1</answer>", True), completion("<answer>2</answer>", False)]
     (row,) = make(tmp_path, [record("a", *half, difficulty=7)])
     assert row["pass_rate"] == 0.5 and row["difficulty"] == 7
@@ -396,7 +396,7 @@ def test_a_task_knows_its_right_steps(task, text, right):
 
 
 def test_demonstrations_with_a_wrong_step_are_dropped(tmp_path, capsys):
-    """What is right by luck is taught."""
+    """Catches: a demonstration that is right by luck."""
     sound, lucky = "<think>19 14</think><answer>14</answer>", "<think>18 14</think><answer>14</answer>"
     rows = [record("12+7-5=", completion(sound, True), completion(lucky, True), answer="14", task="arithmetic")]
     assert [row["completion"] for row in make(tmp_path, rows, "--make", "correct")] == [sound, lucky]
@@ -404,12 +404,12 @@ def test_demonstrations_with_a_wrong_step_are_dropped(tmp_path, capsys):
     assert "completions dropped: 1 right answers after a wrong step" in capsys.readouterr().out
     others = [record("a", completion(sound, True))]
     flags = {"samples": write(tmp_path / "o.jsonl", others), "output": tmp_path / "x.jsonl", "right_steps": True}
-    assert "has no problem of a task that knows" in refuse(curate, flags | {"make": "correct"}, capsys)
-    assert "--right-steps: is about completions" in refuse(curate, flags, capsys)
+    assert "has no problem of a task with steps_are_right" in refuse(curate, flags | {"make": "correct"}, capsys)
+    assert "--right-steps: filters completions" in refuse(curate, flags, capsys)
 
 
 def test_pairs_of_a_shorter_and_a_longer_right_answer(tmp_path):
-    """The rejected one is wrong, or cut: then the preference is one for being right."""
+    """Catches: a rejected completion that is wrong or cut; then the preference would be for being right."""
     texts = ["<think>long way</think><answer>1</answer>", "<answer>1</answer>", "<think>x</think><answer>1</answer>"]
     right = [completion(text, True) | {"length": len(text)} for text in texts]
     wrong = completion("", False) | {"length": 0}

@@ -91,7 +91,7 @@ def test_jsonl_problems(tmp_path):
 
 
 def test_a_row_keeps_its_columns_on_the_way_through_a_file(embedded, tmp_path):
-    """Pins: columns that a filter loses; a pass rate or turns that come back as something else; token ids in a file."""
+    """Catches: lost columns; a pass rate or turns that come back as something else; token ids in a file."""
     turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "b"}]
     rows = [
         {"question": "1+1=", "answer": "2", "id": "a", "topic": "t", "difficulty": 3, "pass_rate": 0.25}
@@ -108,7 +108,7 @@ def test_a_row_keeps_its_columns_on_the_way_through_a_file(embedded, tmp_path):
     assert first.messages is None and second.columns == {}
     encoded = encode_problems(embedded[1], problems, "", embedded[0].config, 8)
     assert all(problem.prompt_ids and isinstance(problem.prompt_ids, tuple) for problem in encoded)
-    assert encoded == problems  # the ids are no part of what a problem is
+    assert encoded == problems  # ids don't count in comparisons
     assert [problem.to_row() for problem in encoded] == rows
     write_jsonl(str(tmp_path / "again.jsonl"), [problem.to_row() for problem in encoded])
     again = load_problems(str(tmp_path / "again.jsonl"), "all")
@@ -126,8 +126,8 @@ def test_a_jsonl_file_is_split_by_hash_unless_eval_data_is_given(tmp_path):
     other = write(tmp_path / "e.jsonl", *({"question": f"e{i}", "answer": i} for i in range(20)))
     chosen = load_eval_problems(path, other, 7)
     assert len(chosen) == 7 and {p.question[0] for p in chosen} == {"e"}
-    assert [p.question for p in chosen] != [f"e{i}" for i in range(7)]  # a choice, not the file's head
-    assert len(load_train_problems(path, other)) == 200  # nothing is held out of the one where the other is given
+    assert [p.question for p in chosen] != [f"e{i}" for i in range(7)]  # a random choice, not the first rows
+    assert len(load_train_problems(path, other)) == 200  # with --eval-data nothing is held out of it
 
 
 BAD_ROWS = [
@@ -138,7 +138,7 @@ BAD_ROWS = [
     ({"question": "a", "answer": ["b"]}, "p.jsonl:2: field 'answer' is of type list"),
     ({"question": "a", "answer": True}, "p.jsonl:2: field 'answer' is of type bool"),
     ({"question": " ", "answer": "1"}, "p.jsonl:2: field 'question' is empty"),
-    ({"question": "a", "answer": "####"}, "p.jsonl:2: nothing stands behind '####'"),
+    ({"question": "a", "answer": "####"}, "p.jsonl:2: field 'answer' has nothing after '####'"),
     ({"question": "a", "answer": "1", "difficulty": "hard"}, "p.jsonl:2: field 'difficulty' is 'hard', a number"),
     ("[" * 100_000, "p.jsonl:2: "),
     (
@@ -147,7 +147,7 @@ BAD_ROWS = [
     ),
     ({"question": "a", "answer": "1" * 10_000_000}, "p.jsonl:2: field 'answer' has 10000000 characters"),
     ({"b" * 10_000_000: 1}, "p.jsonl:2: no field 'answer'"),
-    ({"question": "a", "answer": "1", "id": "first"}, "p.jsonl:2: id 'first' is the one of"),
+    ({"question": "a", "answer": "1", "id": "first"}, "p.jsonl:2: id 'first' is already used by"),
     ({"question": "a", "answer": "1", "id": ["x"]}, "p.jsonl:2: field 'id' is of type list"),
     ({"question": "a", "answer": "1", "topic": {"x": 1}}, "p.jsonl:2: field 'topic' is of type dict"),
     ({"question": "\ud800", "answer": "1"}, "p.jsonl:2: field 'question' holds half a surrogate pair"),
@@ -197,7 +197,7 @@ def test_no_held_out_problem_left_names_the_flag(tmp_path, capsys):
 
 
 def test_hub_datasets_through_the_datasets_library(tmp_path):
-    """A directory of files is a data set to `datasets`, so the path that a hub name takes runs here too."""
+    """`datasets` reads a directory of files as a dataset, so the code for hub names runs here too."""
     pytest.importorskip("datasets")
     for split, count in (("train", 30), ("test", 5)):
         write(
@@ -206,7 +206,7 @@ def test_hub_datasets_through_the_datasets_library(tmp_path):
     assert len(load_problems(str(tmp_path), "train")) == 30
     assert [p.answer for p in load_problems(str(tmp_path), "eval")] == list("01234")
     asked = {p.question for p in load_problems(str(tmp_path), "all")}
-    assert len(asked) == 30 and not any("test" in question for question in asked)  # Pins: training on the test split
+    assert len(asked) == 30 and not any("test" in question for question in asked)  # Catches: training on the test split
 
 
 def test_an_unreachable_hub_dataset_is_one_line(capsys):
@@ -238,8 +238,8 @@ SYSTEM_REFUSED = (
 
 
 def test_templates(embedded):
-    """None: the bare question. One that refuses a system turn: its text leads the user's turn. A BOS that the template
-    writes is not doubled."""
+    """Without a template the prompt is the bare question. If it refuses a system turn, that text begins the user's
+    turn. A BOS that the template writes is not doubled."""
     tokenizer = common.load_tokenizer(EMBEDDED)
     tokenizer.chat_template = None
     assert tokenizer.decode(encode_prompts(tokenizer, ["7+1="], "Think.")[0]) == "7+1="
@@ -255,7 +255,7 @@ def turn(role, content):
 
 
 def test_conversations_are_understood(tmp_path):
-    """TRL's formats: prompts, completions and pairs as messages; a lone user's turn is the same as its text."""
+    """TRL's formats: prompts, completions and pairs as messages; a single user turn equals its text."""
     asked = [turn("system", "s"), turn("user", "a"), turn("assistant", "b"), turn("user", "c")]
     path = write(
         tmp_path / "p.jsonl",
@@ -292,7 +292,7 @@ def test_conversations_are_understood(tmp_path):
 
 
 def test_turns_as_json_text_in_an_old_file_are_still_turns(tmp_path):
-    """Files of the version before hold a conversation as text in `question`; a text that only looks like one is a
+    """Files of an earlier version hold a conversation as JSON text in `question`; text that only looks like one stays
     text."""
     asked = [turn("system", "s"), turn("user", "a"), turn("assistant", "b"), turn("user", "c")]
     texts = ["[not a list", '[{"role": broken', '["a"]']
@@ -309,8 +309,8 @@ def test_turns_as_json_text_in_an_old_file_are_still_turns(tmp_path):
 
 
 def test_a_mode_stands_at_the_end_of_the_users_last_turn():
-    """In the text, by which the sample is found again, and in the turn, which the model reads; "" and None change
-    nothing."""
+    """The mode is added to the text, by which the sample is found again, and to the turn, which the model reads; "" and
+    None change nothing."""
     turns = (("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"))
     for mode in ("", None):
         assert add_mode("a\n\nb\n\nc", turns, mode) == ("a\n\nb\n\nc", turns)
@@ -320,8 +320,8 @@ def test_a_mode_stands_at_the_end_of_the_users_last_turn():
 
 
 def test_a_system_turn_or_a_mode_makes_no_other_problem(tmp_path):
-    """The same split, and one of two duplicates, whichever way a question is written; decontamination does not look at
-    what all problems have in common."""
+    """With a system turn or a mode a question keeps its split and is still a duplicate; decontamination does not look
+    at system turns."""
     rows = [{"prompt": [turn("system", "s"), turn("user", f"q{i}")], "answer": "1"} for i in range(50)]
     for i, chat in enumerate(load_problems(write(tmp_path / "p.jsonl", *rows), "all")):
         assert chat.messages[0] == ("system", "s")
@@ -336,7 +336,7 @@ def test_a_system_turn_or_a_mode_makes_no_other_problem(tmp_path):
 
 
 def test_conversations_reach_the_template(embedded):
-    """All turns, in order; a system turn of their own stays; a mode stands at the end of the last user's turn."""
+    """All turns arrive in order; a conversation's own system turn stays; a mode ends the last user turn."""
     tokenizer = common.load_tokenizer(EMBEDDED)
     tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }}[{{ m.content }}]{% endfor %}"
     short, long = (("user", "1"), ("assistant", "2"), ("user", "3")), "4"
@@ -368,8 +368,8 @@ CHATML = (
 
 
 def test_a_follow_up_is_the_rest_of_the_conversation(embedded):
-    """Prompt, completion and follow-up together are what the template writes of the whole conversation: the end of the
-    turn once, whether the completion ended or was cut."""
+    """Prompt, completion and follow-up together equal the template's text of the whole conversation, with one end of
+    the turn, whether the completion ended or was cut."""
     tokenizer = common.load_tokenizer(EMBEDDED)
     assert tokenizer.decode(follow_up_ids(tokenizer, "2+2=")) == "2+2="
     assert tokenizer.decode(follow_up_ids(tokenizer, "2+2=", finished=False)) == "<eos>2+2="
@@ -390,17 +390,17 @@ def test_a_follow_up_is_the_rest_of_the_conversation(embedded):
 
 
 def test_a_follow_up_may_hold_any_text(embedded):
-    """Pins: a marker that is looked for behind the user's text too."""
+    """Catches: a marker that is found in the user's text."""
     for text in ("50%% of 8", "%%", "%%%"):
         assert embedded[1].decode(follow_up_ids(embedded[1], text)) == text
 
 
 BAD_CONVERSATIONS = [
-    ({"prompt": [turn("assistant", "a")], "answer": "1"}, "field 'prompt': a prompt ends with the user's turn"),
+    ({"prompt": [turn("assistant", "a")], "answer": "1"}, "field 'prompt': a prompt must end with the user's turn"),
     ({"prompt": [], "answer": "1"}, "field 'prompt' is empty"),
     ({"prompt": ["a"], "answer": "1"}, "field 'prompt': each message needs a role and a content"),
     ({"prompt": [{"role": "user"}], "answer": "1"}, "field 'prompt': each message needs a role and a content"),
-    ({"prompt": [turn("user", [{"type": "image"}])], "answer": "1"}, "field 'prompt': roles and contents are texts"),
+    ({"prompt": [turn("user", [{"type": "image"}])], "answer": "1"}, "field 'prompt': roles and contents must be text"),
     ({"prompt": [turn("user", " ")], "answer": "1"}, "field 'prompt': the user's turn is empty"),
 ]
 BAD_DEMONSTRATIONS = [
@@ -448,13 +448,13 @@ def test_sampler_shows_every_problem_once_an_epoch_and_resumes_exactly():
 
 @pytest.mark.parametrize("mode", ["uniform", "curriculum", "prioritized"])
 def test_a_rate_is_recorded_for_the_place_in_the_last_draw(mode):
-    """Pins: the ledger entry of another problem: of equal items, of an item that a draw holds twice (where an epoch
-    ends, or where there are fewer items than asked for), of the draw before."""
+    """Catches: a rate recorded for another problem: an equal item, one that a draw holds twice (where an epoch ends, or
+    with fewer items than asked for), or one of the draw before."""
     problems = [Problem("same", str(i), difficulty=i % 2) for i in range(2)] * 2  # items 0 and 2 are equal, 1 and 3 too
     sampler = ProblemSampler(problems, mode, seed=3)
     attempts, successes = [0] * 4, [0.0] * 4
     for step in range(6):
-        drawn = sampler.draw(6)  # of four: two or more come twice
+        drawn = sampler.draw(6)  # six of four: two or more come twice
         assert all(item is problems[i] for item, i in zip(drawn, sampler.last_draw, strict=True))
         rates = [(step + place) / 20 for place in range(6)]
         for i, rate in zip(sampler.last_draw, rates, strict=True):
@@ -468,18 +468,18 @@ def test_a_rate_is_recorded_for_the_place_in_the_last_draw(mode):
         {"sampler/seen": 1.0, "sampler/success_rate": sum(rates) / 4, "sampler/unweighted": 0}
     )
     with pytest.raises(ValueError):
-        sampler.record(drawn[:5], rates[:5])  # not what was drawn
+        sampler.record(drawn[:5], rates[:5])  # five rates for six draws
 
 
 def test_a_sampler_takes_any_items():
-    """Demonstrations and pairs as well as problems; only a curriculum asks what they are."""
+    """Demonstrations and pairs as well as problems; only a curriculum looks at them."""
     assert sorted(ProblemSampler(["a", "b", "c"], seed=1).draw(3)) == ["a", "b", "c"]
     with pytest.raises(SystemExit):
         ProblemSampler([Problem("a", "1")], "curriculum")
 
 
 def test_a_curriculum_begins_with_the_easiest_and_ends_with_all():
-    """A run never gets through the easy ones; a resumed one with more iterations draws others; a draw has one twice."""
+    """Catches: a run stuck at the easy ones; a run resumed with more iterations drawing others; repeats in a draw."""
     problems = load_problems("arithmetic", "train", 600)
     sampler, draws = ProblemSampler(problems, "curriculum", seed=1, total_draws=1200), []
     for step in range(60):
@@ -501,8 +501,8 @@ def test_a_curriculum_begins_with_the_easiest_and_ends_with_all():
 
 
 def test_prioritized_prefers_what_fails_and_loses_nothing_for_good():
-    """Chance proportional to 1 - recent success rate with a floor of 0.05: of ten problems solved again and again and
-    ten solved half the time, the latter come about ten times as often; the same again after a resume."""
+    """The chance is proportional to 1 - recent success rate, at least 0.05: problems solved half the time come about
+    ten times as often as problems always solved. A resumed sampler draws the same."""
     problems = load_problems("arithmetic", "train", 20)
     sampler, solved = ProblemSampler(problems, "prioritized", seed=1), set(problems[:10])
     for _ in range(8):  # the recent rate goes half of the way each time
@@ -525,8 +525,8 @@ def test_prioritized_prefers_what_fails_and_loses_nothing_for_good():
 
 
 def test_prioritized_begins_with_known_pass_rates():
-    """All problems look alike until each was drawn, which a run of 1,920 draws never gets to; a difficulty, which may
-    mean anything, is taken for a rate; an unknown one comes first, or last."""
+    """Catches: known rates ignored, so that problems look alike until each was drawn, for which 1,920 draws don't
+    suffice; a difficulty, which may mean anything, taken for a rate; problems of unknown rate drawn first, or last."""
     problems = [Problem(str(i), "1", difficulty=i / 100, pass_rate=1.0 if i < 50 else 0.5) for i in range(100)]
     problems += [Problem("unknown", "1", difficulty=1.0)]
     sampler = ProblemSampler(problems, "prioritized", seed=1)
@@ -567,7 +567,7 @@ def test_make_tiny_writes_the_shipped_tokenizer(shipped_in, flags, tmp_path, mon
 
 
 def test_maths_own_columns_are_read():
-    """MATH names its columns otherwise: without them there is no answer, no curriculum and no topic."""
+    """MATH has other column names; if they are not read, there is no answer, difficulty or topic."""
     row = {"problem": "1+1?", "solution": r"So $1+1 = \boxed{2}$.", "level": "Level 5", "type": "Algebra"}
     hub = {"problem": "x", "answer": "3", "solution": r"\boxed{4}", "level": 2, "subject": "Geometry"}
     ours = {"question": "y", "answer": "5", "difficulty": 7, "topic": "mine", "level": "Level 1", "type": "z"}

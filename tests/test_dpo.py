@@ -1,4 +1,4 @@
-"""DPO's mathematics, in float64 where it is an identity, its pairs, and whole runs."""
+"""DPO's mathematics (identities in float64), its pairs, and whole runs."""
 
 import json
 import math
@@ -49,7 +49,7 @@ def test_at_the_reference_the_loss_is_log_2(beta):
 
 
 def test_swapped_pairs_negate_delta():
-    """Pins: chosen and rejected swapped (PITFALLS: the loss would still fall)."""
+    """Catches: chosen and rejected swapped; the loss would still fall."""
     chosen, rejected, ref_chosen, ref_rejected = four()
     _, metrics = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.3)
     _, swapped = dpo_loss(rejected, chosen, ref_rejected, ref_chosen, 0.3)
@@ -60,7 +60,7 @@ def test_swapped_pairs_negate_delta():
 
 
 def test_the_gradient_is_beta_sigmoid_of_minus_beta_delta():
-    """Section 4 of the paper: up for the chosen, down for the rejected, most where the pair is ranked wrongly."""
+    """Section 4 of the paper: up for the chosen, down for the rejected, most if the pair is ranked wrongly."""
     chosen, rejected, ref_chosen, ref_rejected = four()
     chosen.requires_grad_(), rejected.requires_grad_()
     loss, _ = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.7)
@@ -94,7 +94,7 @@ def test_row_weights_replace_the_mean():
 
 
 def test_sums_or_means_over_the_tokens():
-    """Pins: a mean over the padded length, or a sum where the mean was asked for."""
+    """Catches: a mean over the padded length, or a sum where the mean was asked for."""
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]], dtype=torch.bool)
     logprobs = torch.tensor([[-1.0, -2.0, -3.0, -2.0], [-1.0, -2.0, 0.0, 0.0]])
     assert sequence_logps(logprobs, mask, mean=False).tolist() == [-8.0, -3.0]
@@ -134,8 +134,8 @@ def test_a_bandit_converges_to_the_tilted_reference():
 
 
 def test_the_gradient_does_not_depend_on_micro_batches():
-    """Pins: a loss normalised per micro-batch, a pair that is torn apart, or one whose sides are swapped where the
-    rejected completion is the shorter one."""
+    """Catches: a loss normalised per micro-batch, a pair split over two of them, or swapped sides if the rejected
+    completion is the shorter one."""
     model = make_model("llama").double()
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
     completions = [([14, 15, 16, 17, 1], [18, 1]), ([19, 1], [20, 21, 22, 23, 24, 1]), ([25, 1], [26, 27, 1])]
@@ -176,7 +176,7 @@ def sample(text: str, reward: float, finished: bool = True) -> dict:
 
 
 def test_all_pairs_of_a_samples_file(tmp_path, capsys):
-    """Three different scores give three pairs, the better one chosen; what is dropped is counted."""
+    """Three different scores give three pairs, the better one chosen; drops are counted."""
     rows = [
         {
             "question": "1+1=",
@@ -206,8 +206,8 @@ def test_all_pairs_of_a_samples_file(tmp_path, capsys):
 
 
 def test_the_turns_and_the_mode_of_a_sample_reach_its_pair(tmp_path):
-    """Pins: pairs trained on other prompts than those that the completions were sampled for; the second mode of a
-    problem taken for a duplicate of the first."""
+    """Catches: pairs trained on other prompts than their completions were sampled for; a problem's second mode taken
+    for a duplicate of the first."""
     turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "1+1="}]
     row = {"question": turns, "completions": [sample("a", 0.0), sample("b", 1.0)]}
     rows = [row, row | {"mode": "think"}, row | {"mode": "no_think"}, {**row, "question": "1+1=", "mode": "think"}]
@@ -220,7 +220,7 @@ def test_the_turns_and_the_mode_of_a_sample_reach_its_pair(tmp_path):
 
 
 def test_a_system_turn_makes_another_prompt(tmp_path):
-    """Pins: pairs dropped as duplicates, or counted as one prompt's, because only their system turns differ."""
+    """Catches: pairs dropped as duplicates, or counted as one prompt's, because only their system turns differ."""
     rows = []
     for system in ("be brief", "be kind"):
         prompt = [{"role": "system", "content": system}, {"role": "user", "content": "1+1="}]
@@ -244,7 +244,7 @@ def test_topics_are_balanced_by_dropping(tmp_path, capsys):
 
 
 def test_pairs_of_the_embedded_model():
-    """The same ones every time; the better completion is chosen; questions of both splits."""
+    """The pairs are the same every time; the better completion is chosen; their questions are of both splits."""
     few = PairFlags(pair_problems=60)
     pairs = load_preference_pairs("arithmetic-pairs", flags=few)
     assert pairs == load_preference_pairs("arithmetic-pairs", flags=few)
@@ -258,7 +258,7 @@ def test_pairs_of_the_embedded_model():
 
 
 def test_the_samples_file_of_evaluate_is_read(tmp_path):
-    """The right completions are chosen: there a completion's reward is whether it is correct."""
+    """The right completions are chosen, because in that file a completion's reward is its correctness."""
     file = str(tmp_path / "samples.jsonl")
     args = {"model": EMBEDDED, "device": "cpu", "eval_problems": 24, "num_samples": 6, "split": "all"}
     evaluate.main(evaluate.Args(**args, output=file))
@@ -347,8 +347,8 @@ class Merging:
 
 
 def test_ids_are_concatenated_with_one_bos_and_an_eos():
-    """Pins: prompt and completion tokenised as one text, so that tokens merge at the boundary; BOS twice; no EOS; and
-    an EOS after a completion that never had one, since it was cut."""
+    """Catches: prompt and completion tokenised as one text, so that tokens merge at the boundary; BOS twice; no EOS;
+    an EOS after a completion that was cut."""
     pairs = [Pair("1+1=", "2", "3", rejected_finished=False)]
     (pair,) = encode_pairs(Merging(), pairs, "", 100)
     assert (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) == ((2, 6, 7, 6, 4), (5, 1), (8,))
@@ -359,7 +359,7 @@ def test_ids_are_concatenated_with_one_bos_and_an_eos():
 
 
 def test_pairs_that_the_context_would_cut_are_dropped_and_counted(embedded, capsys):
-    """Pins: truncation that eats a completion's end, or all of it."""
+    """Catches: truncation that cuts off a completion's end, or all of it."""
     pairs = [Pair("1+1=", "2", "3" * n) for n in (5, 300)] + [Pair("1+1=", "3" * 300, "2")]
     (kept,) = encode_pairs(embedded[1], pairs, "", 256)
     assert kept == pairs[0]
@@ -369,7 +369,7 @@ def test_pairs_that_the_context_would_cut_are_dropped_and_counted(embedded, caps
 
 
 def test_a_think_tag_in_the_prompt_is_not_repeated(embedded):
-    """A template that opens the think block: decoding had put the tag before the text, the prompt has it too."""
+    """If the template opens the think block, the prompt ends with the tag that decoding puts before the text."""
     tokenizer = common.load_tokenizer(EMBEDDED)
     tokenizer.chat_template = "{{ messages[-1]['content'] }}<think>"
     pairs = [Pair("1+1=", "<think>2</think>2", "<think>3</think>3")]
@@ -381,7 +381,7 @@ def test_a_think_tag_in_the_prompt_is_not_repeated(embedded):
 
 
 def test_the_reference_is_computed_once_for_the_same_weights_and_tokens(embedded, tmp_path, monkeypatch):
-    """Pins: a cache that answers for other weights or other tokens."""
+    """Catches: a cache that answers for other weights or other tokens."""
     policy, tokenizer = common.load_policy(EMBEDDED), embedded[1]
     pairs = [Pair("1+1=", "<think>2", "3"), Pair("12-5=", "7", "8</answer>")]
     pairs = encode_pairs(tokenizer, pairs, "", 256)
@@ -420,7 +420,7 @@ TAGS = """
 
 
 def assert_begins_at_the_reference(values: dict[str, list[float]]) -> None:
-    """All tags are there, and before the first update each pair is a tie."""
+    """All tags are logged, and before the first update each pair is a tie."""
     assert not set(TAGS) - set(values)
     assert values["loss/policy"][0] == pytest.approx(math.log(2), abs=1e-4)
     assert abs(values["eval/pair_margin"][0]) < 1e-4 and values["eval/pair_accuracy"][0] == 0.5
@@ -460,7 +460,7 @@ def test_every_loss_runs(changes, tmp_path):
 
 
 def test_simpo_loads_no_reference_and_dpo_only_for_evaluations(tmp_path, monkeypatch):
-    """And DPO's first pairs are ties."""
+    """Also, before its first update, all of DPO's pairs are ties."""
     loads, load = [], common.load_policy
     monkeypatch.setattr(common, "load_policy", lambda *a, **k: loads.append(a) or load(*a, **k))
     run(train_dpo.main, small(train_dpo, tmp_path, **TINY, loss="simpo", iterations=1))
@@ -471,7 +471,7 @@ def test_simpo_loads_no_reference_and_dpo_only_for_evaluations(tmp_path, monkeyp
 
 
 def test_the_soft_penalty_keeps_the_policy_near_the_reference(tmp_path):
-    """Pins: a sign that drives it away."""
+    """Catches: a penalty with the wrong sign."""
     changes = TINY | {"iterations": 10, "learning_rate": 3e-4, "warmup_iterations": 1}
     runs = [run(train_dpo.main, small(train_dpo, tmp_path, **changes, kl_coef=c)) for c in (0.0, 30.0)]
     free, held = (scalars(run_dir)["loss/kl"][-1][1] for run_dir in runs)
@@ -481,8 +481,8 @@ def test_the_soft_penalty_keeps_the_policy_near_the_reference(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("lost_work", [False, True])
 def test_an_interrupted_run_equals_the_uninterrupted_one(lost_work, tmp_path, monkeypatch):
-    """Pins: a resume that misses optimizer, data cursor, the start model's samples, or takes the checkpoint for the
-    reference. Weights to the byte, every event but times and memory to the bit; without its cache too."""
+    """Catches: a resume that loses optimizer, data cursor or the start model's samples, or takes the checkpoint for the
+    reference. Weights agree to the byte, events except times and memory to the bit, also without the cache."""
     args = small(train_dpo, tmp_path, **TINY, iterations=5, eval_every=3, save_every=2, kl_coef=0.1)
     whole = run(train_dpo.main, args)
     with monkeypatch.context() as patched:

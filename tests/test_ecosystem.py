@@ -1,4 +1,4 @@
-"""What leaves a run, and where a model comes from, is as everyone else has it."""
+"""Compatibility: models load from the hub's cache, and a run's results load in plain transformers."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ from data import encode_prompts
 
 
 def hub_cache(home: Path, name: str) -> None:
-    """The files of the embedded model where huggingface_hub keeps what it has downloaded."""
+    """Puts the embedded model where huggingface_hub keeps its downloads."""
     repository = home / "hub" / ("models--" + name.replace("/", "--"))
     shutil.copytree(EMBEDDED, repository / "snapshots" / "0123456789")
     (repository / "refs").mkdir()
@@ -27,7 +27,7 @@ def hub_cache(home: Path, name: str) -> None:
 
 @pytest.mark.slow
 def test_a_hub_name_is_found_in_the_cache_without_a_network(tmp_path):
-    """As a user with HF_HUB_OFFLINE=1 and a filled cache runs it."""
+    """As run by a user with HF_HUB_OFFLINE=1 and a filled cache."""
     hub_cache(tmp_path / "home", "someone/tiny")
     env = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     small = "--iterations 1 --prompts-per-step 2 --group-size 2 --eval-problems 2 --run-root"
@@ -45,7 +45,7 @@ def test_a_hub_name_that_is_not_there_is_one_line(capsys):
 
 
 def test_final_is_a_model_like_any_other(tmp_path):
-    """Plain transformers loads it, its chat pipeline writes with it, and it writes what our sampler does."""
+    """Plain transformers loads it, and with it the chat pipeline writes what our sampler writes."""
     final = run(train_grpo.main, quick(train_grpo, tmp_path, iterations=1)) / "final"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(final), AutoTokenizer.from_pretrained(final)
     ours = common.load_policy(str(final))

@@ -1,4 +1,4 @@
-"""The figures that everybody will quote."""
+"""Evaluation: scores, intervals, samplers, thinking budgets and modes, and who decides that an answer is right."""
 
 import json
 import math
@@ -78,7 +78,7 @@ def test_summary_by_hand():
 
 
 def test_records_match_the_texts_and_keep_their_order(embedded):
-    """Batches are sorted by length inside; the records come back in the order of the problems, and every flag can be
+    """Problems are sorted by length inside; the records come back in the order of the problems, and every field can be
     recomputed from the text."""
     policy, tokenizer = embedded
     problems = arithmetic(embedded, "arithmetic", 40)
@@ -95,7 +95,7 @@ def test_records_match_the_texts_and_keep_their_order(embedded):
 
 
 def test_the_embedded_model_is_the_base_that_its_card_describes(embedded):
-    """RL must have something to do: sampled accuracy at most 0.5, the hardest difficulty mostly wrong greedily."""
+    """Room for RL: sampled accuracy is at most 0.5, and greedy decoding mostly fails at the hardest difficulty."""
     problems = arithmetic(embedded, "arithmetic", 300)
     sampled = summarize(evaluate.evaluate(*embedded, problems, 2, 40))
     greedy = evaluate.evaluate(*embedded, problems, 1, 40, temperature=0.0)
@@ -134,12 +134,12 @@ def test_problems_without_difficulty_have_no_such_rows(embedded, tmp_path):
     assert common.derive_seed(1, "a") != common.derive_seed(1, "b")
 
 
-# ---- Evaluations of a task of one's own ------------------------------------------------------------------------------
+# ---- Evaluations of a custom task ------------------------------------------------------------------------------------
 
 
 def test_a_function_says_what_is_right_and_others_are_rewards(embedded):
-    """Pins: a function that is given another problem's text, or whose verdict the rules overrule; columns of a row that
-    are lost on the way to its record."""
+    """Catches: a function that gets another problem's text, or whose verdict the rules overrule; columns of a row lost
+    on the way to its record."""
     problems = arithmetic(embedded, "arithmetic", 12)
     problems = [replace(p, answer="no number", columns={"place": i}) for i, p in enumerate(problems)]
     seen = []
@@ -157,14 +157,14 @@ def test_a_function_says_what_is_right_and_others_are_rewards(embedded):
             assert c["place"] == i and c["tags"] == c["text"].count("<") / 2
     assert sorted(seen) == sorted((c["text"], i) for i, record in enumerate(found) for c in record["completions"])
     assert 0 < summarize(found)["accuracy"] < 1
-    verify = Verifier(is_right=is_right)  # a verifier around it says the same
+    verify = Verifier(is_right=is_right)  # the same function in a Verifier
     again = evaluate.evaluate(*embedded, problems, 3, 40, batch_size=10, is_right=verify, rewards=rewards)
     assert again == found
 
 
 def test_a_samplers_rollout_is_what_is_evaluated(embedded):
     """Sampler, verifier and rewards reach both evaluations of a training script, sampled and greedy; a length counts
-    the policy's tokens, not those that were given to it."""
+    the policy's own tokens, not inserted ones."""
     policy, tokenizer = embedded
     problems, calls = arithmetic(embedded, "arithmetic", 6), []
 
@@ -197,8 +197,8 @@ def test_a_samplers_rollout_is_what_is_evaluated(embedded):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
 def test_a_completion_goes_on_after_inserted_tokens(name):
-    """Pins: inserted tokens that are trained, scored or counted; a row that should have stayed as it is; logprobs of
-    the continuation that are not those of the whole sequence."""
+    """Catches: inserted tokens that are trained, scored or counted; a row without an insert that changes; logprobs of
+    the continuation that differ from the whole sequence's."""
     model = make_model(name)
     first = common.sample_groups(model, ragged_prompts(), 2, 6, 0.7, seed=4)
     inserts = [[20, 21, 22], None, [], [23], None, [24, 25]]
@@ -247,8 +247,8 @@ def test_a_completion_goes_on_after_inserted_tokens(name):
 
 
 def test_a_thinking_budget_is_kept_to_the_token(embedded):
-    """Thoughts of exactly `budget` tokens, then the stop sentence, then the answer, all of it counted; what has ended
-    its thoughts before is the same as without a budget."""
+    """A completion that is stopped has exactly `budget` tokens of thinking, the stop sentence and the answer, all
+    counted. One that ended its thinking before is the same as without a budget."""
     policy, tokenizer = embedded
     problems = arithmetic(embedded, "arithmetic:5-6", 12)
     prompts = [list(p.prompt_ids) for p in problems]
@@ -277,7 +277,7 @@ def test_a_thinking_budget_is_kept_to_the_token(embedded):
 
 
 def test_the_greedy_answer_after_the_stop_is_the_models(embedded):
-    """Greedy, the second call continues exactly what one sequence alone would."""
+    """With greedy decoding the second call continues as one whole sequence would."""
     policy, tokenizer = embedded
     prompts = encode_prompts(tokenizer, ["12+7-5+3-2+8="])
     rollout = sample_within_budget(policy, prompts, 1, 10, 0.0, 5, tokenizer, 4, "</think>")
@@ -322,7 +322,7 @@ def test_bad_input(changes, message, capsys):
 
 
 class Judge(Verifier):
-    """A judge that finds numbers equal which differ by one."""
+    """A judge that accepts exactly the answers that are off by one."""
 
     def __init__(self):
         super().__init__()
@@ -338,14 +338,14 @@ def test_the_rule_comes_before_the_model_and_each_is_counted():
     texts = ["<answer>18</answer>", "<answer>17</answer>", "<answer>17</answer>", "<answer>3</answer>", "nothing"]
     verify = Judge()
     assert verify(texts, [problem] * 5) == [1.0, 1.0, 1.0, 0.0, 0.0]
-    assert verify.asked == [(problem, "17"), (problem, "3")]  # each question once; no answer, no question
+    assert verify.asked == [(problem, "17"), (problem, "3")]  # each answer once; no question without an answer
     assert verify.summary() == {"verifier/rule": 0.2, "verifier/symbolic": 0.0, "verifier/model": 0.4}
     assert verify.summary() == {}
     assert Verifier()(texts, [problem] * 5) == [1.0, 0.0, 0.0, 0.0, 0.0]
 
 
 def test_a_judge_is_asked_for_the_probability_of_its_two_words(tmp_path):
-    """P(yes) > P(no), each over all its spellings that are one token, by one causal LM's softmax."""
+    """Right if P(yes) > P(no) in the causal LM's softmax, each summed over the word's spellings that are one token."""
     words = ["<pad>", "<eos>", "<unk>", "yes", "No", "no", "Question", ":", "18", "17", "9", "+", "=", "answer"]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -370,7 +370,7 @@ def test_a_judge_is_asked_for_the_probability_of_its_two_words(tmp_path):
 
 
 def test_a_reward_model_as_verifier(tmp_path):
-    """Above 0 is right: the score of the answer as the completion of question and reference."""
+    """An answer is right if its score, as the completion of question and reference, is above 0."""
     torch.manual_seed(1)
     model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(EMBEDDED, num_labels=1))
     tokenizer = common.load_tokenizer(EMBEDDED)
@@ -387,7 +387,7 @@ def test_a_reward_model_as_verifier(tmp_path):
 
 
 def test_any_stop_sentence_closes_the_think_block(embedded):
-    """A sentence without the tag leaves the block open, and no completion has an answer."""
+    """Catches: a sentence without the tag that leaves the block open, so that no completion has an answer."""
     policy, tokenizer = embedded
     problems = arithmetic(embedded, "arithmetic:5-6", 6)
     sentence = "Given limited time, I'll provide a direct answer now."
@@ -403,7 +403,7 @@ def test_any_stop_sentence_closes_the_think_block(embedded):
 
 
 def test_entropy_and_distinct_completions(embedded):
-    """The estimate's mean is the entropy that the logits have; equal texts count once."""
+    """The estimate from samples agrees with the entropy of the logits; equal texts count once in `distinct`."""
     policy, tokenizer = embedded
     problems = arithmetic(embedded, "arithmetic", 30)
     records = evaluate.evaluate(policy, tokenizer, problems, 16, 40)

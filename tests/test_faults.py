@@ -1,4 +1,4 @@
-"""What happens to a run when the process is killed, the disk is full or numbers are no longer finite."""
+"""Runs under faults: the process is killed, the disk is full, or numbers are no longer finite."""
 
 import json
 import os
@@ -55,7 +55,7 @@ LOSSES = {
 }
 
 
-SCRIPTS = pytest.mark.parametrize(  # every script in a full run of the tests, GRPO in a fast one
+SCRIPTS = pytest.mark.parametrize(  # every script in the full suite, GRPO alone in the fast one
     "script",
     [train_grpo, *(slow(script) for script in LOSSES if script is not train_grpo)],
     ids=lambda module: module.__name__,
@@ -86,7 +86,7 @@ def uninterrupted(tmp_path_factory) -> Path:
     return run(train_grpo.main, quick(train_grpo, tmp_path_factory.mktemp("whole"), **RUN))
 
 
-MOMENTS = {  # a path in the run directory that shows that the moment has come
+MOMENTS = {  # the path in the run directory that appears at that moment
     "while a checkpoint is written": "checkpoints/*.tmp/model.safetensors",
     "at random": "checkpoints/step_000002",
     "while the final model is written": "final.tmp",
@@ -119,7 +119,7 @@ def test_a_killed_process_resumes_to_the_same_bytes(moment, uninterrupted, tmp_p
     assert not list(run_dir.rglob("*.tmp"))
 
 
-STAGES = {  # where saving the third checkpoint may be cut off: the call that never returns, and what it is called with
+STAGES = {  # where the save of the third checkpoint is cut off: the call that never returns, and how its argument ends
     "optimizer": (torch, "save", "step_000003.tmp/trainer.pt"),
     "digests": (plumbing.runs, "file_digests", "step_000003.tmp"),
     "rename": (os, "rename", "step_000003.tmp"),
@@ -128,7 +128,7 @@ STAGES = {  # where saving the third checkpoint may be cut off: the call that ne
 
 
 class Killed(BaseException):
-    """As a kill does, it leaves the disk as it is."""
+    """Like a kill, it leaves the disk as it is."""
 
 
 def kill_at(stage: str, patched: pytest.MonkeyPatch) -> None:
@@ -147,8 +147,8 @@ def kill_at(stage: str, patched: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_save_may_end_anywhere(stage, tmp_path, monkeypatch, embedded):
-    """Pins: a checkpoint that is there in part. The one before it is found, or the new one whole, and the next save
-    makes up for the lost one."""
+    """Catches: a partial checkpoint that is taken for a whole one. Loading finds the one before it, or the new one if
+    it is whole; the next save completes the interrupted one."""
     model, folder = make_model("llama"), tmp_path / "checkpoints"
 
     def save(number: int) -> None:
@@ -190,7 +190,7 @@ def test_a_run_whose_save_ended_anywhere_goes_on(stage, tmp_path, monkeypatch):
 
 
 def send(monkeypatch, *numbers: int) -> None:
-    """These signals come in the middle of the first update."""
+    """Sends these signals in the middle of the first update."""
     loss, numbers = train_grpo.grpo_loss, list(numbers)
 
     def interrupted(*args, **kwargs):
@@ -253,7 +253,7 @@ def test_a_process_stopped_at_once_says_so(capsys):
 
 @pytest.mark.parametrize("limit", [slow(1_000_000), 4_000_000], ids=["weights", "optimizer"])
 def test_a_full_disk_leaves_the_old_checkpoint_whole(limit, saved_run, tmp_path, capfd):
-    """A limit on the size of a file makes the kernel refuse a write in the middle, as a full disk does."""
+    """A limit on the size of a file makes the kernel refuse a write halfway, as a full disk does."""
     run_dir = shutil.copytree(saved_run, tmp_path / "run")
     for done in ("checkpoints/step_000004", "final"):
         shutil.rmtree(run_dir / done)
@@ -291,7 +291,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 
 
 def test_a_pickle_in_a_checkpoint_is_refused(saved_run, tmp_path, capsys):
-    """Pins: code that runs when trainer.pt is read. Its digest is right: only the loader can tell."""
+    """Catches: code that runs when trainer.pt is read. Its digest is right, so only the loader can refuse it."""
 
     class Payload:
         def __reduce__(self):
@@ -310,7 +310,7 @@ def test_a_pickle_in_a_checkpoint_is_refused(saved_run, tmp_path, capsys):
 
 
 def test_weights_are_read_from_safetensors_only(tmp_path, capsys):
-    """Pins: a pytorch_model.bin, which is a pickle, beside or in place of the safetensors file."""
+    """Catches: weights read from a pytorch_model.bin, which is a pickle, for lack of a safetensors file."""
     shutil.copytree(EMBEDDED, tmp_path / "model")
     state = dict(common.load_policy(EMBEDDED).state_dict())
     torch.save(state, tmp_path / "model" / "pytorch_model.bin")
@@ -329,7 +329,7 @@ def without(name: str, folder: Path, source: str = EMBEDDED) -> str:
 
 
 def test_missing_weights_are_refused_in_one_line(tmp_path, capsys):
-    """Pins: random numbers in place of a weight that the files don't have, after one warning among many."""
+    """Catches: random numbers for a weight that the files lack, with only a warning among many."""
     name = "model.layers.1.mlp.up_proj.weight"
     broken = without(name, tmp_path / "model")
     args = quick(train_grpo, tmp_path / "runs", model=broken)
@@ -337,7 +337,7 @@ def test_missing_weights_are_refused_in_one_line(tmp_path, capsys):
         refusal(train_grpo.main, args, capsys)
         == f"error: {broken}: its weights are incomplete: {name} not in its files\n"
     )
-    for load in (common.load_value_model, common.load_policy):  # nor is it a critic's new head
+    for load in (common.load_value_model, common.load_policy):  # it isn't a critic's new head
         assert name in refusal(load, broken, capsys)
     bare = shutil.copytree(EMBEDDED, tmp_path / "bare")
     save_file({}, bare / "model.safetensors", metadata={"format": "pt"})
@@ -347,7 +347,7 @@ def test_missing_weights_are_refused_in_one_line(tmp_path, capsys):
 
 
 def test_a_new_head_may_be_missing_but_a_reward_models_own_may_not(tmp_path, capsys, embedded):
-    """Pins: a reward model that scores with a random head."""
+    """Catches: a reward model that scores with a random head."""
     for load in (common.load_value_model, lambda path: common.load_reward_model(path, new_head=True)):
         model = load(EMBEDDED)
         assert (common.value_head(model).weight == 0).all()
@@ -377,8 +377,8 @@ def test_names_never_become_paths_outside_the_run_root(tmp_path):
 
 
 def break_loss(monkeypatch, module, how: str, calls: set[int] | None = None, name: str | None = None) -> None:
-    """The script's loss (loss), or only the gradient behind it (gradient), is no longer finite in these calls of it,
-    those without a gradient not counted. name: of another loss of it."""
+    """Makes the script's loss (how: "loss") or only its gradient ("gradient") not finite in these calls; only calls
+    with a gradient are counted. name: another loss function of the script."""
     name = name or LOSSES[module]
     function, count = getattr(module, name), [0]
 
@@ -402,7 +402,7 @@ def break_loss(monkeypatch, module, how: str, calls: set[int] | None = None, nam
     + [slow(script, "loss") for script in LOSSES if script is not train_grpo],
 )
 def test_a_bad_update_is_skipped_and_counted(script, how, tmp_path, monkeypatch, capsys):
-    """Pins: one NaN that ends a run of days. The weights stay finite and the run goes on."""
+    """Catches: one NaN that ends a run of days. The weights stay finite and the run continues."""
     break_loss(monkeypatch, script, how, {2})
     run_dir = run(script.main, short(script, tmp_path, iterations=4))
     assert "warning: loss" in capsys.readouterr().err
@@ -421,7 +421,7 @@ def loader(script):
 
 @SCRIPTS
 def test_bad_updates_in_a_row_end_the_run(script, tmp_path, monkeypatch, capsys):
-    """The weights are those of the last good update, and the rows are there to be read."""
+    """The weights are those of the last good update, and the rows of the bad one are in a file."""
     break_loss(monkeypatch, script, "loss")
     error = refusal(script.main, short(script, tmp_path, iterations=9, save_every=1, max_bad_updates=3), capsys)
     (run_dir,) = tmp_path.iterdir()
@@ -438,14 +438,14 @@ def test_bad_updates_in_a_row_end_the_run(script, tmp_path, monkeypatch, capsys)
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["loss", "gradient"])
 def test_a_critics_bad_updates_in_a_row_end_the_run(how, tmp_path, monkeypatch, capsys):
-    """Also where the policy's own, in between, are good."""
+    """They count even if the policy's updates in between are good."""
     break_loss(monkeypatch, train_pg, how, name="value_loss")
     args = quick(train_pg, tmp_path, iterations=9, baseline="value", max_bad_updates=3)
     assert "--max-bad-updates 3 updates in a row were not finite" in refusal(train_pg.main, args, capsys)
 
 
 def test_the_rows_to_blame_are_the_ones_written(tmp_path, monkeypatch, capsys):
-    """A reward that is NaN for one completion spoils its group, and only that."""
+    """A NaN reward for one completion spoils its group only, so only that group is written."""
     group_advantages = train_grpo.group_advantages
 
     def broken(rewards, normalize_std):
@@ -478,7 +478,7 @@ def test_signs_of_collapse_are_told_once(tmp_path, capsys):
 
 
 def test_a_length_that_explodes_is_told(tmp_path, capsys):
-    """Completions grow into the limit; a model that has always been cut there is another sign."""
+    """Completions that grow into the limit are reported; if they were always cut there, it is another sign."""
     for first, told in ((0.95, 1), (0.4, 0)):
         health = Health(tmp_path, None, 10)
         for finished in (first, 0.5, *[0.3] * 9):
@@ -549,7 +549,7 @@ def test_micro_batches_change_memory_only(script, tmp_path, monkeypatch):
     ids=["kimi", "dpo"],
 )
 def test_means_over_completions_are_weighted_by_completions(script, tag, changes, tmp_path):
-    """Pins: a micro-batch's mean over rows weighted by its tokens, or by the pairs' weights in the loss."""
+    """Catches: a micro-batch's mean over rows weighted by its tokens, or by the pairs' weights in the loss."""
     if script is train_dpo:  # pairs whose weights differ
         rows = []
         for i in range(1, 90):

@@ -77,7 +77,7 @@ class Args:
 
 @dataclass
 class RunArgs(Args):
-    """With the flag of parse_args, as the train scripts have it."""
+    """With the flags that a resumed run needs, as in the train scripts."""
 
     iterations: AtLeast1 = 5
     resume: str | None = None
@@ -105,7 +105,7 @@ REFUSED += [
 
 
 def refused(Args, argv: list[str], capsys) -> str:
-    """What stderr says of arguments that end the program with exit code 2."""
+    """Stderr of arguments that must end the program with exit code 2."""
     with pytest.raises(SystemExit) as stopped:
         parse_args(Args, argv)
     error = capsys.readouterr().err
@@ -115,7 +115,7 @@ def refused(Args, argv: list[str], capsys) -> str:
 
 @pytest.mark.parametrize(("flag", "value", "said"), REFUSED, ids=[" ".join(case[:2]) for case in REFUSED])
 def test_a_number_out_of_its_range_is_refused(flag, value, said, capsys):
-    """A bad number trains for hours and then divides by 0; a list's later numbers or a group's flags go unchecked."""
+    """Catches: a bad number that is accepted, also among a list's later numbers and in a group's flags."""
     assert refused(Args, [flag, *value.split()], capsys) == f"error: {flag} {said}\n"
 
 
@@ -140,7 +140,7 @@ TAKEN = [
 
 @pytest.mark.parametrize(("flag", "value", "taken"), TAKEN, ids=[" ".join(case[:2]) for case in TAKEN])
 def test_a_number_at_the_edge_of_its_range_is_taken(flag, value, taken):
-    """A range that refuses its own end, or a negative number where any is allowed."""
+    """Catches: a range that refuses its own end, or a negative number where any is allowed."""
     args = parse_args(Args, [flag, *value.split()])
     assert to_flat(args) == to_flat(Args()) | {flag.removeprefix("--").replace("-", "_"): taken}
 
@@ -171,7 +171,7 @@ def test_ranges_are_found_in_every_type():
 
 
 def test_arguments_come_back_from_json():
-    """A list flag comes back as a list, which differs from the tuple that it was; a group's flag gets lost."""
+    """Catches: a list flag that comes back as a list, unequal to the tuple that it was; a group's flag lost."""
     args = Args(several=(1.0, 2.0), maybe=3, names=("a", "b"), inner=Inner(0.25, (0.0, 5.0)))
     flat = to_flat(args)
     assert flat["inside"] == 0.25 and flat["amounts"] == (0.0, 5.0) and "inner" not in flat
@@ -181,7 +181,7 @@ def test_arguments_come_back_from_json():
 
 
 def test_an_unknown_name_is_no_argument():
-    """A misspelt flag, or a group's name with a flat value, is ignored in silence."""
+    """Catches: a misspelt flag, or a group's name with a flat value, silently ignored."""
     for values in ({"insid": 1.0}, {"inner": 1.0}, {"positive": 1.0, "other": 2}):
         with pytest.raises(ValueError, match="unknown: " + list(values)[-1]):
             from_flat(Args(), values)
@@ -201,7 +201,7 @@ def test_resume_takes_the_saved_arguments(saved_run):
 
 
 def test_resume_accepts_unchanged_flags(saved_run):
-    """A list flag that is given again differs from the JSON list: the run can't go on."""
+    """Catches: a list flag given again that is refused because it is compared with a JSON list."""
     same = ["--several", "0.5", "1", "--names", "a", "b", "--amounts", "0", "5", "--inside", "0.25"]
     assert parse_args(RunArgs, ["--resume", saved_run, *same]) == parse_args(RunArgs, ["--resume", saved_run])
 
@@ -218,7 +218,7 @@ def test_resume_accepts_unchanged_flags(saved_run):
     ],
 )
 def test_resume_names_a_changed_flag(saved_run, flags, said, capsys):
-    """Another flag than the run's begins a different run in the same directory."""
+    """Catches: a changed flag that begins a different run in the same directory."""
     error = refused(RunArgs, ["--resume", saved_run, *flags.split()], capsys)
     assert error.startswith(f"error: {said}") and error.count("\n") == 1
 
@@ -236,7 +236,7 @@ def test_resume_needs_this_scripts_arguments(tmp_path, text, capsys):
 
 
 def all_fields(Args) -> dict[str, tuple[type, object]]:
-    """(class, type with its ranges) of each flag by name, those of the groups too."""
+    """(class, type with its ranges) of each flag by name, including flags in groups."""
     found = {}
     for name, hint in typing.get_type_hints(Args, include_extras=True).items():
         inside = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
@@ -245,7 +245,7 @@ def all_fields(Args) -> dict[str, tuple[type, object]]:
 
 
 def plain_types(hint) -> set:
-    """The types in a type: of `AtLeast1 | None` and of `tuple[AtLeast1, ...]` {int}."""
+    """The plain types in a type: {int} for `AtLeast1 | None` and for `tuple[AtLeast1, ...]`."""
     parts = [part for part in typing.get_args(hint) if isinstance(part, type) or typing.get_args(part)]
     if typing.get_origin(hint) is typing.Annotated:
         parts = [hint.__origin__]
@@ -268,7 +268,7 @@ def test_flags_do_not_multiply(script):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
 def test_help_shows_every_flag_in_its_box(script, capsys):
-    """A group's flags stand among the script's own, are spelled with the group's name, or are not shown."""
+    """Catches: a group's flags shown among the script's own, spelled with the group's name, or not shown."""
     with pytest.raises(SystemExit) as stopped:
         parse_args(script.Args, ["--help"])
     assert stopped.value.code == 0
@@ -307,7 +307,7 @@ def documented(Args) -> set[str]:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
 def test_every_flag_has_help(script):
-    """--help shows a flag with its default and nothing else."""
+    """Catches: a flag that --help shows without an explanation."""
     without = {name for name, (Args, _) in all_fields(script.Args).items() if name not in documented(Args)}
     assert without == set()
 
@@ -327,7 +327,7 @@ AT_MOST_1 = "priority_floor gae_lambda min_pass_rate max_pass_rate near_duplicat
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
 def test_every_number_has_its_range(script):
-    """A new flag takes any number; or an old one lost its range, and a learning rate of 0 trains nothing."""
+    """Catches: a new flag without a range; an old one that lost it, so that a learning rate of 0 trains nothing."""
     numbers = {name: hint for name, (_, hint) in all_fields(script.Args).items() if is_number(hint)}
     assert len(numbers) >= 6
     for name, hint in numbers.items():
@@ -348,7 +348,7 @@ def test_the_defaults_are_in_their_ranges(script):
 
 # ---- Every script with every kind of bad value, on the first flag of the kind
 
-PATHS = {  # flags whose value is a path or a name: bad ones, and what is said
+PATHS = {  # flags whose value is a path or a name: bad values, and what the error must say
     "model": [("no/such-model", "neither a local directory nor a hub name"), ("tests", "no config.json")],
     "judge_model": [
         ("no/such-model", "neither a local directory nor a hub name"),
@@ -372,11 +372,11 @@ PATHS = {  # flags whose value is a path or a name: bad ones, and what is said
     "ref_cache": [("README.md/cache", "can't be written")],
 }
 ANY_TEXT = {"system_prompt", "stop_sentence"}
-FILES = ("--problems", "--eval-data", "--data", "--samples", "--guesses", "--decontaminate")  # named by file and line
+FILES = ("--problems", "--eval-data", "--data", "--samples", "--guesses", "--decontaminate")  # errors name file, line
 
 
 def bad_values(script) -> list[tuple[str, str, str]]:
-    """(flag, value, what must be said). Every path; of three commands one number of each range, a choice, a switch."""
+    """(flag, value, text of the error): every path; for three commands one number of each range, a choice, a switch."""
     cases, tried = [], set()
     for name, (_, hint) in all_fields(script.Args).items():
         flag, kind = as_flag(name), "path"
@@ -398,7 +398,7 @@ def bad_values(script) -> list[tuple[str, str, str]]:
         else:
             assert name in PATHS, f"{name}: a new kind of flag needs its bad values here"
             bad = PATHS[name]
-        if kind == "path" or (kind not in tried and script in (train_grpo, evaluate, curate)):  # one parser for all
+        if kind == "path" or (kind not in tried and script in (train_grpo, evaluate, curate)):  # all share a parser
             cases += [(flag, value, said) for value, said in bad]
         tried |= {kind} - {"path"}
     return cases
@@ -412,7 +412,7 @@ CASES = [(script, *case) for script in SCRIPTS for case in bad_values(script)]
     ("script", "flag", "value", "said"), CASES, ids=[f"{s.__name__} {flag} {value}" for s, flag, value, _ in CASES]
 )
 def test_a_bad_value(script, flag, value, said, tmp_path, capsys, monkeypatch):
-    """Ends in anything but exit code 2 with the flag and what it allows: a traceback, or a run that has begun."""
+    """Catches: anything but exit code 2 with the flag and what it allows, such as a traceback or a run that begins."""
 
     def load_weights(*args, **kwargs):
         raise AssertionError("a model was loaded")

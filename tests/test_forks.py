@@ -27,7 +27,7 @@ SECTIONS = {
     if BLOCK.search(body)
 }
 LEAVE_ONE_OUT, OWN_LOSS, ENTROPY, LION, BEST, OWN_REWARD, OWN_TASK, MOVING_REF, LAYERS, ADAPTERS, SECOND_TURN = SECTIONS
-FLAGS = {  # with which a section's fork has something to resume
+FLAGS = {  # that give a section's fork something to resume
     LEAVE_ONE_OUT: {"kl_coef": 0.5},
     OWN_LOSS: {"baseline_shift": -0.1, "ratio_bounds": (0.0, 4.0), "update_epochs": 2},
     ENTROPY: {"entropy_coef": 0.1},
@@ -69,7 +69,7 @@ def forked(title: str) -> str:
 
 @pytest.mark.parametrize("title", SECTIONS)
 def test_the_blocks_fit_the_script(title):
-    """Pins: a page that shows lines which the script no longer has, or names the wrong place for them."""
+    """Catches: a page that shows lines which the script no longer has, or names the wrong place for them."""
     source = forked(title)
     assert source != SCRIPT.read_text()
     assert max(map(len, source.splitlines())) <= 120
@@ -112,7 +112,7 @@ def resume(module, whole: Path) -> Path:
 
 
 def checkpoint(run_dir: Path, iteration: int) -> tuple[dict, dict]:
-    """(weights by name, what trainer.pt holds)"""
+    """(weights by name, contents of trainer.pt)"""
     directory = run_dir / "checkpoints" / f"step_{iteration:06d}"
     return load_file(directory / "model.safetensors"), torch.load(directory / "trainer.pt", weights_only=True)
 
@@ -137,7 +137,7 @@ def remember(monkeypatch, owner, name: str) -> list[tuple]:
 @pytest.mark.slow
 @pytest.mark.parametrize("title", SECTIONS)
 def test_a_resumed_fork_equals_the_uninterrupted_one(title, fork, tmp_path):
-    """Pins: state of a fork's own that a checkpoint misses, and a random draw without a seed."""
+    """Catches: state of a fork's own that a checkpoint misses, and a random draw without a seed."""
     module = fork(title)
     whole = start(module, tmp_path, save_every=2, **FLAGS.get(title, {}))
     resumed = resume(module, whole)
@@ -157,7 +157,7 @@ def test_the_comparison_sees_what_a_checkpoint_misses(title, forgotten, fork, tm
 
 @pytest.mark.slow
 def test_leave_one_out_with_the_kl_in_the_reward(fork, tmp_path, monkeypatch):
-    """Pins: a KL against logprobs that nobody has computed yet: it is 0 before the first step, and only then."""
+    """Catches: a KL against logprobs that were never computed. It must be 0 before the first step, and only then."""
     module = fork(LEAVE_ONE_OUT)
     rewards = torch.tensor([[1.0, 0.0, 0.5], [0.2, 0.2, 0.2]])
     expected = torch.tensor([[0.75, -0.75, 0.0], [0.0, 0.0, 0.0]])
@@ -173,7 +173,7 @@ def test_leave_one_out_with_the_kl_in_the_reward(fork, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_loss_with_flags_of_its_own(fork, tmp_path, monkeypatch, capsys):
-    """Pins: a range that shared code puts on a fork's flag; a list that isn't checked, or that a resume refuses."""
+    """Catches: a range that shared code puts on a fork's flag; a list that isn't checked, or that a resume refuses."""
     module = fork(OWN_LOSS)
     logprobs = torch.tensor([[0.5, 2.0, -1.0]], dtype=torch.float64, requires_grad=True)
     old, w = torch.zeros(1, 3, dtype=torch.float64), torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64)
@@ -194,7 +194,7 @@ def test_a_loss_with_flags_of_its_own(fork, tmp_path, monkeypatch, capsys):
     calls = remember(monkeypatch, module, "grpo_loss")
     whole = start(module, tmp_path, **FLAGS[OWN_LOSS])
     advantages = [args[3][:, 0].mean().item() for args, _, _ in calls if len(args[3]) == 16]
-    assert advantages and advantages == pytest.approx([0.1] * len(advantages), abs=1e-5)  # every group's mean, raised
+    assert advantages and advantages == pytest.approx([0.1] * len(advantages), abs=1e-5)  # every group's mean is raised
     assert values(whole, "loss/ratio_max")[0] > 1  # the second epoch's
     assert parse_args(module.Args, ["--resume", str(whole), *flags]).ratio_bounds == (0.0, 4.0)
     with pytest.raises(SystemExit):
@@ -204,7 +204,7 @@ def test_a_loss_with_flags_of_its_own(fork, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_an_entropy_bonus_moves_the_entropy_without_any_advantage(fork, tmp_path, monkeypatch):
-    """Pins: an entropy without a gradient, and rows with advantage 0 that are passed forward only."""
+    """Catches: an entropy without a gradient, and rows with advantage 0 that are passed forward only."""
     module = fork(ENTROPY)
     monkeypatch.setattr(module, "group_advantages", lambda rewards, _: torch.zeros_like(rewards))
     more = start(module, tmp_path, entropy_coef=1.0)
@@ -219,7 +219,7 @@ def test_an_entropy_bonus_moves_the_entropy_without_any_advantage(fork, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lion_by_hand(fork, dtype):
-    """Pins: a rule that is fed the weights' bf16 rounding instead of the fp32 masters."""
+    """Catches: a rule that is fed the weights' bf16 rounding instead of the fp32 masters."""
     module, layer = fork(LION), torch.nn.Linear(3, 2, bias=False).to(dtype)
     optimizer = module.Lion(layer, lr=0.01)
     expected, momentum = layer.weight.detach().float().clone(), torch.zeros(2, 3)
@@ -247,7 +247,7 @@ def test_the_learning_rate_falls_as_a_cosine(fork, tmp_path):
 
 @pytest.mark.slow
 def test_the_best_checkpoint_outlives_a_resume(fork, tmp_path, monkeypatch):
-    """Pins: a resumed run that forgets how good the best was, and writes a worse one over it."""
+    """Catches: a resumed run that forgets how good the best was, and writes a worse one over it."""
     module = fork(BEST)
     evaluate_policy = module.evaluate_policy
 
@@ -279,14 +279,13 @@ def test_the_best_checkpoint_outlives_a_resume(fork, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_reward_of_ones_own_counts_in_training_and_is_evaluated(fork, tmp_path, embedded):
-    """Pins: a reward that is logged but not in the sum, rewards of one completion given to another, and nothing under
+    """Catches: a reward that is logged but not in the sum, rewards of one completion given to another, and none under
     eval/."""
     module = fork(OWN_REWARD)
     run_dir = start(module, tmp_path)
     total, accuracy, form, mine = (values(run_dir, f"reward/{n}") for n in ("total", "accuracy", "format", "mine"))
     expected = [a + 0.2 * f + 0.5 * m for a, f, m in zip(accuracy, form, mine, strict=True)]
     assert total == pytest.approx(expected, abs=1e-5) and 0 < min(mine)
-    # half a percent less for each character
     assert values(run_dir, "eval/mine")[-1] == pytest.approx(mean_over(run_dir, embedded, module.my_rewards.brevity))
 
 
@@ -304,7 +303,7 @@ def mean_over(run_dir: Path, embedded, score, problems=None, **options) -> float
 
 @pytest.mark.slow
 def test_a_tasks_verifier_decides_in_training_and_in_evaluation(fork, tmp_path, monkeypatch, embedded):
-    """Pins: an evaluation that goes on comparing with the answer."""
+    """Catches: an evaluation that still compares with the answer."""
     module = fork(OWN_TASK)
     scored = remember(monkeypatch, module, "score_completions")
     run_dir = start(module, tmp_path, eval_problems=30)
@@ -326,7 +325,7 @@ def test_a_tasks_verifier_decides_in_training_and_in_evaluation(fork, tmp_path, 
 
 @pytest.mark.slow
 def test_a_moving_reference_loses_no_step_in_bf16(fork, tmp_path):
-    """Pins: a moving average in bf16, which never moves, or of the bf16 weights instead of the masters."""
+    """Catches: a moving average in bf16, which never moves, or of the bf16 weights instead of the masters."""
     module = fork(MOVING_REF)
     run_dir = start(module, tmp_path, learning_rate=1e-5, **FLAGS[MOVING_REF])
     policy = common.load_policy(EMBEDDED, dtype=torch.bfloat16)
@@ -356,7 +355,7 @@ def test_only_the_chosen_layers_move(fork, tmp_path):
 
 @pytest.mark.slow
 def test_adapters_are_merged_into_an_ordinary_model(fork, tmp_path, monkeypatch, embedded):
-    """Pins: checkpoints whose names a plain model doesn't have, and a merge that forgets a layer or a factor."""
+    """Catches: checkpoints with weight names that a plain model lacks, and a merge that forgets a layer or a factor."""
     module, tokenizer = fork(ADAPTERS), embedded[1]
     config, texts = common.load_config(EMBEDDED), []
     problems = encode_problems(tokenizer, load_eval_problems("arithmetic", None, 60), "", config, 40)
@@ -386,7 +385,7 @@ def test_adapters_are_merged_into_an_ordinary_model(fork, tmp_path, monkeypatch,
 
 @pytest.mark.slow
 def test_the_users_second_turn_is_not_trained(fork, tmp_path, monkeypatch, embedded):
-    """Pins: a loss on the user's tokens, logprobs shifted behind them, and an evaluation with one turn only."""
+    """Catches: a loss on the user's tokens, logprobs shifted after them, and an evaluation with one turn only."""
     module, tokenizer = fork(SECOND_TURN), embedded[1]
     turns = remember(monkeypatch, module, "continue_groups")
     scored = remember(monkeypatch, module, "score_completions")

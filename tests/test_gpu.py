@@ -44,7 +44,7 @@ def test_a_run_learns(tmp_path):
 
 
 def test_the_graph_equals_the_plain_path_and_sees_new_weights(monkeypatch):
-    """Two batches of one shape, the second through the first one's graphs, with weights that changed in place."""
+    """Two batches of one shape: the second reuses the first one's graphs after the weights have changed in place."""
     captures = []
     capture = GraphDecoder.capture
     monkeypatch.setattr(GraphDecoder, "capture", lambda self, R: captures.append(R) or capture(self, R))
@@ -64,7 +64,7 @@ def test_the_graph_equals_the_plain_path_and_sees_new_weights(monkeypatch):
         with torch.no_grad():
             for parameter in policy.parameters():
                 parameter.mul_(1.02)
-    assert len(captures) == len(set(captures)) == len(policy.graph_decoder["graphs"])  # none twice
+    assert len(captures) == len(set(captures)) == len(policy.graph_decoder["graphs"])  # no size is captured twice
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

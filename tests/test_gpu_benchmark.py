@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py on a CPU: that it measures what it says, and that it notices what is wrong."""
+"""benchmarks/gpu.py on a CPU: it prints all its rows, and it notices a wrong decoder."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def test_all_is_well_here(capsys):
 
 
 def test_a_decoder_that_is_off_is_noticed(tmp_path, monkeypatch):
-    """A row that is always good."""
+    """Catches: a check that always passes."""
     step = GroupDecoder.compute
 
     def one_late(decoder, tokens, positions):

@@ -1,4 +1,4 @@
-"""GRPO's mathematics, in float64 where it is an identity."""
+"""GRPO's mathematics, with identities in float64."""
 
 import itertools
 
@@ -35,7 +35,7 @@ def test_advantages_by_hand():
 
 @pytest.mark.parametrize("reward", [0.0, 0.1, 1.0, 1e8])
 def test_a_group_without_variance_teaches_exactly_nothing(reward):
-    """Pins: NaN from 0/0, or the rounding noise of fp32 (7e-5 for eight rewards of 0.1) over the 1e-4."""
+    """Catches: NaN from 0/0, or the rounding noise of fp32 (7e-5 for eight rewards of 0.1) divided by 1e-4."""
     rewards = torch.full((1, 8), reward)
     assert is_uniform(rewards).all()
     assert (group_advantages(rewards, True) == 0).all() and (group_advantages(rewards, False) == 0).all()
@@ -59,8 +59,8 @@ def test_without_std_it_is_leave_one_out():
 
 
 def test_four_quadrants_of_the_clip():
-    """Pins: a clip that is wrong for A < 0, or whose bounds are swapped. No gradient only at A > 0, ratio > 1+eps_high
-    and at A < 0, ratio < 1-eps_low."""
+    """Catches: a clip that is wrong for A < 0, or whose bounds are swapped. The gradient is 0 only at A > 0,
+    ratio > 1+eps_high and at A < 0, ratio < 1-eps_low."""
     for A, ratio in itertools.product((1.0, -1.0), (0.5, 0.75, 0.9, 1.1, 1.25, 1.5)):
         logprobs = torch.tensor([[ratio]], dtype=torch.float64).log().requires_grad_()
         one = torch.ones(1, 1, dtype=torch.float64)
@@ -118,7 +118,7 @@ def test_expected_k3_is_the_kl():
 
 
 def test_a_large_kl_coef_moves_the_policy_toward_the_reference():
-    """Pins: the sign of the KL."""
+    """Catches: the sign of the KL."""
     logits, ref = double(1, 5).requires_grad_(), double(1, 5).log_softmax(-1)
 
     def kl() -> float:
@@ -136,7 +136,7 @@ def test_a_large_kl_coef_moves_the_policy_toward_the_reference():
 
 
 def test_first_loss_is_zero_and_its_gradient_is_not():
-    """Pins: "loss is 0, is it broken?" With `sequence` weights and whole groups on policy; with `token` it isn't 0."""
+    """Answers "loss is 0, is it broken?": on policy it is 0 with `sequence` weights and whole groups, not `token`."""
     logprobs = -double(4, 6).abs()
     advantages = group_advantages(double(2, 2), True).flatten()
     for loss_norm in ("sequence", "token"):
@@ -170,7 +170,7 @@ def test_sequence_ratio_of_a_long_completion_does_not_overflow():
 
 
 def test_extreme_logprobs_on_padding_do_no_harm():
-    """Pins: a ratio on padding, inf * 0 = NaN."""
+    """Catches: a ratio on padding, inf * 0 = NaN."""
     mask = ragged_mask()
     weights, A = token_weights(mask, "sequence", 6), torch.randn(4)
     clean = torch.randn(4, 6)
@@ -224,7 +224,7 @@ def test_micro_batches_cover_every_row_once_within_the_budget(max_tokens):
     assert sorted(row for batch in batches for row in batch) == rows
     for batch in batches:
         assert len(batch) == 1 or tokens(batch) <= max_tokens
-        for group in {r // 4 for r in batch}:  # torn apart only where it is too large
+        for group in {r // 4 for r in batch}:  # split only if it is too large
             rows_of_group = [group * 4 + i for i in range(4)]
             assert set(rows_of_group) <= set(batch) or tokens(rows_of_group) > max_tokens
 
@@ -255,8 +255,8 @@ def test_minibatches_are_whole_groups():
 
 @pytest.mark.parametrize("loss_norm", ["sequence", "token", "constant"])
 def test_micro_batches_do_not_change_the_gradient(loss_norm):
-    """Pins: a loss normalised per micro-batch, and a last, partial accumulation window that is scaled wrongly: unequal
-    lengths, splits of every size."""
+    """Catches: a loss normalised per micro-batch, and a last, partial micro-batch that is scaled wrongly. Lengths
+    differ, and so do the splits."""
     model, rollout, rows = make_model("llama"), random_batch(3, 3), list(range(9))
     old, ref = completion_logprobs(make_model("llama", seed=1), rollout, rows)[0].detach(), torch.randn(9, 8)
     advantages, weights = torch.randn(9), token_weights(rollout.mask, loss_norm, 8)
@@ -276,8 +276,8 @@ def test_micro_batches_do_not_change_the_gradient(loss_norm):
 
 @pytest.mark.parametrize("loss_norm", ["sequence", "token", "constant"])
 def test_tokens_outside_of_the_loss_mask_carry_no_gradient(loss_norm):
-    """Pins: given tokens (a user's next turn, a tool's output) that are trained. What is left has the weights that it
-    would have alone."""
+    """Catches: given tokens (a user's next turn, a tool's output) that are trained. The other tokens have the weights
+    that they would have alone."""
     model, rollout, rows = make_model("llama"), random_batch(2, 3), list(range(6))
     rollout.loss_mask = torch.rand(rollout.mask.shape) < 0.6
     rollout.loss_mask[4] = False  # a row without any token of the policy's own
@@ -297,6 +297,6 @@ def test_tokens_outside_of_the_loss_mask_carry_no_gradient(loss_norm):
         loss, metrics = grpo_loss(logprobs, old, ref, advantages, weights, **arguments)
         loss.backward(retain_graph=True)
         assert (logprobs.grad[~trained] == 0).all() and (logprobs.grad[trained] != 0).any()
-        old[~trained] = ref[~trained] = torch.nan  # nor do they matter in any other way
+        old[~trained] = ref[~trained] = torch.nan  # given tokens don't matter otherwise
         again, again_metrics = grpo_loss(logprobs, old, ref, advantages, weights, **arguments)
         assert again.item() == loss.item() and again_metrics == metrics

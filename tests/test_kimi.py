@@ -44,7 +44,7 @@ def test_at_the_anchor_it_is_reinforce_with_a_mean_baseline():
 
 
 def test_the_log_ratio_is_summed_not_averaged():
-    """Pins: the mean of the log-ratio for the sum. By hand, completions of two and of four tokens."""
+    """Catches: the mean of the log-ratios instead of their sum. By hand, for completions of two and of four tokens."""
     mask = torch.tensor([[True, True, False, False], [True, True, True, True]])
     logprobs = torch.full((2, 4), 0.1, dtype=torch.float64)
     loss, metrics = kimi_loss(logprobs, 0 * logprobs, torch.tensor([1.0, -2.0]).double(), mask, tau=0.5)
@@ -100,7 +100,7 @@ def test_extreme_logprobs_on_padding_do_no_harm():
 
 
 def test_micro_batches_sum_to_the_whole():
-    """Pins: a row loss normalised per micro-batch."""
+    """Catches: a loss normalised per micro-batch."""
     logprobs, anchor, A, mask = double(4, 6), double(4, 6), double(4), ragged_mask()
     whole, _ = kimi_loss(logprobs, anchor, A, mask, tau=0.3)
     weights = torch.full((4,), 0.25).double()

@@ -24,7 +24,7 @@ def batch(group_size: int = 2):
 
 
 def one_at_a_time(model, rollout, row: int, temperature: float = 1.0) -> torch.Tensor:
-    """An autoregressive loop: every token from a forward pass over nothing but what stands before it."""
+    """An autoregressive loop: for every token a forward pass over nothing but the tokens before it."""
     ids = list(rollout.prompt_ids[row // rollout.group_size])
     logprobs = []
     for token in rollout.completion_ids[row][rollout.mask[row]].tolist():
@@ -36,8 +36,8 @@ def one_at_a_time(model, rollout, row: int, temperature: float = 1.0) -> torch.T
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_equal_to_an_autoregressive_loop(model, temperature):
-    """Pins: positions wrong under padding; the first token scored off by one; a real token equal to pad (id 0) zeroed;
-    temperature missing."""
+    """Catches: positions wrong under padding; the first token scored off by one; a real token equal to pad (id 0)
+    zeroed; temperature missing."""
     rollout = batch()
     logprobs, entropy = completion_logprobs(model, rollout, list(range(6)), temperature)
     for row in range(6):
@@ -55,7 +55,7 @@ def test_rows_may_be_any_subset_in_any_order(model):
 
 
 def test_what_stands_after_the_eos_changes_nothing(model):
-    """Pins: tokens after EOS counted. Corrupting them changes neither logprobs nor gradients, to the bit."""
+    """Catches: tokens after EOS counted. Corrupting them changes neither logprobs nor gradients, to the bit."""
     gradients = []
     for garbage in (0, 17):
         rollout = batch()
@@ -101,7 +101,7 @@ def test_gradient_checkpointing_changes_no_gradient(model):
 
 
 def test_gradient_checkpointing_keeps_less():
-    """What autograd keeps for the backward pass, counted."""
+    """Counts the values that autograd keeps for the backward pass."""
     kept = []
     for checkpointed in (False, True):
         model, sizes = make_model("llama", num_hidden_layers=8), []
@@ -133,8 +133,8 @@ def test_a_head_that_is_not_plain_is_seen():
 @pytest.mark.parametrize("loss", ["entropy", "both"])
 @pytest.mark.parametrize("head", ["plain", "softcapped"])
 def test_the_entropys_gradient_is_autograds(head, loss, monkeypatch):
-    """Pins: an entropy without gradient, with its temperature missing, or one whose gradient spoils the logprobs'. The
-    reference is a plain log_softmax over each row alone."""
+    """Catches: an entropy without gradient, with its temperature missing, or one whose gradient spoils the logprobs'.
+    The reference is a plain log_softmax over each row alone."""
     model, rollout, rows = make_model("llama") if head == "plain" else softcapped(), batch(), list(range(6))
     assert common.has_plain_head(model) == (head == "plain")
     monkeypatch.setattr(common, "logits_at_once", lambda device: 3 * model.config.vocab_size)  # several slices
@@ -162,7 +162,7 @@ def test_the_entropys_gradient_is_autograds(head, loss, monkeypatch):
 
 @pytest.mark.parametrize("head", ["plain", "softcapped"])
 def test_an_entropy_that_no_loss_uses_changes_no_bit_of_the_gradient(head):
-    """Pins: a bonus that leaks into losses without one. Unused, only logged, or weighted with 0: the same bytes."""
+    """Catches: a bonus that leaks into losses without one. Unused, only logged, or weighted with 0: the same bytes."""
     rollout, gradients = batch(), []
     model = make_model("llama") if head == "plain" else softcapped()
     for use in (lambda entropy: 0.0, lambda entropy: entropy.detach().mean(), lambda entropy: 0.0 * entropy.sum()):
@@ -175,8 +175,8 @@ def test_an_entropy_that_no_loss_uses_changes_no_bit_of_the_gradient(head):
 
 
 def test_softmax_is_taken_in_fp32():
-    """Pins: log_softmax in bf16. The logprobs of a bf16 model are those of its logits, upcast; a second pass over the
-    same rows gives the same bits, so that the first ratio is exactly 1."""
+    """Catches: log_softmax in bf16. The logprobs of a bf16 model are those of its logits, upcast; a second pass over
+    the same rows gives the same bits, so that the first ratio is exactly 1."""
     model = make_model("llama").to(torch.bfloat16)
     rollout = batch()
     logprobs, _ = completion_logprobs(model, rollout, [2])
@@ -191,7 +191,7 @@ def test_softmax_is_taken_in_fp32():
 
 
 def test_dropout_is_off():
-    """Pins: dropout on in rollouts or in the first update. A loaded policy is, and stays, in eval mode."""
+    """Catches: dropout on in rollouts or in the first update. A loaded policy is, and stays, in eval mode."""
     model = make_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
     rollout = sample_groups(model, ragged_prompts(), 4, 8)
     first, _ = completion_logprobs(model, rollout, list(range(12)))
@@ -210,8 +210,8 @@ def test_a_head_that_can_not_be_tried_takes_the_slow_path():
 
 
 def test_a_loaded_policy_keeps_nothing_of_a_generation_config_but_where_to_stop(tmp_path):
-    """A hub model's sampling settings may be ones that transformers refuses to save (temperature without do_sample);
-    the tokenizer's EOS always stops, whatever ids the config names."""
+    """transformers refuses to save some hub models' sampling settings, such as a temperature without do_sample. The
+    tokenizer's EOS always stops, whatever ids the config names."""
     model = make_model("llama")
     save_model(tmp_path / "model", model, common.load_tokenizer(EMBEDDED))
     poisoned = {"temperature": 0.6, "top_p": 0.9, "do_sample": False, "eos_token_id": [7]}
@@ -223,7 +223,7 @@ def test_a_loaded_policy_keeps_nothing_of_a_generation_config_but_where_to_stop(
 
 
 def test_values_are_read_before_the_token(model):
-    """Pins: V misaligned by one. V(s_t) comes from the hidden state that predicts token t, so it can't depend on it."""
+    """Catches: V misaligned by one. V(s_t) is read at the hidden state that predicts token t, so before it."""
     critic = AutoModelForTokenClassification.from_config(model.config, attn_implementation="eager").eval()
     rollout = batch()
     values = completion_values(critic, rollout, [4, 1])
@@ -244,7 +244,7 @@ def test_a_critic_starts_at_zero():
 
 
 def test_scores_are_read_at_the_last_token_by_its_index(model):
-    """Pins: the last token found by a search for the pad id, which stops short where a real token has that id. The
+    """Catches: the last token found by a search for the pad id, which stops short where a real token has that id. The
     mean kept in the config is subtracted."""
     model.config.num_labels = 1
     reward_model = AutoModelForSequenceClassification.from_config(model.config, attn_implementation="eager")

@@ -1,4 +1,4 @@
-"""benchmarks/memory.py: what a run takes, and the flags under which it fits."""
+"""benchmarks/memory.py: the memory that a run takes, and the flags with which it fits."""
 
 from dataclasses import replace
 
@@ -70,7 +70,7 @@ def test_an_update_of_few_rows_takes_less_than_the_token_budget(script):
 
 
 def test_a_pair_is_never_split():
-    """A budget of one token still takes a row, and of pairs both rows."""
+    """Even a budget of one token takes a whole row, or both rows of a pair."""
     row, pair = (needs(script, micro_batch_tokens=1, minibatch_size=8) for script in (train_sft, train_rm))
     assert row["training"] == needs(train_sft, micro_batch_tokens=70, minibatch_size=8)["training"]
     assert pair["training"] == needs(train_rm, micro_batch_tokens=140, minibatch_size=8)["training"]
@@ -78,7 +78,7 @@ def test_a_pair_is_never_split():
 
 
 def test_the_flags_that_would_fit_are_named():
-    """First those that change the time alone, then those that change the run."""
+    """Flags that cost only time come first, then those that change the run."""
     run = case(train_grpo, size=804_864, prompt=200, prompts_per_step=16, group_size=2)
     assert memory.parameters(run.config) == run.size
 
@@ -96,8 +96,8 @@ def test_the_flags_that_would_fit_are_named():
     assert [] in harder and ["gradient_checkpointing"] in harder and "prompts_per_step" in harder[-1]
     assert harder.index([]) < harder.index(["gradient_checkpointing"])
     assert fits(libraries + 2e8, prompts_per_step=10_000)["prompts_per_step"] < 10_000
-    assert fits(libraries + 1e7, minibatch_size=32) is None  # fewer prompts are no whole minibatch
-    for change in order:  # what is advised does fit
+    assert fits(libraries + 1e7, minibatch_size=32) is None  # fewer prompts make no whole minibatch
+    for change in order:  # the suggested flags do fit
         assert fits(libraries + 9.2e8, **change) == {}
     assert memory.as_flags({"micro_batch_tokens": 1024, "gradient_checkpointing": True}) == (
         "--micro-batch-tokens 1024 --gradient-checkpointing"
@@ -130,7 +130,7 @@ def test_the_table_of_models_and_gpus():
 
 
 def test_an_offloaded_optimizer_leaves_the_card():
-    """2 bytes a parameter, and one weight's gradient; on a CPU there is no other memory, and masters are added."""
+    """2 bytes a parameter remain, and one weight's gradient. On a CPU nothing moves away, and masters are added."""
     config = common.load_config(EMBEDDED)
     changes = {"offload_optimizer": True, "dtype": torch.bfloat16}
     there = memory.memory_needs(replace(case(train_grpo, **changes), cpu=False))

@@ -50,8 +50,8 @@ class TabularModel:
 
 
 def test_expected_gradient_over_all_completions_is_the_gradient_of_the_expected_reward():
-    """With `constant` weights times max_new_tokens, enumerated and weighted by probability: exact. With `sequence` it
-    is not: the mean over tokens bends it, and that is to be seen too."""
+    """Enumerated and weighted by probability, it is exact with `constant` weights times max_new_tokens. With `sequence`
+    weights it is not: the mean over tokens biases it, which the test also shows."""
     model = TabularModel()
     logprobs = model.logprobs()
     probability = logprobs.sum(1).exp()
@@ -92,7 +92,7 @@ def test_gae_by_hand():
 
 @pytest.mark.parametrize("module", [train_pg, train_ppo])
 def test_gae_does_not_leak_over_the_eos_or_between_rows(module):
-    """Pins: values on padding that reach real tokens. Garbage there changes nothing; a row alone gives the same."""
+    """Catches: values on padding that reach real tokens. Garbage there changes nothing; a row alone gives the same."""
     mask = ragged_mask()
     rewards, values = double(4, 6) * mask, double(4, 6)
     clean = module.compute_gae(rewards, values * mask, mask, 0.9, 0.8)
@@ -106,7 +106,7 @@ def test_gae_does_not_leak_over_the_eos_or_between_rows(module):
 
 
 def test_score_and_kl_stand_where_they_belong():
-    """Pins: the terminal reward on a padded column; a gradient through the KL in the reward; its sign."""
+    """Catches: the terminal reward on a padded column; a gradient through the KL in the reward; its wrong sign."""
     mask, scores = ragged_mask(), double(4)
     logprobs, ref = double(4, 6).requires_grad_(), double(4, 6)
     rewards = shape_rewards(scores, logprobs, ref, mask, kl_coef=0.1)
@@ -119,7 +119,7 @@ def test_score_and_kl_stand_where_they_belong():
 
 
 def test_whitening_is_over_real_tokens_of_the_whole_batch():
-    """Pins: whitening over padding, or row by row."""
+    """Catches: whitening over padding, or row by row."""
     mask = ragged_mask()
     A = whiten(double(4, 6) * 7 + 3 + 1e6 * ~mask, mask)
     assert A[mask].mean().abs() < 1e-9 and A[mask].std().item() == pytest.approx(1.0, abs=1e-6)
@@ -127,7 +127,7 @@ def test_whitening_is_over_real_tokens_of_the_whole_batch():
 
 
 def test_returns_are_not_those_of_whitened_advantages():
-    """Pins: returns from whitened advantages. In the script they are taken before; by hand, A + V."""
+    """Catches: returns from whitened advantages. The script takes them before whitening; by hand they are A + V."""
     mask, rewards, values = ragged_mask(), double(4, 6), double(4, 6)
     advantages, returns = train_ppo.compute_gae(rewards, values, mask, 1.0, 0.95)
     assert torch.allclose(returns[mask], (advantages + values)[mask])
@@ -144,7 +144,7 @@ def test_ppo_at_ratio_one_is_the_policy_gradient():
 
 
 def test_four_quadrants_of_the_clip():
-    """Pins: a clip that is wrong for A < 0, or whose bounds are swapped."""
+    """Catches: a clip that is wrong for A < 0, or whose bounds are swapped."""
     one = torch.ones(1, 1, dtype=torch.float64)
     for A, ratio in itertools.product((1.0, -1.0), (0.5, 0.75, 0.9, 1.1, 1.25, 1.5)):
         logprobs = torch.tensor([[ratio]], dtype=torch.float64).log().requires_grad_()
@@ -171,7 +171,7 @@ def test_ppo_with_the_groups_mean_for_a_critic_is_dr_grpo():
 
 
 def test_value_loss_by_hand():
-    """Pins: a value clip with min instead of max: far from the target, on the clipped side, the gradient stays."""
+    """Catches: a value clip with min, not max: on the clipped side, far from the target, gradients must remain."""
     one = torch.ones(1, 1, dtype=torch.float64)
     for value, target, gradient in ((0.5, 1.0, 0.0), (0.5, 0.0, 0.5), (0.1, 1.0, -0.9), (-0.5, -1.0, 0.0)):
         values = (value * one).requires_grad_()
@@ -186,7 +186,7 @@ def test_value_loss_by_hand():
 
 @pytest.mark.parametrize("garbage", [1e30, float("inf"), float("nan")])
 def test_garbage_on_padding_does_no_harm(garbage):
-    """Pins: a ratio on padding, inf * 0."""
+    """Catches: a ratio computed on padding: inf * 0 is NaN."""
     mask = ragged_mask()
     weights, A, clean = token_weights(mask, "token", 6), torch.randn(4, 6), torch.randn(4, 6)
     functions = {

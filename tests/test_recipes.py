@@ -28,14 +28,14 @@ TINY |= {
     "PHASE": "2",
     "SWITCH": "1",
     "FEW": "8",
-    "BUDGETS": "--budgets 3 --eval-problems 6",
+    "BUDGETS": "3",
     "SAMPLED": "60",
 }
 TINY |= {"COLD_PROBLEMS": "60", "EVALUATE": "--eval-problems 6"}
 ROWS = {
     "r1": "base zero cold rl rejection preference-alone rules-and-preference student distilled student-rl".split(),
     "kimi": "base sft curriculum late verified early-1 early-2".split(),
-    "qwen3": "base sft rl-8 rl-all fusion general /no_think /think".split(),
+    "qwen3": "base sft rl-8 rl-all fusion general budget-3".split(),
     "rlhf": "base sft ppo ppo-no-kl dpo".split(),
 }
 

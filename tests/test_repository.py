@@ -1,4 +1,5 @@
-"""What the README and the design promise about the files themselves."""
+"""The design, held by tests: which file may import which, lines, sections that stay parallel. For the documents see
+test_docs.py."""
 
 import ast
 import graphlib
@@ -242,29 +243,7 @@ def test_shared_flags_are_explained_in_the_same_words(family, differ):
         assert len({own[name] for own in flags if name in own}) == 1, name
 
 
-# ---- The README
-
-
-def test_the_readme_names_real_flags_and_files():
-    known = {flag for path in [*MODULES.values(), *Path("benchmarks").glob("*.py")] for flag in flags_of(path)}
-    assert {"group_size", "micro_batch_tokens", "format_weight", "num_samples", "ngram", "seeds"} <= known
-    written = set(re.findall(r"--([a-z][a-z-]+)", README)) - {"logdir", "help"}
-    assert len(written) > 30
-    assert [flag for flag in sorted(written) if flag.replace("-", "_").removeprefix("no_") not in known] == []
-    linked = re.findall(r"\]\(([\w/.-]+)\)", README)
-    assert len(linked) > 10
-    assert [name for name in linked if not Path(name).exists()] == []
-
-
-def test_the_glossary_explains_every_tag():
-    """Of the tags that the code names; those with a number or a component's name in them by their stem."""
-    code = "".join(path.read_text() for path in MODULES.values())
-    kinds = "reward|rewards|rollout|loss|logps|eval|memory|sampler"
-    tags = set(re.findall(rf"\"((?:{kinds})/[a-z_]*[a-z])\"", code))
-    tags |= {f"loss/{name}" for name in re.findall(r"\"(clip_low|clip_high|ratio_max|kl|value)\"(?:\]|:)", code)}
-    assert len(tags) > 30
-    missing = [tag for tag in sorted(tags) if tag not in README and f"`{tag.split('/')[1]}`" not in README]
-    assert missing == []
+# ---- Files
 
 
 @pytest.mark.parametrize("name", ["tiny-arithmetic", "tiny-countdown"])

@@ -1,4 +1,4 @@
-"""The reward functions, and how a batch is scored with them. Each docstring names the mistake that the test pins."""
+"""The reward functions, and how a batch is scored with them. Docstrings name the mistakes that tests catch."""
 
 import time
 from dataclasses import fields, replace
@@ -24,7 +24,7 @@ from rewards import (
 
 
 def test_accuracy_reward():
-    """The reward is not 1.0 or 0.0, or reads the thinking."""
+    """Catches: a reward that is not 1.0 or 0.0, or that reads the thinking."""
     assert accuracy_reward("<think>17+1</think><answer>18 eggs</answer>", "18") == 1.0
     assert accuracy_reward("<think>18</think><answer>17</answer>", "18") == 0.0
     assert accuracy_reward(r"<think>\boxed{18}", "18") == 0.0
@@ -67,12 +67,12 @@ def test_accuracy_reward():
     ],
 )
 def test_format_reward(text, answer_tags, think):
-    """A repeated, nested, reversed or missing tag, text outside of the blocks or an empty answer is rewarded."""
+    """Catches: a reward for a repeated, nested, reversed or missing tag, text outside the blocks or an empty answer."""
     assert format_reward(text) == format_reward(text, "answer-tags") == answer_tags
     assert format_reward(text, "think") == think
 
 
-HACKS = [  # what a policy may try, gold answer 18: accuracy, format answer-tags, format think
+HACKS = [  # attempts at reward hacking, gold answer 18: accuracy, format answer-tags, format think
     ("every guess in one answer", "<think>a</think><answer>16 17 18 19</answer>", 0, 1, 1),
     ("guesses with or", "<think>a</think><answer>17 or 18</answer>", 0, 1, 1),
     ("guesses with commas", "<think>a</think><answer>17, 18</answer>", 0, 1, 1),
@@ -103,7 +103,7 @@ def test_reward_hacking(name, text, accuracy, answer_tags, think):
 
 
 def test_unknown_format_style():
-    """A misspelt style gives no reward, silently."""
+    """Catches: a misspelt style that silently gives no reward."""
     for text in ("", "<think>a</think><answer>18</answer>"):
         with pytest.raises(ValueError, match="answer-tags, think"):
             format_reward(text, "xml")
@@ -163,7 +163,7 @@ def test_reflection_words():
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("unit", HOSTILE)
 def test_long_text_takes_linear_time(unit, size):
-    """A regex or a scanner goes back to the start for every tag: a megabyte takes hours."""
+    """Catches: a regex or scanner that restarts from the beginning at every tag; a megabyte would take hours."""
     text = unit * (size // len(unit))
     for whole in (text, text + "<answer>18</answer>", r"\boxed{18}" + text, "<answer>" + text + "</answer>"):
         assert seconds(accuracy_reward, whole, "18", clock=time.process_time) < 1
@@ -183,7 +183,7 @@ def check_fuzz(text, gold):
 @settings(max_examples=60, deadline=None)
 @given(FUZZ, FUZZ)
 def test_fuzz(text, gold):
-    """Some text makes a reward raise, or a reward that is not within 0 to 1."""
+    """Catches: text that makes a reward raise or leave the range 0 to 1."""
     check_fuzz(text, gold)
 
 
@@ -197,7 +197,7 @@ def test_fuzz_long(text, gold):
 # ---- A batch's scores
 
 PROBLEMS = [Problem("9+9=", "18"), Problem("3+4=", "7")]
-TEXTS = [  # of two groups of three
+TEXTS = [  # two groups of three
     "<think>9</think><answer>18</answer>",
     "<answer>18</answer>",
     "<think>9</think><answer>7</answer>",  # the other problem's answer
@@ -220,7 +220,7 @@ def score(texts=TEXTS, is_right=None, **flags) -> dict[str, list]:
 
 
 def test_each_reward_comes_back_apart_and_in_its_row():
-    """Rewards mixed into one number; a group scored with another problem's answer; a weight that counts twice."""
+    """Catches: rewards mixed into one number; a group scored with another problem's answer; weights applied twice."""
     assert score(accuracy_weight=5.0, format_weight=0.0) == {
         "accuracy": [[1, 1, 0], [1, 0, 0]],
         "format": [[1, 0, 1], [1, 0, 0]],
@@ -234,7 +234,7 @@ def test_each_reward_comes_back_apart_and_in_its_row():
 
 
 def test_the_style_and_the_language_are_those_of_the_flags():
-    """The flag is read, and not used."""
+    """Catches: a flag that is read but not used."""
     texts = ["<think>9 is nine</think>so \\boxed{18}", *TEXTS[1:]]
     assert score(texts, format_style="think")["format"][0][0] == 1 and score(texts)["format"][0][0] == 0
     assert score(texts, language_weight=1.0)["language"][0][0] == 1
@@ -242,7 +242,7 @@ def test_the_style_and_the_language_are_those_of_the_flags():
 
 
 def test_what_was_cut_is_never_right_with_truncated_wrong():
-    """A lucky cut is rewarded, by the length reward too; or another choice of --truncated changes the score."""
+    """Catches: a cut completion rewarded, be it by the length reward; a score changed by another --truncated."""
     cut = score(truncated="wrong", length_weight=0.1)
     assert cut["accuracy"] == [[1, 1, 0], [0, 0, 0]]
     assert cut["length"] == [[0, 0.5, -0.5], [-0.5, -0.5, 0]]
@@ -250,7 +250,7 @@ def test_what_was_cut_is_never_right_with_truncated_wrong():
 
 
 def test_someone_else_may_decide_what_is_right():
-    """The function is not asked, or for another row's text or problem."""
+    """Catches: a function that is not called, or called with another row's text or problem."""
     asked = []
 
     def is_right(text, problem):
@@ -264,10 +264,10 @@ def test_someone_else_may_decide_what_is_right():
 
 
 def test_every_reward_that_can_be_scored_has_a_weight_of_its_flag():
-    """A reward without a weight ends a run in its first iteration; a weight of another reward counts."""
+    """Catches: a reward without a weight, which ends a run in its first iteration; another reward's weight used."""
     names = [field.name.removesuffix("_weight") for field in fields(RewardFlags) if field.name.endswith("_weight")]
     values = {f"{name}_weight": 0.5 + i for i, name in enumerate(names)}
-    names[names.index("reward_model")] = "model"  # its tag since PPO alone had it
+    names[names.index("reward_model")] = "model"  # it is logged as reward/model
     assert reward_weights(RewardFlags(**values), 0) == {name: 0.5 + i for i, name in enumerate(names)}
     assert {*score(**values), "model"} == set(names)  # no model is loaded here
 

@@ -1,4 +1,4 @@
-"""The reward model's mathematics, in float64 where it is an identity, and whole runs."""
+"""The reward model's mathematics (identities in float64), and whole runs."""
 
 import json
 import math
@@ -54,7 +54,7 @@ def test_a_margin_within_rounding_is_a_tie():
 
 
 def test_swapped_pairs_negate_the_margin():
-    """Pins: chosen and rejected swapped. The gradient is minus and plus sigmoid of minus the margin."""
+    """Catches: chosen and rejected swapped. The gradient is minus and plus sigmoid of minus the margin."""
     chosen, rejected = double(2, 5)
     chosen.requires_grad_(), rejected.requires_grad_()
     loss, metrics = reward_model_loss(chosen, rejected)
@@ -65,7 +65,7 @@ def test_swapped_pairs_negate_the_margin():
 
 
 def test_a_shift_of_all_scores_changes_nothing():
-    """Which is why the level is fixed afterwards, by score_mean."""
+    """This is why score_mean fixes the level after training."""
     chosen, rejected = double(2, 5)
     assert reward_model_loss(chosen + 7, rejected + 7)[0].item() == pytest.approx(
         reward_model_loss(chosen, rejected)[0].item()
@@ -98,22 +98,22 @@ def test_scores_recover_bradley_terry_rewards():
 
 
 def test_calibration_by_hand():
-    """Two bins: 0.55 sure and right once in two, 0.95 sure and always right. Order of the sides must not matter."""
+    """Two bins: confidence 0.55, right half of the time, and 0.95, always right. Swapped sides must not matter."""
     logit = torch.tensor([0.55, 0.95], dtype=torch.float64).logit()
     margins = torch.stack([logit[0], -logit[0], logit[1], logit[1]])
     assert calibration_error(margins) == pytest.approx(0.5 * 0.05 + 0.5 * 0.05)
     assert calibration_error(-logit[1:]) == pytest.approx(0.95)  # sure, and wrong
     unsure = torch.tensor([0.52], dtype=torch.float64).logit()
     assert calibration_error(unsure) == pytest.approx(0.48)  # in the first bin, and right
-    assert calibration_error(torch.zeros(4)) == 0.0  # ties: a coin, and known to be one
+    assert calibration_error(torch.zeros(4)) == 0.0  # ties: confidence 0.5, right half of the time
     torch.manual_seed(0)
     margins = 3 * double(200_000)
     preferred = torch.rand(len(margins)) < margins.sigmoid()
-    assert calibration_error(torch.where(preferred, margins, -margins)) < 0.01  # what Bradley-Terry says comes true
+    assert calibration_error(torch.where(preferred, margins, -margins)) < 0.01  # preferences drawn by Bradley-Terry
 
 
 def test_the_gradient_does_not_depend_on_micro_batches(embedded):
-    """Pins: a loss normalised per micro-batch, and a pair that is torn apart."""
+    """Catches: a loss normalised per micro-batch, and a pair split over two of them."""
     model = common.load_reward_model(EMBEDDED, new_head=True)
     torch.nn.init.normal_(model.score.weight)
     ids = [  # prompt, chosen, rejected
@@ -141,8 +141,8 @@ def test_the_gradient_does_not_depend_on_micro_batches(embedded):
 
 
 def assert_scores_as_a_classifier(final, seed: int, few: PairFlags) -> None:
-    """The result is an ordinary classifier: transformers' own forward scores as completion_scores does, but for the
-    mean over the training pairs, which is then 0."""
+    """The result is an ordinary classifier: transformers' own forward pass gives the scores of completion_scores before
+    it subtracts their mean over the training pairs, which makes that mean 0."""
     tokenizer = common.load_tokenizer(EMBEDDED)
     pairs = encode_pairs(tokenizer, load_preference_pairs("arithmetic-pairs", seed, few), "", 256)
     model = common.load_reward_model(str(final))
@@ -192,7 +192,7 @@ def test_a_short_run_learns_to_rank(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("lost_work", [False, True])
 def test_an_interrupted_run_equals_the_uninterrupted_one(lost_work, tmp_path, monkeypatch):
-    """Pins: a resume that misses optimizer or data cursor, or begins with a new head."""
+    """Catches: a resume that loses optimizer or data cursor, or begins with a new head."""
     args = small(train_rm, tmp_path, pair_problems=20, iterations=5, eval_every=3, save_every=2)
     whole = run(train_rm.main, args)
     with monkeypatch.context() as patched:
@@ -211,7 +211,7 @@ def test_an_interrupted_run_equals_the_uninterrupted_one(lost_work, tmp_path, mo
 
 
 def test_a_new_head_begins_at_zero_and_keeps_the_backbone(embedded):
-    """Also over a reward model's own directory, whose head would else be taken over."""
+    """Whatever head the directory has, such as a reward model's, is set to zero."""
     model = common.load_reward_model(EMBEDDED, new_head=True)
     assert model.score.bias is None and (model.score.weight == 0).all() and model.config.num_labels == 1
     assert torch.equal(model.base_model.embed_tokens.weight, embedded[0].base_model.embed_tokens.weight)

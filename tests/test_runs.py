@@ -54,7 +54,7 @@ TAGS = """
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory) -> tuple[Path, str]:
-    """A run of GRPO that is long enough to learn, and what it printed."""
+    """A run of GRPO that is long enough to learn, and its printed output."""
     flags = {"prompts_per_step": 16, "group_size": 8, "iterations": 12, "learning_rate": 4e-4, "warmup_iterations": 2}
     args, printed = small(train_grpo, tmp_path_factory.mktemp("learned"), eval_problems=36, **flags), io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -63,8 +63,8 @@ def learned(tmp_path_factory) -> tuple[Path, str]:
 
 
 def test_a_short_run_learns(learned):
-    """The reward really rises: 12 iterations of 16 x 8 completions, the last five against the first five, by more than
-    chance: the standard error of a mean of 640 rewards is under 0.025. Advantages of other rows make it fall."""
+    """The reward rises by more than chance between the first and the last five of 12 iterations of 16 x 8 completions:
+    the standard error of a mean of 640 rewards is under 0.025. Advantages of other rows make it fall."""
     values = scalars(learned[0])
     reward = [value for _, value in values["reward/total"]]
     assert sum(reward[-5:]) / 5 > sum(reward[:5]) / 5 + 0.15
@@ -96,7 +96,7 @@ LEARNERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNERS)
 def test_every_algorithm_learns(name, tmp_path):
-    """The reward really rises, by more than chance: the standard error of a mean of 384 rewards is about 0.03."""
+    """The reward rises by more than chance: the standard error of a mean of 384 rewards is about 0.03."""
     module, changes = LEARNERS[name]
     shared = {"prompts_per_step": 16, "group_size": 8, "eval_every": 0, "save_every": 0, "eval_problems": 60}
     args = small(module, tmp_path, warmup_iterations=2, **shared, **changes)
@@ -112,10 +112,10 @@ def test_every_algorithm_learns(name, tmp_path):
 
 @pytest.mark.parametrize("keep_optimizer", [False, slow(True)])
 def test_kimi_starts_every_iteration_with_a_fresh_optimizer(keep_optimizer, tmp_path, monkeypatch):
-    """Pins: optimizer state kept from one anchor to the next. Four updates in each of two epochs, the first of an
-    iteration without any state; with --keep-optimizer only the very first.
+    """Catches: optimizer state kept from one anchor to the next. An iteration makes four updates in each of two epochs;
+    its first has no state, with --keep-optimizer only the very first of the run.
 
-    And old logprobs recomputed in every minibatch: then the log-ratio, and with it tau's term, would stay 0."""
+    Also catches: old logprobs recomputed in every minibatch, so that the log-ratio, and with it tau's term, stays 0."""
     fresh, step = [], common.MasterAdamW.step
 
     def remembering(optimizer, closure=None):
@@ -142,7 +142,7 @@ def test_the_length_reward_starts_late_and_is_logged_apart(tmp_path):
 
 @RL_SCRIPTS
 def test_the_other_rewards_are_logged_apart_and_weighted(script, tmp_path):
-    """The language reward (1: arithmetic has no words), the overlong penalty, and what was cut is never right."""
+    """The language reward (1: arithmetic has no words), the overlong penalty, and --truncated wrong."""
     changes = {"language_weight": 0.25, "overlong_weight": 0.5, "overlong_buffer": 6, "truncated": "wrong"}
     args = quick(script, tmp_path, iterations=2, max_new_tokens=12, **changes)
     values = {tag: [value for _, value in points] for tag, points in scalars(run(script.main, args)).items()}
@@ -158,7 +158,7 @@ def test_the_other_rewards_are_logged_apart_and_weighted(script, tmp_path):
 
 @RL_SCRIPTS
 def test_masked_completions_teach_nothing(script, tmp_path):
-    """Where all are cut, no update moves the weights (Kimi's and PPO's regularisers are 0 at their anchors)."""
+    """If all are cut, no update moves the weights (Kimi's and PPO's regularisers are 0 at their anchors)."""
     options = {"truncated": "mask", "max_new_tokens": 4, "iterations": 1, "seed": 3}
     options |= {"kl_coef": 0.0} if script is train_ppo else {}
     run_dir = run(script.main, quick(script, tmp_path, **options))
@@ -172,8 +172,8 @@ LOSSES = {train_grpo: "grpo_loss", train_pg: "pg_loss", train_ppo: "ppo_loss", t
 
 @RL_SCRIPTS
 def test_only_the_policys_own_tokens_are_trained(script, tmp_path, monkeypatch):
-    """Pins: weights from `mask` where the rollout has a loss_mask, as after a user's second turn. Here a completion's
-    second and third tokens are given. Lengths count what the policy wrote."""
+    """Catches: weights from `mask` although the rollout has a loss_mask, as after a user's second turn. Here a
+    completion's second and third tokens are given. Lengths count the policy's own tokens."""
     gradients, loss, sample = [], getattr(script, LOSSES[script]), common.sample_groups
     mask, given = [], slice(1, 3)
 
@@ -209,7 +209,7 @@ def test_ppo_without_a_kl_loads_no_reference(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def scorer(tmp_path_factory) -> str:
-    """A reward model of random weights."""
+    """A reward model with random weights."""
     directory = tmp_path_factory.mktemp("rm")
     config = AutoConfig.from_pretrained(EMBEDDED, num_labels=1)
     model = AutoModelForSequenceClassification.from_config(config)
@@ -219,12 +219,12 @@ def scorer(tmp_path_factory) -> str:
 
 @RL_SCRIPTS
 def test_a_learned_reward_is_added_to_the_rules(script, scorer, tmp_path, capsys):
-    """The model's score replaces the rules' rewards, or is only logged; its weight is ignored."""
+    """Catches: a model's score that replaces the rules' rewards, is only logged, or ignores its weight."""
     flags = {"iterations": 1, "reward_model": scorer, "reward_model_weight": 2.0}
     values = scalars(run(script.main, quick(script, tmp_path, **flags)))
     model, right, form = (values[f"reward/{name}"][0][1] for name in ("model", "accuracy", "format"))
     assert values["reward/total"][0][1] == pytest.approx(2 * model + right + 0.2 * form, abs=1e-5) and model != 0
-    assert ("the rules' rewards count beside" in capsys.readouterr().out) == (script is train_ppo)
+    assert ("adds to the rules' rewards" in capsys.readouterr().out) == (script is train_ppo)
 
 
 def test_the_reward_model_alone(scorer, tmp_path):
@@ -235,7 +235,7 @@ def test_the_reward_model_alone(scorer, tmp_path):
 
 
 def test_a_group_is_uniform_by_the_rules_alone(scorer, tmp_path, monkeypatch):
-    """A score is never equal for all of a group: --dynamic-sampling would keep every one."""
+    """A model's scores are hardly ever equal within a group, so with them --dynamic-sampling would keep every group."""
     join, kept = common.join_groups, []
     monkeypatch.setattr(common, "join_groups", lambda parts, limit: kept.extend(parts) or join(parts, limit))
     flags = {"iterations": 1, "reward_model": scorer, "dynamic_sampling": True, "max_sampling_rounds": 1}
@@ -297,7 +297,7 @@ def advantages_by_row(script, monkeypatch, args) -> tuple[common.Rollout, torch.
 
 @pytest.mark.parametrize("script", list(ADVANTAGES), ids=lambda script: script.__name__)
 def test_with_truncated_mask_cut_completions_have_no_advantage(script, tmp_path, monkeypatch):
-    """Those that ended are left out instead, or none."""
+    """Catches: completions that ended masked instead, or none masked."""
     args = quick(script, tmp_path, iterations=1, truncated="mask", max_new_tokens=12, prompts_per_step=8)
     rollout, _, advantages = advantages_by_row(script, monkeypatch, args)
     assert len(advantages) == 32 and 4 < rollout.finished.sum() < 28
@@ -308,7 +308,7 @@ def test_with_truncated_mask_cut_completions_have_no_advantage(script, tmp_path,
 
 @pytest.mark.parametrize("baseline", ["none", "batch-mean"])
 def test_without_a_critic_the_advantage_is_the_return(baseline, tmp_path, monkeypatch):
-    """The reward stands before or behind the last token, or is baselined where no baseline is wanted."""
+    """Catches: a reward before or after the last token, or a baseline subtracted where none is wanted."""
     args = quick(train_pg, tmp_path, iterations=1, baseline=baseline)
     _, rewards, advantages = advantages_by_row(train_pg, monkeypatch, args)
     assert len(advantages) == 16 and rewards.std() > 0
@@ -323,7 +323,7 @@ def test_without_a_critic_the_advantage_is_the_return(baseline, tmp_path, monkey
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_the_weights_of_rows_in_a_step(script, name, tmp_path, monkeypatch):
-    """A minibatch counts as a part of the batch, so that a step is too small; or pairs weigh alike."""
+    """Catches: a minibatch weighted by its share of the batch, so that a step is too small; pair weights ignored."""
     loss, step, steps = getattr(script, name), common.MasterAdamW.step, [[]]
 
     def remember(*values, **others):
@@ -350,7 +350,7 @@ def test_the_weights_of_rows_in_a_step(script, name, tmp_path, monkeypatch):
 
 
 def test_masters_keep_what_16_bits_round_away():
-    """Pins: gradients of all micro-batches but the last are lost, steps too small for bf16 vanish, a checkpoint has no
+    """Catches: gradients of all micro-batches but the last lost; steps too small for bf16 lost; a checkpoint without
     masters, so that a resumed run begins at rounded ones."""
     layer = torch.nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)
     optimizer = common.MasterAdamW(layer, lr=1e-5)
@@ -380,7 +380,7 @@ def test_masters_keep_what_16_bits_round_away():
 
 
 def copy_of(state: dict) -> dict:
-    """As a checkpoint gives it back."""
+    """The state as a checkpoint returns it."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -388,8 +388,8 @@ def copy_of(state: dict) -> dict:
 
 
 def test_what_a_user_reads_at_the_end(learned, tmp_path, capsys):
-    """The before/after table, where the model is, the TensorBoard command; and that a policy loss near 0 is expected,
-    where it is ("loss is 0, is it broken?"), not where it isn't."""
+    """The before/after table, the model's path, the TensorBoard command; and the note that a policy loss near 0 is
+    expected ("loss is 0, is it broken?"), only in a run where it is."""
     run_dir, printed = learned
     for text in (
         "difficulty 6",
@@ -445,7 +445,7 @@ def test_sft_from_scratch_learns(tmp_path):
 
 
 class StopAtIterationThree(plumbing.runs.StopSignal):
-    """As if Ctrl-C came during the third iteration: a run asks twice an iteration."""
+    """As if Ctrl-C came during the third iteration: a run asks twice per iteration."""
 
     asked = 0
 
@@ -477,8 +477,8 @@ class StopAtIterationThree(plumbing.runs.StopSignal):
     ],
 )
 def test_an_interrupted_run_equals_the_uninterrupted_one(script, lost_work, tmp_path, monkeypatch):
-    """Pins: a resume that misses optimizer, data cursor, sampler ledger or a seed. Weights to the byte, every event but
-    times and memory to the bit, no step missing or twice; also where the newest checkpoint is older than the events."""
+    """Catches: a resume that loses optimizer, data cursor, sampler ledger or a seed. Weights agree to the byte, events
+    (not times and memory) to the bit, no step missing or twice, also if the newest checkpoint is older than events."""
     modules = {"kimi": train_kimi, "pg": train_pg, "ppo": train_ppo, "sft": train_sft}
     module, changes = modules.get(script, train_grpo), {"iterations": 4, "eval_every": 3, "save_every": 2}
     if script == "sft":
@@ -561,7 +561,7 @@ def test_resume_refuses_other_arguments_by_name(saved_run, tmp_path, capsys):
 
 
 def test_a_run_of_the_old_version_is_refused_in_one_line(saved_run, tmp_path, capsys):
-    """Its checkpoints are whole, and hold other names."""
+    """Its checkpoints are whole but hold other names."""
     run_dir = copied(saved_run, tmp_path)
     flags = json.loads((run_dir / "args.json").read_text())
     del flags["run_name"]  # a flag that is new
@@ -581,7 +581,7 @@ def test_a_run_of_the_old_version_is_refused_in_one_line(saved_run, tmp_path, ca
 
 
 def without_the_runs_statements(script) -> str:
-    """The script's source, less every statement that is a call of a method of `run`."""
+    """The script's source without the statements that call a method of `run`."""
 
     class Remover(ast.NodeTransformer):
         removed = 0
@@ -606,7 +606,7 @@ def without_the_runs_statements(script) -> str:
     ids=lambda module: module.__name__,
 )
 def test_a_script_learns_the_same_without_the_runs_statements(script, tmp_path, monkeypatch):
-    """Pins: mathematics in the run's object. Scores of evaluations and weights are those of the script as it is."""
+    """Catches: mathematics in the run's object. Without it, evaluation scores and weights must stay the same."""
     (tmp_path / "short.py").write_text(without_the_runs_statements(script))
     spec = importlib.util.spec_from_file_location("short", tmp_path / "short.py")
     short = importlib.util.module_from_spec(spec)
@@ -636,11 +636,11 @@ def test_a_script_learns_the_same_without_the_runs_statements(script, tmp_path, 
     (scores, masters), (short_scores, short_masters) = results
     assert scores == short_scores and all(map(torch.equal, masters, short_masters))
     assert script is train_rm or (len(scores) >= 2 and scores[0] != scores[-1])
-    assert not list((tmp_path / "runs" / "short").glob("*/final"))  # they were really gone
+    assert not list((tmp_path / "runs" / "short").glob("*/final"))  # the statements were really removed
 
 
 def test_a_runs_object_is_small(saved_run, tmp_path):
-    """Everything that a reader of a script must know of it."""
+    """Its public names are all that a reader of a script must know of it."""
     args = quick(train_grpo, tmp_path, iterations=4, resume=str(copied(saved_run, tmp_path)))
     names = {name for name in dir(Run(args, None)) if not name.startswith("_")}
     assert {"dir", "writer", "start_from", "progress", "restore", "checkpoint", "finish"} <= names
@@ -648,7 +648,7 @@ def test_a_runs_object_is_small(saved_run, tmp_path):
 
 
 def test_a_checkpoint_of_other_names_is_refused_in_one_line(saved_run, tmp_path, capsys):
-    """Pins: a fork that has a critic more than the run it goes on with, and starts it afresh in silence."""
+    """Catches: a fork with an additional critic that resumes a run and silently starts the critic afresh."""
     args = quick(train_grpo, tmp_path, iterations=4, resume=str(copied(saved_run, tmp_path)))
     error = refusal(lambda args: Run(args, None).restore(optimizer=None, sampler=None, critic=None), args, capsys)
     assert "its checkpoint holds optimizer, sampler; this script needs critic, optimizer, sampler" in error
@@ -669,7 +669,7 @@ def test_a_run_keeps_its_scripts_source(saved_run, tmp_path, capsys):
 
 
 def test_an_untracked_file_makes_the_commit_dirty(learned, tmp_path):
-    """Pins: a run whose script is a new file, under the name of a commit that doesn't have it."""
+    """Catches: a run of a new, untracked script logged under a commit that doesn't have it."""
     logged = texts(learned[0], "hyperparameters")[0]
     assert re.search(r"git commit: ([0-9a-f]{40}(-dirty)?|unknown)$", logged.strip())
     assert plumbing.runs.git_commit(tmp_path) == "unknown"
@@ -687,7 +687,7 @@ def test_an_untracked_file_makes_the_commit_dirty(learned, tmp_path):
 
 
 def test_a_run_may_have_a_name(saved_run, tmp_path, capsys):
-    """One that is taken is refused before anything is written; the run goes on under it."""
+    """A name that is taken is refused before anything is written; a resumed run keeps its name."""
     root = tmp_path / "runs"
     assert parse_args(train_grpo.Args, ["--run-name", "mine"]).run.run_name == "mine"
     args = quick(train_grpo, root, run_name="mine", iterations=1, save_every=1)
@@ -707,7 +707,7 @@ def test_a_run_from_another_runs_result_is_not_called_final(saved_run, tmp_path)
 
 
 def test_built_in_models_are_found_from_any_directory(tmp_path, monkeypatch):
-    """A directory of that name there comes first."""
+    """A directory of that name in the working directory comes first."""
     monkeypatch.chdir(tmp_path)
     assert Path(common.resolve_model(EMBEDDED)).samefile(Path(common.__file__).parent / EMBEDDED)
     assert common.resolve_model("models/none") == "models/none"
@@ -742,7 +742,7 @@ def count_steps(monkeypatch) -> dict[str, int]:
 
 
 def test_one_clip_and_one_step_for_every_minibatch(tmp_path, monkeypatch):
-    """Pins: clip or optimizer step inside the accumulation. 3 epochs x 2 minibatches = 6, whatever the number of
+    """Catches: clip or optimizer step inside the accumulation. 3 epochs x 2 minibatches = 6, whatever the number of
     micro-batches. And kl_coef 0 loads no reference."""
     calls = count_steps(monkeypatch)
     changes = {"update_epochs": 3, "minibatch_size": 8, "micro_batch_tokens": 60}
@@ -750,22 +750,22 @@ def test_one_clip_and_one_step_for_every_minibatch(tmp_path, monkeypatch):
     assert calls["steps"] == calls["clips"] == 6 and calls["loads"] == 1
     assert calls["passes"] > 12
     ratios = [value for _, value in scalars(run_dir)["loss/ratio_max"]]
-    assert all(ratio > 1.0 for ratio in ratios)  # Pins: old logprobs recomputed in every minibatch
+    assert all(ratio > 1.0 for ratio in ratios)  # Catches: old logprobs recomputed in every minibatch
 
 
 def test_one_update_takes_no_extra_pass(tmp_path, monkeypatch):
-    """Old logprobs of a single update are the ones it computes anyway; a reference takes one pass of its own."""
+    """A single update computes its old logprobs anyway; a reference takes one pass of its own."""
     calls = count_steps(monkeypatch)
     run(train_grpo.main, quick(train_grpo, tmp_path, iterations=1))
     passes = calls["passes"]
-    assert calls["rows"] == 16 and calls["steps"] == 1 and passes <= 2  # rows without an advantage go apart
+    assert calls["rows"] == 16 and calls["steps"] == 1 and passes <= 2  # rows without an advantage go separately
     run(train_grpo.main, quick(train_grpo, tmp_path, iterations=1, kl_coef=0.1))
     assert calls["rows"] == (1 + 2) * 16 and calls["passes"] == passes + 2
 
 
 def test_rows_without_an_advantage_are_only_passed_forward(tmp_path, monkeypatch):
-    """Which changes nothing: gradients and metrics are those of a backward pass through all rows. With a KL every row
-    has a gradient."""
+    """Skipping their backward pass changes nothing: gradients and metrics are those of a backward pass through all
+    rows. With a KL every row has a gradient."""
     gradients, backward_rows, step, batches = [], [], common.MasterAdamW.step, common.micro_batches
     logprobs = common.completion_logprobs
 
@@ -800,8 +800,8 @@ def test_rows_without_an_advantage_are_only_passed_forward(tmp_path, monkeypatch
 
 
 def test_a_batch_without_any_advantage_makes_no_step(saved_run, tmp_path):
-    """Nor one of Adam's momentum: here there would be some, of the first two updates. The only reward from then on is
-    the language's, which is 1 for a chain, as it has no words."""
+    """Not even from Adam's momentum, which the saved run's updates have built up. From then on the only reward is the
+    language reward, which is 1 for every chain, because a chain has no words."""
     run_dir = copied(saved_run, tmp_path)
     changes = {"iterations": 6, "resume": str(run_dir), "save_every": 0}
     changes |= {"accuracy_weight": 0.0, "format_weight": 0.0, "language_weight": 1.0}
@@ -811,7 +811,7 @@ def test_a_batch_without_any_advantage_makes_no_step(saved_run, tmp_path):
 
 
 def test_the_reference_is_another_model_and_never_moves(tmp_path, monkeypatch):
-    """Pins: a reference that is trainable, in train mode, or the policy itself."""
+    """Catches: a reference that is trainable, in train mode, or the policy itself."""
     loaded = []
     load = common.load_policy
 
@@ -831,7 +831,7 @@ def test_the_reference_is_another_model_and_never_moves(tmp_path, monkeypatch):
 
 
 def test_temperature_is_in_every_logprob(tmp_path):
-    """Pins: a temperature missing from some logprobs: at 0.5 too the sampler and the trainer agree, the ratio of the
+    """Catches: a temperature missing from some logprobs: at 0.5 too the sampler and the trainer agree, the ratio of the
     first of several updates is 1, and the KL to the reference, still the same model, is 0."""
     args = quick(train_grpo, tmp_path, iterations=1, temperature=0.5, update_epochs=2, learning_rate=1e-12, kl_coef=0.1)
     values = scalars(run(train_grpo.main, args))
@@ -841,7 +841,7 @@ def test_temperature_is_in_every_logprob(tmp_path):
 
 
 def test_pad_may_be_eos(tmp_path):
-    """Pins: masks from `ids != pad` where pad == eos: then the EOS would never be trained."""
+    """Catches: masks from `ids != pad` where pad == eos: then the EOS would never be trained."""
     finals = []
     for name in ("pad", "pad-is-eos"):
         model, tokenizer = common.load_policy(EMBEDDED), common.load_tokenizer(EMBEDDED)
@@ -855,7 +855,7 @@ def test_pad_may_be_eos(tmp_path):
 
 
 def test_a_model_with_dropout_runs_without_it(tmp_path):
-    """Pins: dropout on in the first update (p = 0.5 would move every ratio away from 1)."""
+    """Catches: dropout on in the first update (p = 0.5 would move every ratio away from 1)."""
     _, tokenizer = common.load_policy(EMBEDDED), common.load_tokenizer(EMBEDDED)
     model = make_model("gpt2", vocab_size=len(tokenizer), resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
     save_model(tmp_path / "dropout", model, tokenizer)
@@ -866,8 +866,8 @@ def test_a_model_with_dropout_runs_without_it(tmp_path):
 
 
 def test_training_uses_the_sampled_ids(tmp_path, monkeypatch):
-    """Pins: decoded and re-encoded text trained on. The batch whose logprobs are taken holds the very tensors that were
-    sampled, though the text decodes and encodes to other ids (an unknown token is dropped)."""
+    """Catches: training on decoded and re-encoded text. The batch whose logprobs are computed holds the very tensors
+    that were sampled, though the text would encode to other ids (an unknown token is dropped)."""
     sampled, trained = [], []
     sample, logprobs = common.sample_groups, common.completion_logprobs
 
@@ -892,8 +892,8 @@ def test_training_uses_the_sampled_ids(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def one_update(tmp_path_factory) -> tuple[dict, dict]:
-    """What a run of one update over several micro-batches logs, and the same computed apart, in one pass before the
-    update. The sampler's logprobs are off by something, so that the gap is more than rounding."""
+    """The values that a run of one update over several micro-batches logs, and the same values computed separately, in
+    one pass before the update. Noise on the sampler's logprobs makes the gap more than rounding."""
     seen, patch = {}, pytest.MonkeyPatch()
     sample, group_advantages = common.sample_groups, train_grpo.group_advantages
 
@@ -927,7 +927,7 @@ def one_update(tmp_path_factory) -> tuple[dict, dict]:
 
 @pytest.mark.parametrize("tag", ["loss/entropy", "rollout/length_mean", "rollout/logprob_gap_mean"])
 def test_logged_means_are_token_weighted_over_the_whole_iteration(tag, one_update):
-    """Pins: metrics from the last micro-batch only, entropy divided twice, means over padding."""
+    """Catches: metrics from the last micro-batch only, entropy divided twice, means over padding."""
     values, seen = one_update
     assert values[tag][0][1] == pytest.approx(seen[tag].item(), rel=1e-4)
 
@@ -936,7 +936,7 @@ def test_logged_means_are_token_weighted_over_the_whole_iteration(tag, one_updat
     "tag", ["rollout/logprob_gap_mean", "rollout/logprob_gap_max", "loss/policy", "loss/grad_norm"]
 )
 def test_one_update_needs_no_old_logprobs(tag, one_update):
-    """Where old_logprobs is None, the update's own logprobs stand for them: gaps, loss and gradient are those of a pass
+    """If old_logprobs is None, the update's own logprobs replace them: gaps, loss and gradient are those of a pass
     before the update."""
     values, seen = one_update
     assert abs(seen[tag]) > 1e-3 and values[tag][0][1] == pytest.approx(seen[tag].item(), rel=1e-4, abs=1e-6)
@@ -953,7 +953,7 @@ def test_metrics():
 
 
 def test_only_names_that_end_in_max_after_an_underscore_are_maxima():
-    """Pins: a metric "climax" or "softmax" whose largest value is shown as its mean."""
+    """Catches: a metric called "climax" or "softmax" that shows its largest value instead of its mean."""
     metrics = Metrics()
     names = "climax", "loss/softmax", "max", "max_x", "b-max", "loss/ratio_max", "_max"
     for value in (1.0, 3.0):
@@ -963,7 +963,7 @@ def test_only_names_that_end_in_max_after_an_underscore_are_maxima():
 
 @pytest.mark.parametrize("weights", [(3, None), (None, 3), (None, 0)])
 def test_a_name_with_and_without_a_weight_is_refused(weights):
-    """Pins: a mean in which one token and one iteration weigh the same."""
+    """Catches: a mean in which one token and one iteration weigh the same."""
     metrics = Metrics()
     metrics.add({"a": 1.0, "b_max": 1.0}, weights[0])
     metrics.add({"b_max": 2.0}, weights[1])  # a maximum has no weights
@@ -972,7 +972,7 @@ def test_a_name_with_and_without_a_weight_is_refused(weights):
 
 
 def test_reward_components_are_logged_apart(tmp_path):
-    """Pins: a format term that swamps correctness unseen: accuracy has its own column, whatever the weights."""
+    """Catches: a format reward that hides low accuracy. Accuracy is logged by itself, whatever the weights."""
     args = quick(train_grpo, tmp_path, iterations=1, accuracy_weight=0.5, format_weight=5.0)
     values = scalars(run(train_grpo.main, args))
     accuracy, form = values["reward/accuracy"][0][1], values["reward/format"][0][1]
@@ -982,7 +982,7 @@ def test_reward_components_are_logged_apart(tmp_path):
 
 def test_dynamic_sampling_replaces_groups_that_teach_nothing(tmp_path, monkeypatch):
     """At most --max-sampling-rounds batches an iteration, all of them counted on the x-axis. No group without variance
-    is trained on, and there are as many as asked for unless the cap was reached."""
+    is trained on, and there are as many groups as asked for unless the limit was reached."""
     trained, loss = [], train_grpo.grpo_loss
 
     def remembering(logprobs, old, ref, advantages, *args, **kwargs):
@@ -1003,7 +1003,7 @@ def test_dynamic_sampling_replaces_groups_that_teach_nothing(tmp_path, monkeypat
 
 
 def test_small_steps_are_not_lost_in_bf16():
-    """Pins: updates of 1e-6 lost in bf16 weights. Fifty steps move a bf16 model's masters as they move fp32 weights."""
+    """Catches: updates of 1e-6 lost in bf16 weights. Fifty steps move a bf16 model's masters like fp32 weights."""
     moved = {}
     for dtype in (torch.float32, torch.bfloat16):
         model = make_model("llama").to(torch.bfloat16).to(dtype)  # equal start
@@ -1048,7 +1048,7 @@ def test_a_bf16_checkpoint_keeps_its_masters(tmp_path):
 
 
 def test_a_float32_run_does_not_go_on_rounded(capsys):
-    """From a CPU to a GPU: the masters would begin at the weights' 16-bit rounding, and nothing says so."""
+    """Catches: a run moved from a CPU to a GPU whose masters silently begin at weights rounded to 16 bits."""
     state = common.MasterAdamW(make_model("llama"), lr=1e-3).state_dict()
     rounded = common.MasterAdamW(make_model("llama").to(torch.bfloat16), lr=1e-3)
     with pytest.raises(SystemExit):
@@ -1061,8 +1061,8 @@ OFFLOADED = [(train_grpo, "bfloat16"), slow(train_pg, "float32"), slow(train_dpo
 
 @pytest.mark.parametrize(("script", "dtype"), OFFLOADED, ids=lambda value: getattr(value, "__name__", value))
 def test_an_offloaded_optimizer_changes_no_byte(script, dtype, tmp_path):
-    """Pins: gradients of some micro-batches lost on the way, masters of another rounding. A run that is resumed with
-    and without it goes on to the same weights."""
+    """Catches: some micro-batches' gradients lost on the way, masters rounded differently. Resumed with and without it,
+    a run reaches the same weights."""
     short = small if script in (train_sft, train_dpo) else quick
     flags = {"iterations": 3, "micro_batch_tokens": 200, "save_every": 1, "dtype": dtype, "keep_checkpoints": 3}
     runs = [run(script.main, short(script, tmp_path, offload_optimizer=offload, **flags)) for offload in (False, True)]
@@ -1090,8 +1090,8 @@ class SGD(common.Masters, torch.optim.SGD):
 
 
 def test_another_optimizer_has_masters_too(tmp_path):
-    """SGD with momentum trains a bf16 model in steps that bf16 can't resolve, and goes on after a checkpoint to the
-    same bits."""
+    """SGD with momentum trains a bf16 model in steps that bf16 can't resolve, and resumes from a checkpoint to the same
+    bits."""
     model = common.load_policy(EMBEDDED, dtype=torch.bfloat16)
     optimizer = SGD(model, lr=1e-6, momentum=0.5)
     start = [master.detach().clone() for master in optimizer.masters]

@@ -19,7 +19,7 @@ def reference_logits(model, ids: list[int]) -> torch.Tensor:
 
 
 def test_greedy_equals_a_loop_without_cache_or_padding(model):
-    """Pins: wrong position ids under left padding; a KV cache expanded or compacted to the wrong rows."""
+    """Catches: wrong position ids under left padding; a KV cache expanded or compacted to the wrong rows."""
     prompts = ragged_prompts()
     rollout = sample_groups(model, prompts, 2, 12, temperature=0)
     for row in range(len(prompts) * 2):
@@ -39,7 +39,7 @@ def test_greedy_equals_generate(model):
 
 
 def test_which_models_take_groups(model, capsys):
-    """The slow path is chosen by a check, is said once, and nothing else is left changed by it."""
+    """A check chooses the slow path and says so once; it leaves nothing else changed."""
     implementation = model.config._attn_implementation
     expected = model.config.model_type != "mistral"
     assert takes_groups(model) is expected
@@ -50,7 +50,7 @@ def test_which_models_take_groups(model, capsys):
 
 
 def test_an_attention_that_ignores_the_groups_is_found_out(capsys):
-    """A model that drops unknown keywords would compute one long row of all prompts: wrong, and no error."""
+    """Catches: a model that drops unknown keywords, computes one long row of all prompts and raises no error."""
     model = make_model("llama")
     for layer in model.base_model.layers:
         layer.self_attn.forward = lambda *args, forward=layer.self_attn.forward, groups=None, **kwargs: forward(
@@ -62,11 +62,11 @@ def test_an_attention_that_ignores_the_groups_is_found_out(capsys):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_trained_model_takes_groups_in_both_precisions(dtype):
-    """Pins: a check on special tokens, at which bf16's rounding alone moves a trained model's hidden states by half."""
+    """Catches: a check on special tokens, where bf16's rounding alone moves a trained model's hidden states by half."""
     policy = load_policy(EMBEDDED, dtype=dtype)
     assert takes_groups(policy)
     del policy.takes_groups
-    for layer in policy.base_model.layers:  # one that drops the groups is seen all the same
+    for layer in policy.base_model.layers:  # a model that drops the groups is still found out
         layer.self_attn.forward = lambda *args, forward=layer.self_attn.forward, groups=None, **kwargs: forward(
             *args, **kwargs
         )
@@ -74,7 +74,7 @@ def test_a_trained_model_takes_groups_in_both_precisions(dtype):
 
 
 def test_ordinary_calls_are_as_before(model):
-    """generate and a padded batch with a mask, of a model whose attention has become ours."""
+    """A padded batch with a mask, before and after the model's attention has become ours."""
     ids, mask = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     with torch.no_grad():
         before = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits[:, -1]
@@ -86,7 +86,7 @@ def test_ordinary_calls_are_as_before(model):
 @pytest.mark.parametrize("decoder", [PlainDecoder, GroupDecoder])
 @pytest.mark.parametrize("limit", [1, BLOCK, BLOCK + 1, 2 * BLOCK + 5])
 def test_the_decoders_agree_at_every_length(decoder, limit, monkeypatch):
-    """Pins: a buffer of the cache that is full; a prompt's slots after some of its rows, or all of them, have left."""
+    """Catches: a full cache buffer; wrong slots of a prompt after some of its rows, or all of them, have ended."""
     model = make_model("llama", max_position_embeddings=256)
     prompts = [[5], list(range(2, 39)), [7, 8, 9], [11, 12]]
     assert takes_groups(model)
@@ -112,8 +112,8 @@ class Recomputed:
 
 
 def test_the_graphs_decoder_equals_the_plain_one(monkeypatch):
-    """Its logic without its GPU: buffers of full size, rows that stay although they have ended, halving, and a second
-    and a third batch through the first one's buffers; weights that changed in between are seen."""
+    """Its logic without a GPU: buffers of full size, rows that stay although they have ended, halving, later batches in
+    the first one's buffers, and weights that change in between."""
     captured = []
 
     def capture(decoder, R):
@@ -142,7 +142,7 @@ def test_the_graphs_decoder_equals_the_plain_one(monkeypatch):
 
 
 def test_sampler_logprobs_are_the_trainers(model):
-    """Pins: sampler and trainer that disagree (cache, padding, temperature)."""
+    """Catches: sampler and trainer that disagree (cache, padding, temperature)."""
     rollout = sample_groups(model, ragged_prompts(), 4, 12, temperature=0.7, seed=3)
     logprobs, _ = completion_logprobs(model, rollout, list(range(12)), 0.7)
     assert (logprobs - rollout.sampler_logprobs).abs().max() < 1e-4
@@ -151,7 +151,7 @@ def test_sampler_logprobs_are_the_trainers(model):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_first_tokens_follow_the_softmax(temperature):
-    """Pins: top-k or top-p at sampling against a full softmax in training; a wrong temperature. Chi-square test."""
+    """Catches: top-k or top-p at sampling against a full softmax in training; a wrong temperature. Chi-square test."""
     model = make_model("llama")
     draws = 4000
     rollout = sample_groups(model, [[5, 6]], draws, 1, temperature, seed=1)
@@ -165,7 +165,7 @@ def test_first_tokens_follow_the_softmax(temperature):
 
 
 def test_generation_config_changes_nothing():
-    """Pins: generation_config.json silently setting top_k, top_p, a temperature or a repetition penalty."""
+    """Catches: generation_config.json silently setting top_k, top_p, a temperature or a repetition penalty."""
     model = make_model("qwen3")
     clean = sample_groups(model, ragged_prompts(), 4, 8, seed=5)
     model.generation_config.update(do_sample=True, top_k=1, top_p=0.1, temperature=0.1, repetition_penalty=9.0)
@@ -174,7 +174,7 @@ def test_generation_config_changes_nothing():
 
 
 def test_every_eos_id_stops():
-    """Pins: only one of several EOS ids stops a row. The EOS is part of the completion; a cut one isn't finished."""
+    """Catches: only one of several EOS ids stops a row. The EOS is part of the completion; a cut one isn't finished."""
     model = make_model("llama")
     ids = list(range(1, 12))
     rollout = sample_groups(model, ragged_prompts(), 32, 10, temperature=1.5, eos_token_ids=ids)
@@ -191,14 +191,14 @@ def test_every_eos_id_stops():
 
 
 def test_a_completion_of_eos_alone_has_one_token():
-    """Pins: EOS left out of the mask, so that stopping is never trained."""
+    """Catches: EOS left out of the mask, so that stopping is never trained."""
     rollout = sample_groups(make_model("llama"), [[5, 6]], 3, 6, eos_token_ids=list(range(VOCABULARY)))
     assert rollout.mask.sum(1).tolist() == [1, 1, 1]
     assert rollout.finished.all()
 
 
 def test_a_row_draws_the_same_whoever_else_is_in_the_batch():
-    """Compaction: rows that end early must change nothing for those that go on."""
+    """Compaction: rows that end early must change nothing for the others."""
     model = make_model("llama")
     together = sample_groups(model, [[5, 6, 7]], 8, 12, seed=2)
     never = sample_groups(model, [[5, 6, 7]], 8, 12, seed=2, eos_token_ids=[VOCABULARY + 1])
@@ -209,7 +209,7 @@ def test_a_row_draws_the_same_whoever_else_is_in_the_batch():
 
 
 def test_prompts_computed_in_slices_are_the_same(monkeypatch):
-    """Pins: a slice's keys padded to its own width, or given to other groups."""
+    """Catches: a slice's keys padded to its own width, or given to other groups."""
     model, prompts = make_model("qwen2"), ragged_prompts()
     whole = sample_groups(model, prompts, 4, 12, seed=2)
     monkeypatch.setattr(engine, "PREFILL_TOKENS", max(map(len, prompts)))  # one prompt at a time
@@ -226,7 +226,7 @@ def test_seeds():
 
 
 def test_rows_belong_to_their_prompts(embedded):
-    """Pins: groups interleaved wrongly (repeat against repeat_interleave): row p*G + g answers prompt p."""
+    """Catches: groups interleaved wrongly (repeat against repeat_interleave): row p*G + g answers prompt p."""
     policy, tokenizer = embedded
     questions = ["50+1=", "60+2=", "70+3="]
     prompts = [tokenizer(q).input_ids for q in questions]
@@ -266,7 +266,7 @@ def test_join_groups_keeps_rows_together():
 
 
 def test_join_groups_keeps_the_loss_mask():
-    """Pins: given tokens that are trained once their groups have been joined with others."""
+    """Catches: given tokens that are trained once their groups have been joined with others."""
     parts, rewards = [], torch.tensor([[0.0, 1.0], [2.0, 3.0]])
     for lengths in ((1, 2, 3, 1), (2, 1, 1, 4)):
         rollout = make_rollout([[1], [2]], [[5] * n for n in lengths], group_size=2)
@@ -299,7 +299,7 @@ def test_decode(embedded):
 
 @pytest.mark.parametrize("first", [3, 16, 21, 35])
 def test_a_uniform_of_zero_draws_the_first_token_that_is_possible(first):
-    """A token without any probability is drawn: before the first possible one in its block, or in a block before."""
+    """Catches: a token of probability 0 drawn before the first possible one, in its block or in an earlier one."""
     logits = torch.full((1, 40), -torch.inf)
     logits[0, first:] = 0.0
     tokens, logprobs = sample_tokens(logits, 1.0, torch.zeros(1))
@@ -307,15 +307,15 @@ def test_a_uniform_of_zero_draws_the_first_token_that_is_possible(first):
 
 
 def test_logits_that_are_not_numbers_draw_a_token_of_the_vocabulary():
-    """An index past the end: on a GPU it ends the process before the run can save or say anything."""
+    """Catches: an index past the end, which on a GPU ends the process before the run can save or say anything."""
     tokens, _ = sample_tokens(torch.full((2, 37), torch.nan), 1.0, torch.tensor([0.0, 0.99]))
     assert (tokens >= 0).all() and (tokens < 37).all()
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_16_bit_decoding_and_training_are_one_model(seed):
-    """Scores rounded to 16 bits before the softmax: with keys as large as Qwen2.5's, sampler and trainer are two
-    models. The gap between them must be a fraction of what 16-bit weights and activations cost anyway."""
+    """Catches: scores rounded to 16 bits before the softmax; with keys as large as Qwen2.5's, sampler and trainer then
+    disagree. Their gap must be a fraction of the error that 16-bit weights and activations cause anyway."""
     torch.manual_seed(seed)
     heads = {"num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64, "hidden_size": 224}
     config = Qwen2Config(**SHAPE | {"vocab_size": 200}, **heads, num_hidden_layers=4, intermediate_size=256)

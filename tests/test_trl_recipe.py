@@ -1,5 +1,5 @@
-"""recipes/trl_grpo.py: a run of train_grpo.py in TRL. The table leaves out no flag, TRL's losses and ours are the same
-numbers, and what can't be repeated ends in one line."""
+"""recipes/trl_grpo.py: a run of train_grpo.py in TRL. The table leaves out no flag, TRL's losses equal ours, and a run
+that TRL can't repeat ends with one line."""
 
 import dataclasses
 import importlib.metadata
@@ -26,7 +26,7 @@ DEFAULTS = to_flat(train_grpo.Args())
 
 
 def saved(folder: Path, script: str = "train_grpo.py", **changes) -> Path:
-    """A run directory as far as the recipe reads it. changes: fields of args.json; ... removes one."""
+    """A run directory with the files that the recipe reads. changes: fields of args.json; `...` removes one."""
     folder.mkdir(exist_ok=True)
     flags = {name: value for name, value in (DEFAULTS | changes).items() if value is not ...}
     (folder / "args.json").write_text(json.dumps(flags))
@@ -38,7 +38,7 @@ def saved(folder: Path, script: str = "train_grpo.py", **changes) -> Path:
 
 
 def test_every_flag_is_translated_or_said_not_to_be():
-    """A new flag of train_grpo.py must be given a place."""
+    """A new flag of train_grpo.py must be added to one of these."""
     places = [set(trl_grpo.TABLE), set(trl_grpo.COMPUTED), trl_grpo.OUR_CODE, trl_grpo.IGNORED]
     assert set().union(*places) == set(DEFAULTS)
     assert sum(map(len, places)) == len(DEFAULTS)
@@ -209,7 +209,7 @@ def test_rewards_are_ours_with_their_names_weights_and_schedule(embedded):
             name, state = function.__name__, SimpleNamespace(global_step=step)
             values = function(**given, trainer_state=state)
             assert values == (expected[name] * (on if name == "length" else 1)).flatten().tolist(), name
-    assert scores.count == 6  # once a batch, not once a function
+    assert scores.count == 6  # once per batch, not per function
 
 
 # ---- With TRL

@@ -1,0 +1,211 @@
+"""One iteration of train_grpo.py on one prompt, every number shown: writes docs/one-iteration.md.
+
+python benchmarks/one_iteration.py > docs/one-iteration.md
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import common  # noqa: E402
+from data import Problem, decode, encode_problems  # noqa: E402
+from rewards import RewardFlags, reward_weights, score_completions  # noqa: E402
+from train_grpo import Args as GRPO  # noqa: E402
+from train_grpo import group_advantages, grpo_loss  # noqa: E402
+
+PROBLEM, RIGHT = Problem("14+9-6=", "17"), "<think>23 17</think><answer>17</answer>"
+PAGE = """# One iteration of GRPO, number by number
+
+The embedded model, one prompt, eight completions, two updates. `python benchmarks/one_iteration.py` prints this
+page, and a test runs it again. Each heading links to the line of train_grpo.py that does the step. Read it beside
+the docstring of [train_grpo.py](../train_grpo.py), which has the equations.
+
+```
+problems (P)  --1 sample-->  completions (P·G, T)  --2 reward-->  rewards (P, G)  --4 advantages-->  A (P·G, T)
+                                     |                                                                  |
+                                     +--3 logprobs-->  old logprobs (P·G, T), reference's with a KL ----+
+                                     |                                                                  v
+                                     +--5 update: logprobs (R, T), with gradient, R rows at a time --> loss (1)
+```
+
+P prompts in a batch (here 1, by default 32), G completions of each (8), T tokens of the longest completion. A mask
+(P·G, T) says which tokens are real. Every row of a group has the same prompt.
+
+## {sample}
+
+The prompt is `{question}`, {prompt_tokens} tokens with the chat template. The policy writes eight completions at
+temperature 1. A completion ends with the token `{eos}`, which is trained too.
+
+## {reward}
+
+`accuracy` is 1 if the answer equals the gold answer, {answer}; `format` is 1 if the text is one think block and one
+answer. The reward is `accuracy + {format_weight} format`.
+
+## {advantage}
+
+The group's mean is {mean:.3f}, its standard deviation {std:.3f} (with Bessel's correction). The advantage is
+(reward - mean) / (std + 1e-4). The eight sum to 0: {total:.4f}.
+
+{completions}
+
+## {logprob}
+
+With one update per batch (the default) the policy has not moved since it sampled. Its own logprobs, detached, are
+the old ones. The ratio is exactly 1, and nothing is clipped. For a second update they are computed once, before the
+first.
+
+## {loss_line}
+
+A token's weight is 1 / (its completion's tokens) / (the batch's completions), the default `--loss-norm sequence`
+({weights_line}). So each completion counts the same, however long it is. A token's loss term is
+
+    weight x -min(ratio x A, clip(ratio, 0.8, 1.2) x A)
+
+The table shows completion {row}, whose advantage is {row_advantage:+.3f} and whose weight is 1 / {length} / {rows}
+= {weight:.5f}. In the first update the ratio is 1. The second is on the same completions, as with `--update-epochs
+2`: the policy has moved, the old logprobs have not.
+
+{tokens}
+
+Summed over all tokens of all completions, the first loss is {first_loss:.6f}. It is 0 because the advantages of a
+group sum to 0 and every completion counts the same. Its gradient is not 0: the norm is {norm:.3f}. A norm above
+`--max-grad-norm` (1.0) is scaled down to it.
+
+## {step}
+
+AdamW makes one step with the learning rate 1e-4. The probability that a sample is exactly `{right}`:
+
+{probabilities}
+
+The second loss is {second_loss:+.6f}, below 0: tokens with A > 0 have become more likely and tokens with A < 0
+less. Once a ratio passes 1.2 with A > 0, or 0.8 with A < 0, the minimum has no gradient for that token.
+
+A run repeats this {iterations} times with 32 prompts. Next: [what the curves show](curves.md), or [change a
+line](forking.md).
+"""
+
+
+@dataclass
+class Args:
+    seed: int = 1
+    """seed of the samples"""
+
+
+def heading(title: str, code: str) -> str:
+    """The title with a link to the first line of train_grpo.py that has the code, and that code."""
+    lines = (ROOT / "train_grpo.py").read_text().splitlines()
+    number = next(number for number, line in enumerate(lines, 1) if code in line)
+    return f"[{title}](../train_grpo.py#L{number}): `{re.sub(r'[(,]$', '(...)', code.strip())}`"
+
+
+def table(header: list[str], rows: list[list]) -> str:
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def main(args: Args) -> None:
+    defaults, G, limit = GRPO(), 8, 40
+    tokenizer = common.load_tokenizer(defaults.model)
+    policy = common.load_policy(defaults.model, eos_token_id=tokenizer.eos_token_id)
+    optimizer = common.MasterAdamW(policy, defaults.learning_rate)
+    batch = encode_problems(tokenizer, [PROBLEM], "", policy.config, limit)
+
+    rollout = common.sample_groups(policy, [batch[0].prompt_ids], G, limit, 1.0, args.seed)
+    texts = decode(tokenizer, rollout)
+    components = score_completions(texts, batch, rollout, RewardFlags(), limit)
+    weights = reward_weights(RewardFlags(), 0)
+    rewards = sum(weights[name] * values for name, values in components.items())
+    advantages = group_advantages(rewards, normalize_std=True).flatten()
+    token_weights = common.token_weights(rollout.mask, "sequence", limit)
+    rows = list(range(G))
+    old = common.rollout_logprobs(policy, rollout, 4096)
+    target_ids = tokenizer(RIGHT, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    target = common.make_rollout([batch[0].prompt_ids], [target_ids])
+
+    def loss_of(logprobs, weights):
+        return grpo_loss(logprobs, old, None, advantages, weights, 0.2, 0.2, 0.0)[0]
+
+    row = next(i for i in rows if advantages[i] > 0)
+    n, updates, probabilities = rollout.lengths[row].item(), [], []
+    for _ in range(2):
+        probabilities.append(common.rollout_logprobs(policy, target, 4096).sum().exp().item())
+        logprobs, _ = common.completion_logprobs(policy, rollout, rows, 1.0)
+        loss = loss_of(logprobs, token_weights)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(optimizer.masters, 1.0).item()
+        terms = []
+        for t in range(n):  # the loss of this token alone
+            alone = torch.zeros_like(token_weights)
+            alone[row, t] = token_weights[row, t]
+            terms.append(loss_of(logprobs.detach(), alone).item())
+        updates.append((loss.item(), norm, logprobs.detach()[row, :n].tolist(), terms))
+        optimizer.step()
+        optimizer.zero_grad()
+    probabilities.append(common.rollout_logprobs(policy, target, 4096).sum().exp().item())
+
+    (first_loss, norm, _, first_terms), (second_loss, _, second, second_terms) = updates
+    tokens = [
+        [
+            f"`{tokenizer.decode([token])}`",
+            f"{o:.4f}",
+            f"{f:+.5f}",
+            f"{s:.4f}",
+            f"{torch.tensor(s - o).exp():.4f}",
+            f"{g:+.5f}",
+        ]
+        for token, o, f, s, g in zip(
+            rollout.completion_ids[row, :n].tolist(), old[row].tolist(), first_terms, second, second_terms, strict=False
+        )
+    ]
+    completions = [
+        [i, f"`{text}`", *(f"{components[name][0, i]:.0f}" for name in ("accuracy", "format")), f"{rewards[0, i]:.1f}"]
+        + [f"{advantages[i]:+.3f}"]
+        for i, text in enumerate(texts)
+    ]
+    print(
+        PAGE.format(
+            sample=heading("1 sample", "rollout = common.sample_groups("),
+            reward=heading("2 reward", "components = score_completions("),
+            advantage=heading("4 advantages", "advantages = group_advantages("),
+            logprob=heading("3 logprobs", "if not one_update:"),
+            loss_line=heading("5 update: the loss", "per_token = -torch.min("),
+            step=heading("5 update: the step", "optimizer.step()"),
+            weights_line=heading("here", "common.token_weights(").split(":")[0],
+            question=PROBLEM.question,
+            answer=PROBLEM.answer,
+            prompt_tokens=len(batch[0].prompt_ids),
+            eos=tokenizer.eos_token,
+            format_weight=weights["format"],
+            mean=rewards.mean(),
+            std=rewards.std(),
+            total=abs(advantages.sum()),
+            completions=table(["", "completion", "accuracy", "format", "reward", "A"], completions),
+            row=row,
+            rows=G,
+            row_advantage=advantages[row],
+            length=n,
+            weight=token_weights[row, 0],
+            tokens=table(
+                ["token", "old logprob", "first loss term", "second logprob", "ratio", "second loss term"], tokens
+            ),
+            first_loss=abs(first_loss),
+            second_loss=second_loss,
+            norm=norm,
+            right=RIGHT,
+            probabilities=table(
+                ["before", "after the first update", "after the second"], [[f"{p:.4f}" for p in probabilities]]
+            ),
+            iterations=defaults.iterations,
+        ),
+        end="",
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,143 @@
+"""The documents are true to the code: their commands parse, their links lead somewhere, every curve is explained."""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+
+from plumbing.flags import parse_args
+
+DOCS = [
+    Path("README.md"),
+    Path("benchmarks/RESULTS.md"),
+    *Path("docs").glob("*.md"),
+    *Path("models").glob("*/README.md"),
+]
+CODE = [path for folder in (".", "plumbing", "tasks") for path in Path(folder).glob("*.py")]
+
+
+def commands(path: Path) -> list[str]:
+    """The commands of a document: indented or fenced lines and `inline code` that run one of our Python files."""
+    text = path.read_text().replace("\\\n", " ")
+    found = [line.strip() for line in text.splitlines() if line.startswith("    ")]
+    found += re.findall(r"`([^`\n]+)`", text)
+    launch = r"^(?:[A-Z_]+=\S+ )*(?:python|accelerate launch(?: --\w+(?: \d+)?)*) (?=[\w/]+\.py)"
+    return [re.sub(launch, "", line) for line in found if re.match(launch, line)]
+
+
+def anchors(path: Path) -> set[str]:
+    """The headings' anchors, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCS, ids=str)
+def test_links_lead_somewhere(path):
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), link
+        if line := re.fullmatch(r"L(\d+)", anchor):
+            assert int(line[1]) <= len(target.read_text().splitlines()), link
+        elif anchor:
+            assert anchor in anchors(target), link
+
+
+def test_files_that_are_named_exist():
+    for path in DOCS:
+        for name in re.findall(r"(?<![\w/.-])((?:[\w-]+/)*[\w-]+\.(?:py|sh))\b", path.read_text()):
+            own = name.startswith("ideas/") or name.rpartition("/")[2] in ("train_mine.py", "my_rewards.py")
+            places = (
+                Path(name),
+                path.parent / name,
+                Path("plumbing") / name,
+                Path("benchmarks") / name,
+                Path("recipes") / name,
+            )
+            assert own or any(place.exists() for place in places), (path, name)
+
+
+@pytest.mark.parametrize("path", DOCS, ids=str)
+def test_commands_parse(path, monkeypatch, tmp_path):
+    """Every flag of a command exists, and its value is in range. `...` stands for more flags, or for a flag's value."""
+    for command in commands(path):
+        words = shlex.split(command, comments=True)
+        script, *flags = [
+            word for word, left in zip(words, ["", *words], strict=False) if word != "..." or "--" in left
+        ]
+        if script in ("train_mine.py", "ideas/train_mine.py"):
+            script = "train_grpo.py"
+        assert Path(script).exists(), command
+        if script.startswith("models/") or "--help" in flags:
+            continue
+        if script == "benchmarks/memory.py" and flags and flags[0].startswith("train_"):
+            script, *flags = flags
+        Args = importlib.import_module(script.removesuffix(".py").replace("/", ".")).Args
+        if "--resume" in flags:  # needs a run
+            continue
+        if "--output" not in flags and script in ("curate.py",):
+            flags += ["--output", "file"]
+        try:
+            parse_args(Args, flags) if "/" not in script else tyro.cli(Args, args=flags)
+        except SystemExit:
+            pytest.fail(f"{path}: {command}")
+
+
+def test_there_are_commands():
+    assert sum(len(commands(path)) for path in DOCS) > 40
+
+
+@pytest.mark.parametrize("path", DOCS, ids=str)
+def test_flags_that_are_named_exist(path):
+    """Also outside commands, in a sentence."""
+    files = [*CODE, *Path("benchmarks").glob("*.py"), *Path("recipes").glob("*.py"), Path("models/make_tiny.py")]
+    known = set(re.findall(r"^ +(\w+): ", "".join(file.read_text() for file in files), re.MULTILINE))
+    known |= {"logdir", "help", "multi_gpu", "num_processes", "cpu"} | set(
+        re.findall(r"--(\w+)", Path("models/make_tiny.py").read_text())
+    )
+    written = set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", path.read_text()))
+    forks = set(re.findall(r"^\+    (\w+): ", path.read_text(), re.MULTILINE))  # flags that an idea adds
+    names = {flag: flag.replace("-", "_") for flag in written}
+    assert [f for f, name in names.items() if not {name, name.removeprefix("no_")} & (known | forks)] == []
+
+
+def test_every_curve_is_explained():
+    """Every tag that the code logs stands in docs/curves.md; one with a number or a component's name by its stem."""
+    curves = Path("docs/curves.md").read_text()
+    code = "".join(path.read_text() for path in CODE)
+    kinds = "reward|rewards|rollout|loss|logps|eval|memory|sampler|verifier|time"
+    tags = set(re.findall(rf"\"((?:{kinds})/[a-z_]*[a-z])\"", code))
+    tags |= {f"loss/{name}" for name in re.findall(r"\"(clip_low|clip_high|ratio_max|kl|value)\"(?:\]|:)", code)}
+    assert len(tags) > 30
+    assert [tag for tag in sorted(tags) if f"`{tag}`" not in curves] == []
+
+
+def test_every_page_is_linked_once():
+    readme = Path("README.md").read_text()
+    for page in Path("docs").glob("*.md"):
+        assert readme.count(f"]({page})") == 1, page
+
+
+def test_the_readme_takes_five_minutes():
+    text = Path("README.md").read_text()
+    assert len(text.split()) <= 1500
+    assert max(line.count("|") for line in text.splitlines()) <= 7  # six columns
+
+
+@pytest.mark.slow
+def test_one_iteration_is_what_the_code_does():
+    """The page's words and line numbers are equal to what its command prints, and its figures but for rounding."""
+    printed = subprocess.run(
+        [sys.executable, "benchmarks/one_iteration.py"], capture_output=True, text=True, check=True
+    )
+    page, number = Path("docs/one-iteration.md").read_text(), r"\d+\.\d+"
+    assert re.sub(number, "", printed.stdout) == re.sub(number, "", page)
+    figures = [[float(figure) for figure in re.findall(number, text)] for text in (printed.stdout, page)]
+    assert figures[0] == pytest.approx(figures[1], abs=2e-3)
