@@ -23,60 +23,66 @@ from train_grpo import group_advantages, grpo_loss  # noqa: E402
 PROBLEM, RIGHT = Problem("14+9-6=", "17"), "<think>23 17</think><answer>17</answer>"
 PAGE = """# One iteration of GRPO, number by number
 
-The embedded model, one prompt, eight completions, two updates. `python benchmarks/one_iteration.py` prints this
-page, and a test runs it again. Each heading links to the line of train_grpo.py that does the step. Read it beside
-the docstring of [train_grpo.py](../train_grpo.py), which has the equations.
+The embedded model, one prompt, eight completions, two updates. `python benchmarks/one_iteration.py` prints this page,
+and a test runs it again. Each heading links to the line of train_grpo.py that does the step. Read it beside the
+docstring of [train_grpo.py](../train_grpo.py), which has the equations.
 
 ```
-problems (P)  --1 sample-->  completions (P·G, T)  --2 reward-->  rewards (P, G)  --4 advantages-->  A (P·G, T)
-                                     |                                                                  |
-                                     +--3 logprobs-->  old logprobs (P·G, T), reference's with a KL ----+
-                                     |                                                                  v
-                                     +--5 update: logprobs (R, T), with gradient, R rows at a time --> loss (1)
+problems (P)  --1 sample-->  completions (B, T)  --2 reward-->  rewards (P, G)  --4 advantages-->  A (B, T)
+                                    |                                                                 |
+                                    +--3 old logprobs (B, T); with a KL also the reference's ---------+
+                                    |                                                                 v
+                                    +--5 update: logprobs (R, T) with gradient, R rows at a time --> loss
 ```
 
-P prompts in a batch (here 1, by default 32), G completions of each (8), T tokens of the longest completion. A mask
-(P·G, T) says which tokens are real. Every row of a group has the same prompt.
+P prompts in a batch (here 1, by default 32), G completions of each (8), so B = P x G rows; T tokens in the longest
+completion. A mask (B, T) says which tokens are real.
 
 ## {sample}
 
-The prompt is `{question}`, {prompt_tokens} tokens with the chat template. The policy writes eight completions at
-temperature 1. A completion ends with the token `{eos}`, which is trained too.
+The prompt is `{question}`, {prompt_tokens} tokens (this model's chat template adds none). The policy writes eight
+completions at temperature 1. A completion ends with the token `{eos}`, which is trained too.
 
 ## {reward}
 
-`accuracy` is 1 if the answer equals the gold answer, {answer}; `format` is 1 if the text is one think block and one
+`accuracy` is 1 if the answer equals the gold answer, {answer}. `format` is 1 if the text is one think block and one
 answer. The reward is `accuracy + {format_weight} format`.
-
-## {advantage}
-
-The group's mean is {mean:.3f}, its standard deviation {std:.3f} (with Bessel's correction). The advantage is
-(reward - mean) / (std + 1e-4). The eight sum to 0: {total:.4f}.
-
-{completions}
 
 ## {logprob}
 
-With one update per batch (the default) the policy has not moved since it sampled. Its own logprobs, detached, are
-the old ones. The ratio is exactly 1, and nothing is clipped. For a second update they are computed once, before the
-first.
+By default a batch has one update. The policy is then still the one that sampled, and the update's own logprobs,
+detached, are the old ones. If a batch has several updates, one extra forward pass computes the old logprobs before
+the first.
+
+## {advantage}
+
+The group's mean is {mean:.3f} and its standard deviation {std:.3f} (with Bessel's correction). The advantage is
+(reward - mean) / (std + 1e-4). The division gives hard and easy prompts the same scale. The eight advantages sum to
+{total:.4f}.
+
+{completions}
 
 ## {loss_line}
 
-A token's weight is 1 / (its completion's tokens) / (the batch's completions), the default `--loss-norm sequence`
-({weights_line}). So each completion counts the same, however long it is. A token's loss term is
+The ratio is exp(logprob - old logprob): the token's probability now over its probability when it was sampled. A
+token's weight is 1 / (its completion's tokens) / (the batch's completions), by default ({weights_line}), so each
+completion counts the same, however long it is. A token's loss term ({summed_line}) is
 
     weight x -min(ratio x A, clip(ratio, 0.8, 1.2) x A)
 
-The table shows completion {row}, whose advantage is {row_advantage:+.3f} and whose weight is 1 / {length} / {rows}
-= {weight:.5f}. In the first update the ratio is 1. The second is on the same completions, as with `--update-epochs
-2`: the policy has moved, the old logprobs have not.
+In the first update the ratio is 1. Its gradient is not 0, because the old logprob is detached: it is the gradient of
+the logprob. So a term's gradient is -weight x A x grad log pi. With one update, GRPO is the plain policy gradient
+with A as the advantage.
+
+The table shows completion {row}, whose advantage is {row_advantage:+.3f} and whose weight is 1 / {length} / {rows} =
+{weight:.5f}. The second update is on the same completions, as with `--update-epochs 2`: the policy has moved, the old
+logprobs have not.
 
 {tokens}
 
-Summed over all tokens of all completions, the first loss is {first_loss:.6f}. It is 0 because the advantages of a
-group sum to 0 and every completion counts the same. Its gradient is not 0: the norm is {norm:.3f}. A norm above
-`--max-grad-norm` (1.0) is scaled down to it.
+Summed over all tokens of all completions, the first loss is {first_loss:.6f}: the advantages of a group sum to 0, and
+every completion counts the same. The norm of its gradient is {norm:.3f}. A norm above `--max-grad-norm` (1.0) is
+scaled down to it.
 
 ## {step}
 
@@ -84,11 +90,16 @@ AdamW makes one step with the learning rate 1e-4. The probability that a sample 
 
 {probabilities}
 
-The second loss is {second_loss:+.6f}, below 0: tokens with A > 0 have become more likely and tokens with A < 0
-less. Once a ratio passes 1.2 with A > 0, or 0.8 with A < 0, the minimum has no gradient for that token.
+The second loss is {second_loss:+.6f}, below 0: weighted by A, tokens with A > 0 have become more likely and tokens
+with A < 0 less likely. That is not true of every token. `<think>` also begins the wrong completions. The advantages
+of all completions that begin with it sum to {think_sum:+.3f}, so it has become less likely (its ratio above is
+{think_ratio:.4f}).
 
-A run repeats this {iterations} times with 32 prompts. Next: [what the curves show](curves.md), or [change a
-line](forking.md).
+Once a ratio passes 1.2 with A > 0, or 0.8 with A < 0, the minimum has no gradient for that token.
+
+A default run does the first update only, {iterations} times, each with 32 new prompts. Its learning rate rises to
+1e-4 over the first 10 iterations, so `--iterations 5` hardly moves the model. Next: [what the curves
+show](curves.md), or [change a line](forking.md).
 """
 
 
@@ -98,11 +109,15 @@ class Args:
     """seed of the samples"""
 
 
-def heading(title: str, code: str) -> str:
-    """The title with a link to the first line of train_grpo.py that has the code, and that code."""
+def link(title: str, code: str) -> str:
+    """The title, linked to the first line of train_grpo.py that has the code."""
     lines = (ROOT / "train_grpo.py").read_text().splitlines()
     number = next(number for number, line in enumerate(lines, 1) if code in line)
-    return f"[{title}](../train_grpo.py#L{number}): `{re.sub(r'[(,]$', '(...)', code.strip())}`"
+    return f"[{title}](../train_grpo.py#L{number})"
+
+
+def heading(title: str, code: str) -> str:
+    return f"{link(title, code)}: `{re.sub(r'[(,]$', '(...)', code.strip())}`"
 
 
 def table(header: list[str], rows: list[list]) -> str:
@@ -176,7 +191,8 @@ def main(args: Args) -> None:
             logprob=heading("3 logprobs", "if not one_update:"),
             loss_line=heading("5 update: the loss", "per_token = -torch.min("),
             step=heading("5 update: the step", "optimizer.step()"),
-            weights_line=heading("here", "common.token_weights(").split(":")[0],
+            weights_line=link("here", "common.token_weights("),
+            summed_line=link("summed here", "return (weights * per_token"),
             question=PROBLEM.question,
             answer=PROBLEM.answer,
             prompt_tokens=len(batch[0].prompt_ids),
@@ -197,6 +213,8 @@ def main(args: Args) -> None:
             first_loss=abs(first_loss),
             second_loss=second_loss,
             norm=norm,
+            think_sum=sum(a for a, text in zip(advantages.tolist(), texts, strict=True) if text.startswith("<think>")),
+            think_ratio=(second[0] - old[row, 0]).exp(),
             right=RIGHT,
             probabilities=table(
                 ["before", "after the first update", "after the second"], [[f"{p:.4f}" for p in probabilities]]
