@@ -69,7 +69,7 @@ class RewardFlags:
     reward_model_weight: NonNegative = 1.0
     """weight of the reward model's score, which has mean 0 over its training pairs"""
     truncated: Literal["score", "wrong", "mask"] = "score"
-    """completions cut by the length limit: scored like others | never right | advantage 0 (a KL still applies)"""
+    """completions cut by the length limit: scored like others | never right | advantage 0 (a KL in the loss stays)"""
     judge_model: str | None = None
     """causal LM that is asked, if the rules find no match, whether the answer equals the reference answer"""
     verifier_model: str | None = None

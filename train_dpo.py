@@ -10,14 +10,15 @@ the starting model. Only the difference is trained: logps/chosen may fall too if
 completions that are in no pair gain probability. That is the method, not a bug; eval/* shows whether it hurts.
 
     --length-normalize   log pi(y) is the mean over y's tokens, not the sum
-    --loss ipo           (Delta - 1/(2 beta))^2, which stops at a finite margin; DPO never does (arXiv:2310.12036)
+    --loss ipo           (Delta - 1/(2 beta))^2: stops at a finite margin; beta is the paper's tau (arXiv:2310.12036)
     --loss simpo         -log sigmoid(beta (mean log pi(y+) - mean log pi(y-)) - gamma), no reference (arXiv:2405.14734)
     --label-smoothing e  assumes that a pair's label is wrong with probability e
 
 Departures from the paper: any two samples of a prompt whose scores differ by --min-gap make a pair, with at most
 --max-pairs-per-prompt. --kl-coef adds a penalty of (log pi - log pi_ref)^2 / 2 per token. It does not estimate the KL,
-as the policy did not sample the pairs; eval/kl does, on its own samples. The reference is not kept in memory: its
-logprobs of the pairs are computed once and kept on disk. Only evaluations load it again, for eval/kl.
+as the policy did not sample the pairs; eval/kl does, on samples of the policy. The reference is not kept in memory: its
+logprobs of the pairs are computed once and kept on disk. Only evaluations load it again, for eval/kl. The learning rate
+decays as a cosine to a tenth.
 
     python train_dpo.py                                   # pairs of the embedded model's own samples
     python evaluate.py --split all --num-samples 8 --output samples.jsonl && python train_dpo.py --data samples.jsonl
@@ -214,6 +215,8 @@ def main(args: Args) -> None:
         fail(f"--label-smoothing {args.label_smoothing}: must be under 0.5, and 0 with --loss ipo")
     if args.ref_cache:
         check_folder("--ref-cache", args.ref_cache)
+    if args.data == "arithmetic-pairs" and not args.problems.startswith("arithmetic"):
+        fail(f"--data arithmetic-pairs: its pairs are no training data for --problems {args.problems}; set --data")
     beta = args.beta or {"sigmoid": 5.0 if mean else 1.0, "ipo": 0.1, "simpo": 2.0}[args.loss]
 
     device = common.resolve_device(args.setup.device)

@@ -9,10 +9,11 @@ reward is the baseline; there is no critic:
 
 Departures from the paper: beta (--kl-coef) is 0 by default, as in most reproductions of R1, and no reference is loaded;
 with a beta, the reference is always the starting policy. std has Bessel's correction, 1e-4 keeps A finite. Gradients
-are clipped. Variants:
-    DAPO (arXiv:2503.14476)      --loss-norm token --clip-high 0.28 --dynamic-sampling
+are clipped. Variants (in a batch's first update every ratio is 1, so they need several, here of 64 completions each):
+    DAPO (arXiv:2503.14476)      --loss-norm token --clip-high 0.28 --dynamic-sampling --overlong-weight 1
+                                 --format-weight 0 --minibatch-size 64
     Dr. GRPO (arXiv:2503.20783)  --loss-norm constant --no-normalize-std
-    GSPO (arXiv:2507.18071)      --ratio-level gspo --clip-low 3e-4 --clip-high 4e-4
+    GSPO (arXiv:2507.18071)      --ratio-level gspo --clip-low 3e-4 --clip-high 4e-4 --minibatch-size 64
 k3 estimates KL(pi || ref) per token, but its gradient is that of KL(ref || pi); --unbiased-kl multiplies k3 by the
 ratio, which gives the gradient of KL(pi || ref).
 
@@ -108,7 +109,7 @@ class Args:
     ratio_level: Literal["token", "sequence", "gspo"] = "token"
     """ratio per token (paper) | per completion, the product over tokens | per completion, the geometric mean (GSPO)"""
     dynamic_sampling: bool = False
-    """drop groups whose rewards are all equal and sample others instead (DAPO)"""
+    """drop groups whose rewards by rule are all equal, sample others (DAPO, there by accuracy: --format-weight 0)"""
     max_sampling_rounds: AtLeast1 = 4
     """with --dynamic-sampling: maximum number of batches per iteration; training then uses the groups found so far"""
 
@@ -142,7 +143,7 @@ def grpo_loss(
     unbiased_kl: bool = False,
 ) -> tuple[Tensor, dict[str, float]]:
     """Minus DeepSeekMath's eq. 3. Logprobs and weights are (B, T), advantages (B,) or (B, T). Weights are 0 on padding,
-    where logprobs are ignored. Returns the loss and token metrics. If you add a term, see `trains` in section 4."""
+    where logprobs are ignored. Returns the loss and token metrics. If you add a term, see `trains` in main."""
     mask = weights > 0
     A = advantages if advantages.dim() == 2 else advantages[:, None]  # (B, 1): the same at all of a row's tokens
     token_log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0)  # masked before exp: inf * 0 would be NaN
@@ -195,8 +196,8 @@ def main(args: Args) -> None:
         before = scores = evaluate_policy(policy, *evaluation)
         log_scalars(run.writer, scores, global_step)
     one_update = args.update_epochs == 1 and minibatch_size == batch_size
-    if one_update and args.loss_norm == "sequence":
-        print("note: a policy loss near 0 is expected (ratio 1, a group's advantages sum to 0); its gradient is not 0")
+    if one_update:
+        print("note: with one update per batch every ratio is 1: no clip acts, and a policy loss near 0 is expected")
 
     bar = tqdm(total=args.iterations, initial=iteration, unit="it")
     health = Health(run.dir, tokenizer, args.optimization.max_bad_updates)

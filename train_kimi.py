@@ -6,12 +6,12 @@ Each iteration takes the policy at its start as the anchor and maximizes the rew
 
 so r - tau log Z = tau log(pi*/anchor) for every y. With pi for pi*, the squared difference over 2 tau is the loss:
 
-    rho_i = sum_t log pi(o_it) - log anchor(o_it)                           summed over the completion
-    L     = mean_i( -A_i rho_i + tau/2 rho_i^2 ),   A_i = r_i - baseline
+    d_i = sum_t log pi(o_it) - log anchor(o_it)                             log-ratio of the whole completion
+    L   = mean_i( -A_i d_i + tau/2 d_i^2 ),   A_i = r_i - baseline
 
-Its gradient is minus the report's (1/k) sum_i [(r_i - mean(r)) grad log pi - tau/2 grad rho_i^2]. The baseline is the
+Its gradient is minus the report's (1/k) sum_i [(r_i - mean(r)) grad log pi - tau/2 grad d_i^2]. The baseline is the
 group's mean reward, which the report uses for tau log Z; --baseline log-z estimates tau log Z from the group instead.
-There is no clip, no critic, no division by a standard deviation.
+The ratio has no clip, and there is no critic and no division by a standard deviation. Gradients are clipped.
 
 The tau term has no gradient while policy = anchor, so it acts from an iteration's second update on (--minibatch-size).
 The next iteration anchors at the updated policy. That is a new problem, so the optimizer's state is reset.
@@ -24,7 +24,7 @@ prioritized sampling (--problem-sampling). Departure: the report gives no tau; t
         --max-new-tokens 512                                                # needs a GPU; untested
 
 What you should see from the first command, in 60 s on 2 cores (AMD EPYC): held-out accuracy rises from 0.38 to 0.93
-(sampled at temperature 1), greedy accuracy at the hardest difficulty from 0.06 to 1.0. loss/kl, the mean of rho^2 / 2
+(sampled at temperature 1), greedy accuracy at the hardest difficulty from 0.06 to 1.0. loss/kl, the mean of d^2 / 2
 over an iteration's updates, stays well below 0.1.
 """
 
@@ -131,13 +131,13 @@ def kimi_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """Squared loss of Kimi K1.5's eq. 3, without its constant, over 2 tau. Logprobs and mask are (B, T), advantages and
     row_weights (B,); row_weights None: 1/B each. Returns the loss and metrics over rows."""
-    rho = (logprobs - anchor_logprobs).masked_fill(~mask, 0.0).sum(1)  # (B,): summed over the completion, not averaged
-    per_row = -advantages * rho + tau / 2 * rho**2
+    d = (logprobs - anchor_logprobs).masked_fill(~mask, 0.0).sum(1)  # (B,): summed over the completion, not averaged
+    per_row = -advantages * d + tau / 2 * d**2
     if row_weights is None:
         row_weights = torch.full_like(advantages, 1 / len(advantages))
     metrics = {
-        "kl": (rho**2 / 2).mean().item(),  # half the squared log-ratio of whole completions to the anchor (k2)
-        "ratio_max": rho.detach().max().exp().item(),
+        "kl": (d**2 / 2).mean().item(),  # half the squared log-ratio of whole completions to the anchor (k2)
+        "ratio_max": d.detach().max().exp().item(),
     }
     return (row_weights * per_row).sum(), metrics
 

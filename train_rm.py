@@ -1,12 +1,12 @@
 r"""Trains a reward model on preference pairs. In the Bradley-Terry model, y+ is preferred to y- with a probability of
 sigmoid(r(x, y+) - r(x, y-)) (Stiennon et al. 2020, arXiv:2009.01325; Ouyang et al. 2022, arXiv:2203.02155, eq. 1).
 
-    L = - mean of log sigmoid(r(x, y+) - r(x, y-) - margin)
+    L = - mean of log sigmoid(r(x, y+) - r(x, y-) - margin)              margin (--margin) is 0 in these papers
 
 The model is the policy's backbone with a linear head that has one output and no bias. The head starts at 0, so the
 first loss is log 2. The score is read at the completion's last token, its EOS. The loss depends only on differences, so
 the level of the scores is arbitrary: their mean over 1,024 training pairs is saved in the config as `score_mean`, and
-`common.completion_scores` subtracts it (Stiennon et al. shift the head's bias instead).
+`common.completion_scores` subtracts it (InstructGPT shifts a bias so that demonstrations have mean 0).
 
 Departure from the papers: pairs are drawn one by one, and a prompt has at most --max-pairs-per-prompt; InstructGPT puts
 all pairs of a prompt into one batch element. The trained model is an ordinary sequence classifier with one label, which

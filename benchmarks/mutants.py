@@ -68,7 +68,7 @@ train_ppo.py test_pg.py test_runs.py
     a missing EOS costs nothing: eos_scores.where(<<rollout.finished=>rollout.finished | True>>
 train_kimi.py test_kimi.py test_runs.py
     mean of the log-ratios instead of their sum: (logprobs - anchor_logprobs).masked_fill(~mask, 0.0).<<sum=>mean>>(1)
-    tau twice as strong: tau<< / 2=>>> * rho**2
+    tau twice as strong: tau<< / 2=>>> * d**2
     log Z of a sum, not of a mean: logsumexp(1, keepdim=True)<< - math.log(rewards.shape[1])=>>>
     optimizer state kept between iterations: <<optimizer.state.clear()=>pass>>
     a minibatch divided by the size of the batch: 1 / <<len(minibatch)=>batch_size>>)

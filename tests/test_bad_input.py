@@ -111,6 +111,11 @@ FLAGS = [
     (train_ppo, {"minibatch_size": 12}, "--minibatch-size 12: must be a multiple of --group-size 8, at most 256"),
     (train_sft, {"demonstrations": 0}, "--demonstrations 0: must be 1 or more"),
     (train_dpo, {"loss": "simpo", "kl_coef": 0.1}, "--loss simpo has no reference: --kl-coef and --ref-cache don't"),
+    (
+        train_dpo,
+        {"problems": "countdown"},
+        "--data arithmetic-pairs: its pairs are no training data for --problems countdown",
+    ),
     (train_dpo, {"label_smoothing": 0.5}, "--label-smoothing 0.5: must be under 0.5, and 0 with --loss ipo"),
     (train_dpo, {"label_smoothing": 0.1, "loss": "ipo"}, "--label-smoothing 0.1: must be under 0.5, and 0 with --loss"),
     (train_rm, {"max_pairs_per_prompt": 0}, "--max-pairs-per-prompt 0: must be 1 or more"),

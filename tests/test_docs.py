@@ -53,7 +53,11 @@ def test_links_lead_somewhere(path):
 def test_files_that_are_named_exist():
     for path in DOCS:
         for name in re.findall(r"(?<![\w/.-])((?:[\w-]+/)*[\w-]+\.(?:py|sh))\b", path.read_text()):
-            own = name.startswith("ideas/") or name.rpartition("/")[2] in ("train_mine.py", "my_rewards.py")
+            own = (
+                name.startswith("ideas/")
+                or "NAME" in name
+                or name.rpartition("/")[2] in ("train_mine.py", "my_rewards.py")
+            )
             places = (
                 Path(name),
                 path.parent / name,
@@ -103,9 +107,19 @@ def test_flags_that_are_named_exist(path):
         re.findall(r"--(\w+)", Path("models/make_tiny.py").read_text())
     )
     written = set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", path.read_text()))
-    forks = set(re.findall(r"^\+    (\w+): ", path.read_text(), re.MULTILINE))  # flags that an idea adds
+    forks = set(re.findall(r"^\+?    (\w+): ", path.read_text(), re.MULTILINE))  # flags that the page adds
     names = {flag: flag.replace("-", "_") for flag in written}
     assert [f for f, name in names.items() if not {name, name.removeprefix("no_")} & (known | forks)] == []
+
+
+def test_recipes_know_the_variables_that_are_set_for_them():
+    """A variable that no recipe reads is ignored without a word."""
+    for path in DOCS:
+        text = path.read_text().replace("\\\n", " ")
+        for line in re.findall(r"^ *`?((?:[A-Z_]+=(?:\"[^\"]*\"|\S+) +)+)bash (recipes/\w+\.sh)", text, re.MULTILINE):
+            recipe = Path(line[1]).read_text()
+            for name in re.findall(r"(?:^| )([A-Z_]+)=", line[0]):
+                assert f"${{{name}:-" in recipe, (path, line[1], name)
 
 
 def test_every_curve_is_explained():
