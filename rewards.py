@@ -176,7 +176,7 @@ def script_of(character: str) -> str:
 
 def language_reward(text: str, language: str) -> float:
     """Takes a completion and one of LANGUAGES' codes, returns the fraction of the reasoning's words that are written in
-    the language's script, 1.0 if there are no words (DeepSeek-R1, arXiv:2501.12948, section 2.3.2).
+    the language's script, 1.0 if there are no words (DeepSeek-R1, arXiv:2501.12948v1, section 2.3.2).
 
     The reasoning is the text from the first <think> (or the start) to the last </think> (or the end). A word is one
     Chinese or Japanese character, or a run of letters of another script. Single Latin or Greek letters and LaTeX

@@ -8,14 +8,16 @@ reward is the baseline; there is no critic:
     rho_it = pi(o_it) / pi_old(o_it),   k3_it = pi_ref/pi - log(pi_ref/pi) - 1                          (eq. 4)
 
 Departures from the paper: beta (--kl-coef) is 0 by default, as in most reproductions of R1, and no reference is loaded;
-with a beta, the reference is always the starting policy. std has Bessel's correction, 1e-4 keeps A finite. Gradients
-are clipped. Variants (in a batch's first update every ratio is 1, so they need several, here of 64 completions each):
+with a beta, the reference is always the starting policy. std has Bessel's correction; 1e-4 damps groups whose rewards
+hardly differ. Gradients are clipped. Dynamic sampling compares all rewards by rule (DAPO: accuracy). Variants (clip and
+ratio act from a batch's second update on; --minibatch-size 64 makes four updates):
     DAPO (arXiv:2503.14476)      --loss-norm token --clip-high 0.28 --dynamic-sampling --overlong-weight 1
-                                 --format-weight 0 --minibatch-size 64
+                                 --accuracy-weight 2 --format-weight 0 --minibatch-size 64
     Dr. GRPO (arXiv:2503.20783)  --loss-norm constant --no-normalize-std
     GSPO (arXiv:2507.18071)      --ratio-level gspo --clip-low 3e-4 --clip-high 4e-4 --minibatch-size 64
-k3 estimates KL(pi || ref) per token, but its gradient is that of KL(ref || pi); --unbiased-kl multiplies k3 by the
-ratio, which gives the gradient of KL(pi || ref).
+    R1 (arXiv:2501.12948v1)      --ratio-level sequence --minibatch-size 64, as its eq. 1 has it; the KL stays per token
+k3 estimates KL(pi || ref) per token, but its gradient is that of KL(ref || pi). --unbiased-kl multiplies k3 by the
+ratio; its gradient is that of each next token's KL(pi || ref), with the tokens before it held fixed.
 
     python train_grpo.py                                                # the embedded model, no GPU needed
     python train_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --problems openai/gsm8k:main --learning-rate 1e-6 \
@@ -109,7 +111,7 @@ class Args:
     ratio_level: Literal["token", "sequence", "gspo"] = "token"
     """ratio per token (paper) | per completion, the product over tokens | per completion, the geometric mean (GSPO)"""
     dynamic_sampling: bool = False
-    """drop groups whose rewards by rule are all equal, sample others (DAPO, there by accuracy: --format-weight 0)"""
+    """drop groups whose rewards by rule are all equal, and sample others (DAPO)"""
     max_sampling_rounds: AtLeast1 = 4
     """with --dynamic-sampling: maximum number of batches per iteration; training then uses the groups found so far"""
 
@@ -248,8 +250,8 @@ def main(args: Args) -> None:
         if args.rewards.truncated == "mask":
             advantages = advantages.where(rollout.finished, 0.0)
         advantages = advantages[:, None].expand_as(rollout.mask)  # (B, T)
-        # Rows whose loss has a gradient; the others get a forward pass only. If you add a loss term, write
-        # [True] * len(advantages), or your term is ignored where the advantage is 0.
+        # Rows whose loss has a gradient; the others get a forward pass only, for the metrics. If you add a loss term,
+        # write [True] * len(advantages), or your term is ignored where the advantage is 0.
         trains = ((advantages != 0).any(1) | (args.kl_coef != 0)).tolist()
 
         # ----------------------------------------------------------------------------------------------------- 5 update

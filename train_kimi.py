@@ -6,12 +6,12 @@ Each iteration takes the policy at its start as the anchor and maximizes the rew
 
 so r - tau log Z = tau log(pi*/anchor) for every y. With pi for pi*, the squared difference over 2 tau is the loss:
 
-    d_i = sum_t log pi(o_it) - log anchor(o_it)                             log-ratio of the whole completion
+    d_i = sum_t [log pi(o_it) - log anchor(o_it)]                           log-ratio of the whole completion
     L   = mean_i( -A_i d_i + tau/2 d_i^2 ),   A_i = r_i - baseline
 
-Its gradient is minus the report's (1/k) sum_i [(r_i - mean(r)) grad log pi - tau/2 grad d_i^2]. The baseline is the
-group's mean reward, which the report uses for tau log Z; --baseline log-z estimates tau log Z from the group instead.
-The ratio has no clip, and there is no critic and no division by a standard deviation. Gradients are clipped.
+Its gradient is minus the report's eq. 3, (1/k) sum_i [(r_i - mean(r)) grad log pi - tau/2 grad d_i^2]. The baseline is
+the group's mean reward, which the report uses for tau log Z; --baseline log-z estimates tau log Z from the group. There
+is no clip of the ratio, no critic, no division by a standard deviation. Gradients are clipped.
 
 The tau term has no gradient while policy = anchor, so it acts from an iteration's second update on (--minibatch-size).
 The next iteration anchors at the updated policy. That is a new problem, so the optimizer's state is reset.
@@ -129,8 +129,8 @@ def kimi_loss(
     tau: float,
     row_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Squared loss of Kimi K1.5's eq. 3, without its constant, over 2 tau. Logprobs and mask are (B, T), advantages and
-    row_weights (B,); row_weights None: 1/B each. Returns the loss and metrics over rows."""
+    """Kimi K1.5's squared surrogate over 2 tau, without its constant; its gradient is minus eq. 3. Logprobs
+    and mask (B, T), advantages and row_weights (B,), None: 1/B each. Returns the loss and metrics over rows."""
     d = (logprobs - anchor_logprobs).masked_fill(~mask, 0.0).sum(1)  # (B,): summed over the completion, not averaged
     per_row = -advantages * d + tau / 2 * d**2
     if row_weights is None:

@@ -13,7 +13,7 @@ The batch's mean includes the row's own reward, which with B rows scales the gra
 1 lowers the variance and adds bias. The reward is given at a completion's last token, so with gamma 1 all its tokens
 have the same return. The critic is a separate model with its own optimizer and starts at V = 0. Departures: the formula
 sums over tokens; --loss-norm averages over them by default, and with `constant` it is the formula up to a factor.
-Advantages are not normalized (Spinning Up normalizes them). Gradients are clipped.
+Advantages are not normalized (Spinning Up normalizes them) and don't use groups. Gradients are clipped.
 
     python train_pg.py                                                  # the embedded model, no GPU needed
     python train_pg.py --baseline batch-mean --model Qwen/Qwen2.5-0.5B-Instruct --problems openai/gsm8k:main \

@@ -11,7 +11,8 @@ model, whose score is added to the verifiers' rewards. For the old policy, its l
 There is no value coefficient: the critic has its own optimizer, and Adam would cancel it. There is no entropy bonus.
 
 Departures from Schulman et al., as is usual in RLHF: clipped values, whitened advantages, clipped gradients. The critic
-starts from the policy's backbone with V = 0 (Stiennon et al.: from the reward model).
+starts from the policy's backbone with V = 0 (Stiennon et al.: from the reward model). Groups only share the prompt's
+computation; advantages don't use them.
 
     python train_ppo.py                                                 # the embedded model, no GPU needed
     python train_ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --problems openai/gsm8k:main --learning-rate 1e-6 \
@@ -197,7 +198,7 @@ def main(args: Args) -> None:
         common.checkpoint_layers(value_model)
     ref = common.load_policy(args.model, device, dtype).requires_grad_(False) if args.kl_coef > 0 else None
     offload = args.optimization.offload_optimizer
-    optimizer = common.MasterAdamW(policy, args.learning_rate, offload, eps=1e-5)
+    optimizer = common.MasterAdamW(policy, args.learning_rate, offload, eps=1e-5)  # Adam's eps as in most PPO code
     value_optimizer = common.MasterAdamW(value_model, args.value_learning_rate, offload, eps=1e-5)
     # checkpointed together with the policy
     run.restore(optimizer=optimizer, sampler=sampler, critic=value_model, value_optimizer=value_optimizer)

@@ -4,7 +4,7 @@ r"""Supervised fine-tuning (SFT): cross-entropy on the tokens of demonstrated co
 
 The loss covers a completion's EOS, or the model would never learn to stop, but not the prompt. The learning rate warms
 up linearly and decays as a cosine to a tenth. This is the stage before RL: InstructGPT's SFT (arXiv:2203.02155,
-section 3.5), the cold start of DeepSeek-R1 (arXiv:2501.12948, section 2.3.1).
+section 3.5), the cold start of DeepSeek-R1 (arXiv:2501.12948v1, section 2.3.1).
 
     python train_sft.py                                     # a few more steps of the embedded model on its own data
     python train_sft.py --model Qwen/Qwen2.5-0.5B --data demonstrations.jsonl --problems openai/gsm8k:main \

@@ -50,15 +50,17 @@ answer. The reward is `accuracy + {format_weight} format`.
 
 ## {logprob}
 
-By default a batch has one update. The policy is then still the one that sampled, and the update's own logprobs,
-detached, are the old ones. If a batch has several updates, one extra forward pass computes the old logprobs before
-the first.
+By default a batch has one update. The policy is then still the one that sampled, so nothing is computed here: the
+loss takes the update's own logprobs, detached, as `old_logprobs` ({old_line}). If a batch has several updates, one
+extra forward pass computes the old logprobs before the first. The sampler's own logprobs are not used: they differ by
+rounding, and the first ratios would not be exactly 1.
 
 ## {advantage}
 
 The group's mean is {mean:.3f} and its standard deviation {std:.3f} (with Bessel's correction). The advantage is
-(reward - mean) / (std + 1e-4). The division gives hard and easy prompts the same scale. The eight advantages sum to
-{total:.4f}.
+(reward - mean) / (std + 1e-4). The division gives every group the same scale: in a group of wrong answers,
+differences in format alone count as much as accuracy does here. If all rewards are equal, every A is 0 and the group
+teaches nothing. The eight advantages sum to {total:.4f}.
 
 {completions}
 
@@ -90,10 +92,9 @@ AdamW makes one step with the learning rate 1e-4. The probability that a sample 
 
 {probabilities}
 
-The second loss is {second_loss:+.6f}, below 0: weighted by A, tokens with A > 0 have become more likely and tokens
-with A < 0 less likely. That is not true of every token. `<think>` also begins the wrong completions. The advantages
-of all completions that begin with it sum to {think_sum:+.3f}, so it has become less likely (its ratio above is
-{think_ratio:.4f}).
+The second loss is {second_loss:+.6f}, below 0: on average, tokens with A > 0 have become more likely and tokens with
+A < 0 less likely. Not every token has: `<think>` also begins the wrong completions. The advantages of all completions
+that begin with it sum to {think_sum:+.3f}, so it has become less likely (its ratio above is {think_ratio:.4f}).
 
 Once a ratio passes 1.2 with A > 0, or 0.8 with A < 0, the minimum has no gradient for that token.
 
@@ -193,6 +194,7 @@ def main(args: Args) -> None:
             step=heading("5 update: the step", "optimizer.step()"),
             weights_line=link("here", "common.token_weights("),
             summed_line=link("summed here", "return (weights * per_token"),
+            old_line=link("here", "old = logprobs.detach()"),
             question=PROBLEM.question,
             answer=PROBLEM.answer,
             prompt_tokens=len(batch[0].prompt_ids),
