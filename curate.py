@@ -367,7 +367,7 @@ class Args:
     near_duplicate: Annotated[float, Range(0, 1, open=True)] = 0.8
     """with --remove-duplicates: Jaccard similarity of word triples from which questions count as nearly equal"""
     decontaminate: str | None = None
-    """held-out problems, which must not be trained on: a file, or a source like --problems (its eval split is used)"""
+    """held-out problems, which must not be trained on: a file (all of it), or a task or hub dataset (its eval split)"""
     ngram: AtLeast1 = 13
     """with --decontaminate: drop problems that share this many consecutive words with a held-out question"""
     balance_topics: bool = False

@@ -457,7 +457,7 @@ def few_problems(runs: Runner) -> list[Row]:
 
 @claim("Accuracy degrades gracefully with the thinking budget, before and after RL")
 def thinking_budget(runs: Runner) -> list[Row]:
-    samples, budgets = "evaluate.py --eval-problems 300 --num-samples 4 --problems arithmetic:4", (1, 5, 9)
+    samples, budgets = "evaluate.py --eval-problems 300 --num-samples 4 --problems arithmetic:4", (1, 5, 9, 13)
     stages = {"base": "", "rl": " --model {rl}"}
     conditions = {
         f"{stage}_{b}": f"{samples}{model} --think-budget {b}" for stage, model in stages.items() for b in budgets

@@ -199,6 +199,8 @@ RESUME_MAY_CHANGE = (
     "device",
     "dtype",
     "offload_optimizer",
+    "micro_batch_tokens",
+    "gradient_checkpointing",
     "run_root",
 )
 

@@ -63,6 +63,7 @@ def test_files_that_are_named_exist():
                 path.parent / name,
                 Path("plumbing") / name,
                 Path("benchmarks") / name,
+                Path("tests") / name,
                 Path("recipes") / name,
             )
             assert own or any(place.exists() for place in places), (path, name)

@@ -552,8 +552,10 @@ def test_resume_refuses_other_arguments_by_name(saved_run, tmp_path, capsys):
             parse_args(train_grpo.Args, ["--resume", str(run_dir), flag, value])
         assert stopped.value.code == 2 and f"{flag} {value}" in capsys.readouterr().err.replace("0.001", "1e-3")
     allowed = ["--iterations", "9", "--eval-every", "1", "--save-every", "1", "--run-root", "x", "--device", "auto"]
+    allowed += ["--micro-batch-tokens", "64", "--gradient-checkpointing"]  # after running out of memory
     args = parse_args(train_grpo.Args, [f"--resume={run_dir}", *allowed])
     assert args.iterations == 9 and args.prompts_per_step == 4 and args.run.resume == str(run_dir)
+    assert args.optimization.micro_batch_tokens == 64
     with pytest.raises(SystemExit):
         parse_args(train_grpo.Args, ["--resume", str(tmp_path / "nowhere")])
     assert "no run directory" in capsys.readouterr().err
