@@ -215,8 +215,6 @@ def main(args: Args) -> None:
         fail(f"--label-smoothing {args.label_smoothing}: must be under 0.5, and 0 with --loss ipo")
     if args.ref_cache:
         check_folder("--ref-cache", args.ref_cache)
-    if args.data == "arithmetic-pairs" and not args.problems.startswith("arithmetic"):
-        fail(f"--data arithmetic-pairs: its pairs are no training data for --problems {args.problems}; set --data")
     beta = args.beta or {"sigmoid": 5.0 if mean else 1.0, "ipo": 0.1, "simpo": 2.0}[args.loss]
 
     device = common.resolve_device(args.setup.device)
@@ -225,6 +223,8 @@ def main(args: Args) -> None:
     eval_problems = load_eval_problems(args.problems, args.setup.eval_data, args.run.eval_problems)
     eval_problems = encode_problems(tokenizer, eval_problems, args.setup.system_prompt, config, args.max_new_tokens)
     evaluation = tokenizer, eval_problems, args.max_new_tokens, args.format_style, args.minibatch_size, args.seed
+    if args.data == "arithmetic-pairs" and not args.problems.startswith("arithmetic"):
+        fail(f"--data arithmetic-pairs: its pairs are no training data for --problems {args.problems}; set --data")
     pairs = load_preference_pairs(args.data, args.seed, args.pairs)
     pairs = encode_pairs(tokenizer, pairs, args.setup.system_prompt, common.context_length(config))
     held_out = [i for i, pair in enumerate(pairs) if is_held_out(pair.question)][: args.run.eval_problems]
