@@ -541,12 +541,12 @@ def dpo_or_ppo(runs: Runner) -> list[Row]:
 
 @claim("Optimizing a learned reward without a KL overoptimizes it: the score rises, the accuracy does not")
 def overoptimization(runs: Runner) -> list[Row]:
-    r = runs(**RM, free=f"{PPO} --kl-coef 0", held=f"{PPO} --kl-coef 0.05")
-    score, free = "reward/model", r["free"]
+    r = runs(**RM, without_KL=f"{PPO} --kl-coef 0", with_KL=f"{PPO} --kl-coef 0.05")
+    score, free = "reward/model", r["without_KL"]
     return [
         compare("score without a KL: last 5 iterations, first", last(free, score, 5), first(free, score), HIGHER),
         compare("accuracy without a KL: after, before", last(free), first(free), LOWER),
-        compare("accuracy: with a KL, without", last(r["held"]), last(free), HIGHER),
+        compare("accuracy: with a KL, without", last(r["with_KL"]), last(free), HIGHER),
     ]
 
 
@@ -565,6 +565,9 @@ def collapse(runs: Runner) -> list[Row]:
     ]
 
 
+TABLES = {  # claim: the tags to print for each of its conditions, last values, means over the seeds
+    "dpo-variants": ("eval/accuracy", "eval/length", "eval/kl", "logps/chosen", "logps/rejected"),
+}
 PICTURES = {  # claim: the tags to draw, a panel each
     "algorithms": ("reward/accuracy",),
     "sequence-mean-and-length": ("rollout/length_right", "rollout/length_wrong"),
@@ -573,13 +576,26 @@ PICTURES = {  # claim: the tags to draw, a panel each
 }
 
 
+def logging(conditions: dict[str, list[Path]], tag: str) -> dict[str, list[Path]]:
+    """The conditions whose runs logged the tag."""
+    trained = {name: folders for name, folders in conditions.items() if (folders[0] / "run").exists()}
+    return {name: folders for name, folders in trained.items() if tag in scalars(folders[0])}
+
+
+def means(conditions: dict[str, list[Path]], tags: tuple[str, ...]) -> list[list]:
+    """A row for each condition that logged the first tag; nan for a tag that it did not log."""
+    return [
+        [name, *(statistics.mean(last(f, tag)) if tag in scalars(f[0]) else float("nan") for tag in tags)]
+        for name, f in logging(conditions, tags[0]).items()
+    ]
+
+
 def draw(conditions: dict[str, list[Path]], tags: tuple[str, ...], path: Path, width: int = 5) -> None:
     """Mean over the seeds of each condition that logs the tag, each value the mean over `width` iterations; the range
     of the seeds is shaded."""
     figure, plots = new_figure([f"{tag}, training batches" for tag in tags])
     for axes, tag in zip(plots, tags, strict=True):
-        shown = {name: folders for name, folders in conditions.items() if tag in scalars(folders[0])}
-        for name, folders in shown.items():
+        for name, folders in logging(conditions, tag).items():
             curves = [curve(scalars(folder), tag) for folder in folders]
             n = min(len(values) for _, values in curves)
             smooth = [[statistics.mean(v[max(0, i - width + 1) : i + 1]) for i in range(n)] for _, v in curves]
@@ -616,6 +632,8 @@ def main(args: Args) -> None:
             header = [name, "first", "second", "difference", "95% interval", "verdict"]
             print(f"{CLAIMS[name][0]}\n{format_table(header, [row.cells() for row in rows])}")
             print(f"{(time.perf_counter() - start) / 60:.1f} minutes\n", flush=True)
+            if tags := TABLES.get(name):
+                print(format_table(["", *tags], means(runs.last, tags)), end="\n\n")
             if args.plot and name in PICTURES:
                 draw(runs.last, PICTURES[name], args.plot / f"claim-{name}.png")
     finally:
