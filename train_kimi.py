@@ -4,7 +4,8 @@ Each iteration takes the policy at its start as the anchor and maximizes the rew
 
     max_pi  E[ r(x, y) ] - tau KL(pi || anchor)      has the solution   pi*(y|x) = anchor(y|x) exp(r / tau) / Z(x)
 
-so r - tau log Z = tau log(pi*/anchor) for every y. With pi for pi*, the squared difference over 2 tau is the loss:
+so r - tau log Z = tau log(pi*/anchor) for every y. With pi for pi*, the two sides differ by A - tau d. The loss is (A
+- tau d)^2 / (2 tau), multiplied out, without the constant A^2 / (2 tau):
 
     d_i = sum_t [log pi(o_it) - log anchor(o_it)]                           log-ratio of the whole completion
     L   = mean_i( -A_i d_i + tau/2 d_i^2 ),   A_i = r_i - baseline

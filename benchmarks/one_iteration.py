@@ -72,9 +72,9 @@ completion counts the same, however long it is. A token's loss term ({summed_lin
 
     weight x -min(ratio x A, clip(ratio, 0.8, 1.2) x A)
 
-In the first update the ratio is 1. Its gradient is not 0, because the old logprob is detached: it is the gradient of
-the logprob. So a term's gradient is -weight x A x grad log pi. With one update, GRPO is the plain policy gradient
-with A as the advantage.
+In the first update the ratio is 1, but its gradient is not 0: the old logprob is detached, so only the new one has a
+gradient. The gradient of exp(logprob - old logprob) is ratio x grad log pi, here grad log pi. So a term's gradient is
+-weight x A x grad log pi. With one update, GRPO is the plain policy gradient with A as the advantage.
 
 The table shows completion {row}, whose advantage is {row_advantage:+.3f} and whose weight is 1 / {length} / {rows} =
 {weight:.5f}. The second update is on the same completions, as with `--update-epochs 2`: the policy has moved, the old
@@ -96,7 +96,8 @@ The second loss is {second_loss:+.6f}, below 0: on average, tokens with A > 0 ha
 A < 0 less likely. Not every token has: `<think>` also begins the wrong completions. The advantages of all completions
 that begin with it sum to {think_sum:+.3f}, so it has become less likely (its ratio above is {think_ratio:.4f}).
 
-Once a ratio passes 1.2 with A > 0, or 0.8 with A < 0, the minimum has no gradient for that token.
+Once a ratio is above 1.2 with A > 0, or below 0.8 with A < 0, the clipped term is the minimum, and that token has no
+gradient.
 
 A default run does the first update only, {iterations} times, each with 32 new prompts. Its learning rate rises to
 1e-4 over the first 10 iterations, so `--iterations 5` hardly moves the model. Next: [what the curves
