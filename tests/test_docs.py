@@ -1,5 +1,6 @@
 """The documents are true to the code: their commands parse, their links lead somewhere, every curve is explained."""
 
+import ast
 import importlib
 import re
 import shlex
@@ -18,16 +19,20 @@ DOCS = [
     *Path("docs").glob("*.md"),
     *Path("models").glob("*/README.md"),
 ]
+SCRIPTS = [*Path(".").glob("train_*.py"), Path("evaluate.py"), Path("curate.py"), *Path("benchmarks").glob("*.py")]
 CODE = [path for folder in (".", "plumbing", "tasks") for path in Path(folder).glob("*.py")]
 
 
 def commands(path: Path) -> list[str]:
-    """The commands of a document: indented or fenced lines and `inline code` that run one of our Python files."""
-    text = path.read_text().replace("\\\n", " ")
+    """The commands of a document, or of a module's docstring: indented or fenced lines and `inline code` that run one
+    of our Python files."""
+    text = path.read_text() if path.suffix == ".md" else ast.get_docstring(ast.parse(path.read_text()), clean=False)
+    text = text.replace("\\\n", " ")
     found = [line.strip() for line in text.splitlines() if line.startswith("    ")]
     found += re.findall(r"`([^`\n]+)`", text)
     launch = r"^(?:[A-Z_]+=\S+ )*(?:python|accelerate launch(?: --\w+(?: \d+)?)*) (?=[\w/]+\.py)"
-    return [re.sub(launch, "", line) for line in found if re.match(launch, line)]
+    found = [part.strip() for line in found for part in line.split("&&")]
+    return [re.sub(launch, "", re.sub(r"[][]", "", line)) for line in found if re.match(launch, line)]
 
 
 def anchors(path: Path) -> set[str]:
@@ -69,7 +74,7 @@ def test_files_that_are_named_exist():
             assert own or any(place.exists() for place in places), (path, name)
 
 
-@pytest.mark.parametrize("path", DOCS, ids=str)
+@pytest.mark.parametrize("path", [*DOCS, *SCRIPTS], ids=str)
 def test_commands_parse(path, monkeypatch, tmp_path):
     """Every flag of a command exists, and its value is in range. `...` stands for more flags, or for a flag's value."""
     for command in commands(path):
@@ -80,7 +85,7 @@ def test_commands_parse(path, monkeypatch, tmp_path):
         if script in ("train_mine.py", "ideas/train_mine.py"):
             script = "train_grpo.py"
         assert Path(script).exists(), command
-        if script.startswith("models/") or "--help" in flags:
+        if script.startswith("models/") or script == "benchmarks/process_reward.py" or "--help" in flags:  # no Args
             continue
         if script == "benchmarks/memory.py" and flags and flags[0].startswith("train_"):
             script, *flags = flags
