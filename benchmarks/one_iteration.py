@@ -23,9 +23,10 @@ from train_grpo import group_advantages, grpo_loss  # noqa: E402
 PROBLEM, RIGHT = Problem("14+9-6=", "17"), "<think>23 17</think><answer>17</answer>"
 PAGE = """# One iteration of GRPO, number by number
 
-The embedded model, one prompt, eight completions, two updates. `python benchmarks/one_iteration.py` prints this page,
-and a test runs it again. Each heading links to the line of train_grpo.py that does the step. Read it beside the
-docstring of [train_grpo.py](../train_grpo.py), which has the equations.
+The embedded model, one prompt, eight completions, and two updates on them (a default run makes one; the second shows
+what ratio and clip do). `python benchmarks/one_iteration.py` prints this page, and a test runs it again. Each heading
+links to the line of train_grpo.py that does the step. Read it beside the docstring of
+[train_grpo.py](../train_grpo.py), which has the equations.
 
 ```
 problems (P)  --1 sample-->  completions (B, T)  --2 reward-->  rewards (P, G)  --4 advantages-->  A (B, T)
@@ -51,16 +52,16 @@ answer. The reward is `accuracy + {format_weight} format`.
 ## {logprob}
 
 By default a batch has one update. The policy is then still the one that sampled, so nothing is computed here: the
-loss takes the update's own logprobs, detached, as `old_logprobs` ({old_line}). If a batch has several updates, one
-extra forward pass computes the old logprobs before the first. The sampler's own logprobs are not used: they differ by
-rounding, and the first ratios would not be exactly 1.
+loss takes the update's own logprobs, detached, as `old_logprobs` ({old_line}). If a batch has several updates, as on
+this page, one extra forward pass computes the old logprobs before the first. The sampler's own logprobs are not used:
+they differ by rounding, and the first ratios would not be exactly 1.
 
 ## {advantage}
 
 The group's mean is {mean:.3f} and its standard deviation {std:.3f} (with Bessel's correction). The advantage is
-(reward - mean) / (std + 1e-4). The division gives every group the same scale: in a group of wrong answers,
-differences in format alone count as much as accuracy does here. If all rewards are equal, every A is 0 and the group
-teaches nothing. The eight advantages sum to {total:.4f}.
+(reward - mean) / (std + 1e-4). The division gives every group the same scale: if all eight answers were wrong and
+only their formats differed, the rewards would differ by 0.2, and the advantages would still be as large as these. If
+all rewards are equal, every A is 0 and the group teaches nothing. The eight advantages sum to {total:.4f}.
 
 {completions}
 
