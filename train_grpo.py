@@ -11,8 +11,9 @@ Departures from the paper: beta (--kl-coef) is 0 by default, as in most reproduc
 loaded; with a beta, the reference is always the starting policy. std has Bessel's correction; 1e-4 damps groups whose
 rewards hardly differ. Gradients are clipped. --dynamic-sampling drops a group if its rewards, without a reward model's
 score, are all equal (DAPO: if all its answers are right, or all wrong). --loss-norm token is a mean over the
-minibatch's tokens (DAPO's eq. 8: over each prompt's). Variants (clip and ratio act from a batch's second update on;
---minibatch-size 64 makes four updates; --accuracy-weight 2 has the spread of DAPO's 1 and -1):
+minibatch's tokens (DAPO's eq. 8: over each prompt's). The paper has one eps. Variants (clip and ratio act from a
+batch's second update on: --minibatch-size 64 makes four; DAPO's answers score 1 or -1, and --accuracy-weight 2 keeps
+this distance beside the overlong penalty):
     DAPO (arXiv:2503.14476)      --loss-norm token --clip-high 0.28 --dynamic-sampling --overlong-weight 1
                                  --accuracy-weight 2 --format-weight 0 --minibatch-size 64
     Dr. GRPO (arXiv:2503.20783)  --loss-norm constant --no-normalize-std

@@ -7,8 +7,9 @@ r"""Proximal policy optimization (PPO), Schulman et al. 2017, arXiv:1707.06347, 
     L_V   = mean over tokens of 1/2 max((V - R)^2, (clip(V, V_old +- c) - R)^2)
 
 The models are the policy, the critic, the frozen reference (none with --kl-coef 0), and with --reward-model a reward
-model, whose score is added to the verifiers' rewards. For the old policy, its logprobs at sampling time are enough.
-There is no value coefficient: the critic has its own optimizer, and Adam would cancel it. There is no entropy bonus.
+model, whose score is added to the verifiers' rewards. No copy of the old policy is kept: its logprobs are computed
+before the first update. (The sampler's own differ by rounding.) There is no value coefficient: the critic has its own
+optimizer, and Adam would cancel it. There is no entropy bonus.
 
 Departures from Schulman et al., as is usual in RLHF: clipped values, whitened advantages, clipped gradients, V = 0
 after the last token even if the length limit cut the completion. r_t is the reward (theirs is the ratio, here rho).
