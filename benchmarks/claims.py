@@ -209,7 +209,7 @@ CLAIMS: dict[str, tuple[str, Callable]] = {}
 QUICK = "--eval-every 0 --save-every 0"
 GRPO = f"train_grpo.py --iterations 60 {QUICK}"  # 15,360 completions
 ON_COUNTDOWN = "--problems countdown --max-new-tokens 120"
-COUNTDOWN = f"{GRPO} --model models/tiny-countdown {ON_COUNTDOWN}"
+COUNTDOWN = f"train_grpo.py --iterations 30 {QUICK} --model models/tiny-countdown {ON_COUNTDOWN}"
 SAMPLES = "evaluate.py --eval-problems 300 --num-samples 8"
 TRIES = "evaluate.py --split train --eval-problems 2000 --num-samples"  # of training problems
 
@@ -433,7 +433,7 @@ def length_reward(runs: Runner) -> list[Row]:
     r = runs(
         never=COUNTDOWN,
         early=f"{COUNTDOWN} --length-weight 0.5",
-        late=f"{COUNTDOWN} --length-weight 0.5 --length-reward-start 40",
+        late=f"{COUNTDOWN} --length-weight 0.5 --length-reward-start 20",
     )
     never, early, late = r["never"], r["early"], r["late"]
     return [
