@@ -6,11 +6,14 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import tyro
 
+from common import make_rollout
+from data import Problem
 from plumbing.flags import parse_args
 
 DOCS = [
@@ -126,6 +129,29 @@ def test_recipes_know_the_variables_that_are_set_for_them():
             recipe = Path(line[1]).read_text()
             for name in re.findall(r"(?:^| )([A-Z_]+)=", line[0]):
                 assert f"${{{name}:-" in recipe, (path, line[1], name)
+
+
+def test_a_reward_of_ones_own_is_three_edits():
+    """docs/data.md's blocks, put where the page says."""
+    page = Path("docs/data.md").read_text()
+    function, field, lines = re.findall(r"```python\n(.*?)```", page.partition("**Your own reward**")[2], re.DOTALL)[:3]
+    source = Path("rewards.py").read_text()
+    for before, added in (
+        ("\n\ndef score_completions(", f"\n\n{function}\n"),
+        ("    overlong_weight: ", field),
+        ("    if verify.reward_model is not None:\n", lines),
+    ):
+        assert source.count(before) == 1
+        source = source.replace(before, added + before)
+    module = types.ModuleType("rewards_with_brevity")
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    exec(compile(source, "rewards.py", "exec"), module.__dict__)
+    flags = module.RewardFlags(brevity_weight=0.5)
+    rollout = make_rollout([[1], [2]], [[3], [4], [5], [6]], group_size=2)
+    texts = ["", "x" * 50, "x" * 100, "x" * 200]
+    components = module.score_completions(texts, [Problem("1+1=", "2"), Problem("1+2=", "3")], rollout, flags, 40)
+    assert components["brevity"].tolist() == [[1.0, 0.5], [0.0, 0.0]]
+    assert module.reward_weights(flags, 0)["brevity"] == 0.5
 
 
 def test_every_curve_is_explained():
