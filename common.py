@@ -559,7 +559,7 @@ def token_weights(mask: Tensor, loss_norm: str, max_new_tokens: int) -> Tensor:
     at once: then its split into micro-batches doesn't change the gradient.
 
     "sequence": mean over rows of the mean over each row's tokens (DeepSeekMath, arXiv:2402.03300, eq. 3).
-    "token": mean over all tokens of the minibatch (DAPO, arXiv:2503.14476; its eq. 8 has one prompt's tokens).
+    "token": mean over all tokens of the minibatch (DAPO, arXiv:2503.14476; its eq. 8: over one prompt's completions).
     "constant": sum over a row's tokens / max_new_tokens, mean over rows (Dr. GRPO, arXiv:2503.20783).
     """
     m = mask.float()

@@ -6,8 +6,9 @@ pairs, without a reward model and without sampling. Each pair has a chosen compl
 
 The gradient raises log pi(y+) and lowers log pi(y-), weighted by beta * sigmoid(-beta Delta): most where the implicit
 reward beta * log(pi / pi_ref) ranks the pair wrongly. A larger beta keeps the policy closer to the reference, which is
-the starting model. Only the difference is trained: logps/chosen may fall too if logps/rejected falls faster, and then
-completions that are in no pair gain probability. That is the method, not a bug; eval/* shows whether it hurts.
+the starting model; the default, 1, is for the embedded model (paper: 0.1). Only the difference is trained:
+logps/chosen may fall too if logps/rejected falls faster, and then completions that are in no pair gain probability.
+That is the method, not a bug; eval/* shows whether it hurts.
 
     --length-normalize   log pi(y) is the mean over y's tokens, not the sum
     --loss ipo           (Delta - 1/(2 beta))^2: stops at a finite margin; beta is the paper's tau (arXiv:2310.12036)

@@ -7,13 +7,16 @@ reward is the baseline; there is no critic:
     J   = E[ 1/G sum_i 1/|o_i| sum_t {min(rho_it A_i, clip(rho_it, 1-eps_low, 1+eps_high) A_i) - beta k3_it} ]  (eq. 3)
     rho_it = pi(o_it) / pi_old(o_it),   k3_it = pi_ref/pi - log(pi_ref/pi) - 1                          (eq. 4)
 
-Departures from the paper: beta (--kl-coef) is 0 by default, as in most reproductions of R1, and no reference is
-loaded; with a beta, the reference is always the starting policy. std has Bessel's correction; 1e-4 damps groups whose
-rewards hardly differ. Gradients are clipped. --dynamic-sampling drops a group if its rewards, without a reward model's
-score, are all equal (DAPO: if all its answers are right, or all wrong). --loss-norm token is a mean over the
-minibatch's tokens (DAPO's eq. 8: over each prompt's). The paper has one eps. Variants (clip and ratio act from a
-batch's second update on: --minibatch-size 64 makes four; DAPO's answers score 1 or -1, and --accuracy-weight 2 keeps
-this distance beside the overlong penalty):
+Departures from the paper: it has one eps, here eps_low and eps_high, equal by default. beta (--kl-coef) is 0 by
+default, as in most reproductions of R1, and no reference is loaded; with a beta, the reference is always the starting
+policy. std has Bessel's correction; 1e-4 damps groups whose rewards hardly differ. Gradients are clipped.
+--dynamic-sampling drops a group if its rewards, without a reward model's score, are all equal (DAPO: if all its
+answers are right, or all wrong). --loss-norm token is a mean over the minibatch's tokens (DAPO's eq. 8: over one
+prompt's completions).
+
+Variants. Clip and ratio act from a batch's second update on, so some set --minibatch-size 64: four updates on the 256
+completions. DAPO scores answers 1 or -1; --accuracy-weight 2 gives the same difference, against which the overlong
+penalty is weighed.
     DAPO (arXiv:2503.14476)      --loss-norm token --clip-high 0.28 --dynamic-sampling --overlong-weight 1
                                  --accuracy-weight 2 --format-weight 0 --minibatch-size 64
     Dr. GRPO (arXiv:2503.20783)  --loss-norm constant --no-normalize-std
@@ -148,7 +151,7 @@ def grpo_loss(
     unbiased_kl: bool = False,
 ) -> tuple[Tensor, dict[str, float]]:
     """Minus DeepSeekMath's eq. 3. Logprobs and weights are (B, T), advantages (B,) or (B, T). The weights, made by
-    common.token_weights, are its 1/G 1/|o_i| and the mean over prompts. On padding they are 0, and logprobs are
+    common.token_weights, are eq. 3's 1/G 1/|o_i| and the mean over prompts. On padding they are 0, and logprobs are
     ignored. Returns the loss and token metrics. If you add a term, see `trains` in main."""
     mask = weights > 0
     A = advantages if advantages.dim() == 2 else advantages[:, None]  # (B, 1): the same at all of a row's tokens

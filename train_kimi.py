@@ -4,17 +4,16 @@ Each iteration takes the policy at its start as the anchor and maximizes the rew
 
     max_pi  E[ r(x, y) ] - tau KL(pi || anchor)      has the solution   pi*(y|x) = anchor(y|x) exp(r / tau) / Z(x)
 
-so r - tau log Z = tau log(pi*/anchor) for every y. The report's squared loss is the square of the difference of the two
-sides, with pi for pi*. Write A for r - tau log Z and d for log(pi/anchor). Divided by 2 tau, and without its constant
-A^2 / (2 tau), (A - tau d)^2 is
+so r - tau log Z = tau log(pi*/anchor) for every y. The report's squared loss is the square of the difference of the
+two sides, with pi for pi*. With A for r - tau log Z and d for log(pi/anchor) it is (A - tau d)^2. Dividing by 2 tau
+and dropping A^2 / (2 tau), which has no gradient, leaves
 
     L   = mean_i( -A_i d_i + tau/2 d_i^2 ),   A_i = r_i - baseline
     d_i = sum_t [log pi(o_it) - log anchor(o_it)]                           log-ratio of the whole completion
 
-Its gradient is minus the report's eq. 3, (1/k) sum_i [(r_i - mean(r)) grad log pi - tau/2 grad d_i^2], and the learning
-rate does not depend on tau. The baseline estimates tau log Z: the group's mean reward, as in the report, or with
---baseline log-z an estimate from the group. There is no clip of the ratio, no critic, no division by a standard
-deviation. Gradients are clipped.
+Its gradient is minus the report's eq. 3, (1/k) sum_i [(r_i - mean(r)) grad log pi - tau/2 grad d_i^2]. The baseline
+estimates tau log Z: the group's mean reward, as in the report, or with --baseline log-z an estimate from the group.
+There is no clip of the ratio, no critic, no division by a standard deviation. Gradients are clipped.
 
 The tau term has no gradient while policy = anchor, so it acts from an iteration's second update on (--minibatch-size).
 The next iteration anchors at the updated policy. That is a new problem, so the optimizer's state is reset.

@@ -98,7 +98,8 @@ A < 0 less likely. Not every token has: `<think>` also begins the wrong completi
 that begin with it sum to {think_sum:+.3f}, so it has become less likely (its ratio above is {think_ratio:.4f}).
 
 Once a ratio is above 1.2 with A > 0, or below 0.8 with A < 0, the clipped term is the minimum, and that token has no
-gradient.
+gradient. Here it happens to {clipped_count} of {real_tokens} tokens: the `{clipped_token}` of completion
+{clipped_row} (A = {clipped_a:+.3f}) has the ratio {clipped_ratio:.3f}. The second update leaves it alone.
 
 A default run does the first update only, {iterations} times, each with 32 new prompts. Its learning rate rises to
 1e-4 over the first 10 iterations, so `--iterations 5` hardly moves the model. Next: [what the curves
@@ -163,9 +164,14 @@ def main(args: Args) -> None:
             alone[row, t] = token_weights[row, t]
             terms.append(loss_of(logprobs.detach(), alone).item())
         updates.append((loss.item(), norm, logprobs.detach()[row, :n].tolist(), terms))
+        ratios = (logprobs.detach() - old).exp()
         optimizer.step()
         optimizer.zero_grad()
     probabilities.append(common.rollout_logprobs(policy, target, 4096).sum().exp().item())
+
+    wide = advantages[:, None].expand_as(ratios)
+    clipped = (rollout.mask & (((wide > 0) & (ratios > 1.2)) | ((wide < 0) & (ratios < 0.8)))).nonzero().tolist()
+    i, t = clipped[0]  # in the second update
 
     (first_loss, norm, _, first_terms), (second_loss, _, second, second_terms) = updates
     tokens = [
@@ -217,6 +223,12 @@ def main(args: Args) -> None:
             first_loss=abs(first_loss),
             second_loss=second_loss,
             norm=norm,
+            clipped_count=len(clipped),
+            real_tokens=rollout.mask.sum().item(),
+            clipped_token=tokenizer.decode(rollout.completion_ids[i, t : t + 1]),
+            clipped_row=i,
+            clipped_a=advantages[i],
+            clipped_ratio=ratios[i, t],
             think_sum=sum(a for a, text in zip(advantages.tolist(), texts, strict=True) if text.startswith("<think>")),
             think_ratio=(second[0] - old[row, 0]).exp(),
             right=RIGHT,

@@ -15,20 +15,20 @@ def ragged_mask() -> torch.Tensor:
 
 
 def test_gradient_is_the_reports_closed_form():
-    """Autograd's gradient = -1/k sum[(r - rbar) grad log pi - tau/2 grad rho^2], token by token."""
+    """Autograd's gradient = -1/k sum[(r - rbar) grad log pi - tau/2 grad d^2], token by token."""
     logprobs, anchor, A, mask = double(4, 6).requires_grad_(), double(4, 6), double(4), ragged_mask()
     loss, _ = kimi_loss(logprobs, anchor, A, mask, tau=0.3)
     loss.backward()
-    rho = ((logprobs - anchor) * mask).sum(1).detach()
-    expected = -(A - 0.3 * rho)[:, None] * mask / 4
+    d = ((logprobs - anchor) * mask).sum(1).detach()
+    expected = -(A - 0.3 * d)[:, None] * mask / 4
     assert torch.allclose(logprobs.grad, expected)
 
 
 def test_loss_is_the_squared_surrogate():
-    """(r - baseline - tau rho)^2 / (2 tau) up to a term without gradient: the learning rate doesn't depend on tau."""
+    """(r - baseline - tau d)^2 / (2 tau) up to a term without gradient: the learning rate doesn't depend on tau."""
     logprobs, anchor, A, mask = double(4, 6).requires_grad_(), double(4, 6), double(4), ragged_mask()
-    rho = ((logprobs - anchor) * mask).sum(1)
-    squared = ((A - 0.3 * rho) ** 2 / 0.6).mean()
+    d = ((logprobs - anchor) * mask).sum(1)
+    squared = ((A - 0.3 * d) ** 2 / 0.6).mean()
     loss, _ = kimi_loss(logprobs, anchor, A, mask, tau=0.3)
     gradients = [torch.autograd.grad(value, logprobs, retain_graph=True)[0] for value in (squared, loss)]
     assert torch.allclose(*gradients)
