@@ -231,5 +231,7 @@ def load_checkpoint(run: str | None) -> dict:
         return state | {"model": str(directory)}
     if directories:
         fail(f"--resume {run}: none of its checkpoints is whole; start a new run")
+    if (Path(run) / "final").exists():
+        fail(f"--resume {run}: the run has finished and kept no checkpoint (--save-every 0); start a new run")
     print(f"note: {run} has no checkpoint yet: starting over in this directory", file=sys.stderr)
     return {}

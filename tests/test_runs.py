@@ -538,7 +538,10 @@ def test_a_damaged_checkpoint_is_seen_and_the_one_before_it_taken(saved_run, tmp
 def test_a_run_without_a_checkpoint_starts_over_in_place(saved_run, tmp_path, capsys):
     run_dir = copied(saved_run, tmp_path)
     shutil.rmtree(run_dir / "checkpoints")
-    train_grpo.main(parse_args(train_grpo.Args, ["--resume", str(run_dir), "--iterations", "2"]))
+    finished = parse_args(train_grpo.Args, ["--resume", str(run_dir), "--iterations", "2"])
+    assert "kept no checkpoint (--save-every 0); start a new run" in refusal(train_grpo.main, finished, capsys)
+    shutil.rmtree(run_dir / "final")
+    train_grpo.main(finished)
     assert "starting over" in capsys.readouterr().err
     assert weights(run_dir / "final") == weights(saved_run / "checkpoints" / "step_000002")
     assert [x for x, _ in scalars(run_dir)["reward/total"]] == [16, 32]
