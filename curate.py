@@ -1,8 +1,10 @@
 """Curation: filters problems, and makes demonstrations or pairs from a samples file (written by evaluate.py --output).
 
-python curate.py --samples samples.jsonl --output problems.jsonl     # problems with a pass rate from 0.01 to 0.99
-python curate.py --samples samples.jsonl --make correct --output demonstrations.jsonl        # rejection sampling
-python curate.py --problems gsm8k.jsonl --remove-duplicates --decontaminate math500.jsonl --output clean.jsonl
+    python curate.py --samples samples.jsonl --output problems.jsonl     # problems with a pass rate from 0.01 to 0.99
+    python curate.py --samples samples.jsonl --make correct --output demonstrations.jsonl        # rejection sampling
+    python curate.py --problems gsm8k.jsonl --remove-duplicates --decontaminate math500.jsonl --output clean.jsonl
+
+Prints how many problems each filter dropped.
 """
 
 import random

@@ -205,7 +205,7 @@ def main(args: Args) -> None:
         before = scores = evaluate_policy(policy, *evaluation)
         log_scalars(run.writer, scores, global_step)
     one_update = args.update_epochs == 1 and minibatch_size == batch_size
-    if one_update:
+    if one_update and args.loss_norm == "sequence":
         print("note: with one update per batch every ratio is 1: no clip acts, and a policy loss near 0 is expected")
 
     bar = tqdm(total=args.iterations, initial=iteration, unit="it")

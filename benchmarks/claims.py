@@ -98,7 +98,7 @@ class Runner:
         self.seeds, self.pool = list(range(1, seeds + 1)), ThreadPoolExecutor(jobs)
         self.futures: dict[tuple, Future] = {}  # by command, inputs, seed
         self.used: set[Path] = set()
-        self.last: dict[str, list[Path]] = {}  # the latest claim's conditions, for its picture
+        self.conditions: dict[str, list[Path]] = {}  # the latest claim's, for its table and picture
 
     def __call__(self, **commands: str) -> dict[str, list[Path]]:
         """For each condition, its folder of each seed. {other} in a command is the model or file that condition
@@ -115,8 +115,8 @@ class Runner:
                 if key not in self.futures:
                     self.futures[key] = self.pool.submit(self.run, command, made, seed)
                 found[name].append(self.futures[key])
-        self.last = {name: [future.result() for future in futures] for name, futures in found.items()}
-        return self.last
+        self.conditions = {name: [future.result() for future in futures] for name, futures in found.items()}
+        return self.conditions
 
     def run(self, command: str, made: dict[str, Future], seed: int) -> Path:
         folder = run_once(command.format(**{other: product(future.result()) for other, future in made.items()}), seed)
@@ -576,7 +576,7 @@ PICTURES = {  # claim: the tags to draw, a panel each
 }
 
 
-def logging(conditions: dict[str, list[Path]], tag: str) -> dict[str, list[Path]]:
+def with_tag(conditions: dict[str, list[Path]], tag: str) -> dict[str, list[Path]]:
     """The conditions whose runs logged the tag."""
     trained = {name: folders for name, folders in conditions.items() if (folders[0] / "run").exists()}
     return {name: folders for name, folders in trained.items() if tag in scalars(folders[0])}
@@ -586,7 +586,7 @@ def means(conditions: dict[str, list[Path]], tags: tuple[str, ...]) -> list[list
     """A row for each condition that logged the first tag; nan for a tag that it did not log."""
     return [
         [name, *(statistics.mean(last(f, tag)) if tag in scalars(f[0]) else float("nan") for tag in tags)]
-        for name, f in logging(conditions, tags[0]).items()
+        for name, f in with_tag(conditions, tags[0]).items()
     ]
 
 
@@ -595,7 +595,7 @@ def draw(conditions: dict[str, list[Path]], tags: tuple[str, ...], path: Path, w
     of the seeds is shaded."""
     figure, plots = new_figure([f"{tag}, training batches" for tag in tags])
     for axes, tag in zip(plots, tags, strict=True):
-        for name, folders in logging(conditions, tag).items():
+        for name, folders in with_tag(conditions, tag).items():
             curves = [curve(scalars(folder), tag) for folder in folders]
             n = min(len(values) for _, values in curves)
             smooth = [[statistics.mean(v[max(0, i - width + 1) : i + 1]) for i in range(n)] for _, v in curves]
@@ -633,9 +633,9 @@ def main(args: Args) -> None:
             print(f"{CLAIMS[name][0]}\n{format_table(header, [row.cells() for row in rows])}")
             print(f"{(time.perf_counter() - start) / 60:.1f} minutes\n", flush=True)
             if tags := TABLES.get(name):
-                print(format_table(["", *tags], means(runs.last, tags)), end="\n\n")
+                print(format_table(["", *tags], means(runs.conditions, tags)), end="\n\n")
             if args.plot and name in PICTURES:
-                draw(runs.last, PICTURES[name], args.plot / f"claim-{name}.png")
+                draw(runs.conditions, PICTURES[name], args.plot / f"claim-{name}.png")
     finally:
         runs.pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C the runs that have not begun never begin
     done = [json.loads((folder / "done.json").read_text()) for folder in runs.used]

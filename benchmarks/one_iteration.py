@@ -1,6 +1,8 @@
-"""One iteration of train_grpo.py on one prompt, every number shown: writes docs/one-iteration.md.
+"""One iteration of train_grpo.py on one prompt, every number shown: prints docs/one-iteration.md.
 
-python benchmarks/one_iteration.py > docs/one-iteration.md
+    python benchmarks/one_iteration.py > docs/one-iteration.md
+
+tests/test_docs.py runs it again and compares.
 """
 
 import re
@@ -129,7 +131,8 @@ def table(header: list[str], rows: list[list]) -> str:
 
 
 def main(args: Args) -> None:
-    defaults, G, limit = GRPO(), 8, 40
+    defaults = GRPO()
+    G, limit, clip_low, clip_high = defaults.group_size, defaults.max_new_tokens, defaults.clip_low, defaults.clip_high
     tokenizer = common.load_tokenizer(defaults.model)
     policy = common.load_policy(defaults.model, eos_token_id=tokenizer.eos_token_id)
     optimizer = common.MasterAdamW(policy, defaults.learning_rate)
@@ -141,14 +144,14 @@ def main(args: Args) -> None:
     weights = reward_weights(RewardFlags(), 0)
     rewards = sum(weights[name] * values for name, values in components.items())
     advantages = group_advantages(rewards, normalize_std=True).flatten()
-    token_weights = common.token_weights(rollout.mask, "sequence", limit)
+    token_weights = common.token_weights(rollout.mask, defaults.loss_norm, limit)
     rows = list(range(G))
     old = common.rollout_logprobs(policy, rollout, 4096)
     target_ids = tokenizer(RIGHT, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     target = common.make_rollout([batch[0].prompt_ids], [target_ids])
 
     def loss_of(logprobs, weights):
-        return grpo_loss(logprobs, old, None, advantages, weights, 0.2, 0.2, 0.0)[0]
+        return grpo_loss(logprobs, old, None, advantages, weights, clip_low, clip_high, 0.0)[0]
 
     row = next(i for i in rows if advantages[i] > 0)
     n, updates, probabilities = rollout.lengths[row].item(), [], []
@@ -164,14 +167,15 @@ def main(args: Args) -> None:
             alone[row, t] = token_weights[row, t]
             terms.append(loss_of(logprobs.detach(), alone).item())
         updates.append((loss.item(), norm, logprobs.detach()[row, :n].tolist(), terms))
-        ratios = (logprobs.detach() - old).exp()
+        ratios = (logprobs.detach() - old).exp()  # in the end, those of the second update
         optimizer.step()
         optimizer.zero_grad()
     probabilities.append(common.rollout_logprobs(policy, target, 4096).sum().exp().item())
 
     wide = advantages[:, None].expand_as(ratios)
-    clipped = (rollout.mask & (((wide > 0) & (ratios > 1.2)) | ((wide < 0) & (ratios < 0.8)))).nonzero().tolist()
-    i, t = clipped[0]  # in the second update
+    stopped = ((wide > 0) & (ratios > 1 + clip_high)) | ((wide < 0) & (ratios < 1 - clip_low))
+    clipped = (rollout.mask & stopped).nonzero().tolist()
+    i, t = clipped[0]
 
     (first_loss, norm, _, first_terms), (second_loss, _, second, second_terms) = updates
     tokens = [
@@ -180,11 +184,17 @@ def main(args: Args) -> None:
             f"{o:.4f}",
             f"{f:+.5f}",
             f"{s:.4f}",
-            f"{torch.tensor(s - o).exp():.4f}",
+            f"{ratio:.4f}",
             f"{g:+.5f}",
         ]
-        for token, o, f, s, g in zip(
-            rollout.completion_ids[row, :n].tolist(), old[row].tolist(), first_terms, second, second_terms, strict=False
+        for token, o, f, s, ratio, g in zip(
+            rollout.completion_ids[row, :n].tolist(),
+            old[row, :n].tolist(),
+            first_terms,
+            second,
+            ratios[row, :n].tolist(),
+            second_terms,
+            strict=True,
         )
     ]
     completions = [
@@ -230,7 +240,7 @@ def main(args: Args) -> None:
             clipped_a=advantages[i],
             clipped_ratio=ratios[i, t],
             think_sum=sum(a for a, text in zip(advantages.tolist(), texts, strict=True) if text.startswith("<think>")),
-            think_ratio=(second[0] - old[row, 0]).exp(),
+            think_ratio=ratios[row, 0],
             right=RIGHT,
             probabilities=table(
                 ["before", "after the first update", "after the second"], [[f"{p:.4f}" for p in probabilities]]

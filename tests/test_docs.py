@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tyro
+from test_repository import flags_of
 
 from common import make_rollout
 from data import Problem
@@ -34,7 +35,7 @@ def commands(path: Path) -> list[str]:
     found = [line.strip() for line in text.splitlines() if line.startswith("    ")]
     found += re.findall(r"`([^`\n]+)`", text)
     launch = r"^(?:[A-Z_]+=\S+ )*(?:python|accelerate launch(?: --\w+(?: \d+)?)*) (?=[\w/]+\.py)"
-    found = [part.strip() for line in found for part in line.split("&&")]
+    found = [part.strip() for line in found for part in re.split("&&| > ", line)]
     return [re.sub(launch, "", re.sub(r"[][]", "", line)) for line in found if re.match(launch, line)]
 
 
@@ -78,7 +79,7 @@ def test_files_that_are_named_exist():
 
 
 @pytest.mark.parametrize("path", [*DOCS, *SCRIPTS], ids=str)
-def test_commands_parse(path, monkeypatch, tmp_path):
+def test_commands_parse(path):
     """Every flag of a command exists, and its value is in range. `...` stands for more flags, or for a flag's value."""
     for command in commands(path):
         words = shlex.split(command, comments=True)
@@ -95,7 +96,7 @@ def test_commands_parse(path, monkeypatch, tmp_path):
         Args = importlib.import_module(script.removesuffix(".py").replace("/", ".")).Args
         if "--resume" in flags:  # needs a run
             continue
-        if "--output" not in flags and script in ("curate.py",):
+        if script == "curate.py" and "--output" not in flags:
             flags += ["--output", "file"]
         try:
             parse_args(Args, flags) if "/" not in script else tyro.cli(Args, args=flags)
@@ -110,11 +111,10 @@ def test_there_are_commands():
 @pytest.mark.parametrize("path", DOCS, ids=str)
 def test_flags_that_are_named_exist(path):
     """Also outside commands, in a sentence."""
-    files = [*CODE, *Path("benchmarks").glob("*.py"), *Path("recipes").glob("*.py"), Path("models/make_tiny.py")]
-    known = set(re.findall(r"^ +(\w+): ", "".join(file.read_text() for file in files), re.MULTILINE))
-    known |= {"logdir", "help", "multi_gpu", "num_processes", "cpu"} | set(
-        re.findall(r"--(\w+)", Path("models/make_tiny.py").read_text())
-    )
+    files = [*CODE, *Path("benchmarks").glob("*.py"), *Path("recipes").glob("*.py")]
+    known = {flag for file in files for flag in flags_of(file)}
+    known |= set(re.findall(r"--(\w+)", Path("models/make_tiny.py").read_text()))  # it has no Args
+    known |= {"logdir", "help", "multi_gpu", "num_processes", "cpu"}  # of other commands
     written = set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", path.read_text()))
     forks = set(re.findall(r"^\+?    (\w+): ", path.read_text(), re.MULTILINE))  # flags that the page adds
     names = {flag: flag.replace("-", "_") for flag in written}
