@@ -62,8 +62,8 @@ class RewardFlags:
     """code of the language in which the model should reason"""
     overlong_weight: NonNegative = 0.0
     """weight of the soft overlong penalty (DAPO), which falls to -1 at --max-new-tokens"""
-    overlong_buffer: AtLeast1 = 8
-    """the overlong penalty starts this many tokens before --max-new-tokens (DAPO: 4096 of 20480)"""
+    overlong_buffer: AtLeast1 | None = None
+    """the overlong penalty starts this many tokens before --max-new-tokens; None: a fifth of them (DAPO)"""
     reward_model: str | None = None
     """directory of a reward model (train_rm.py), whose score is added to the rewards above"""
     reward_model_weight: NonNegative = 1.0
@@ -87,7 +87,7 @@ def check_rewards(flags: RewardFlags, max_new_tokens: int, model: str) -> None:
     if not any(getattr(flags, name) for name in weights):
         names = ", ".join(map(as_flag, weights))
         fail(f"{names} are all 0: there is nothing to learn from")
-    if flags.overlong_weight and flags.overlong_buffer > max_new_tokens:
+    if flags.overlong_weight and flags.overlong_buffer and flags.overlong_buffer > max_new_tokens:
         fail(f"--overlong-buffer {flags.overlong_buffer}: must be at most --max-new-tokens {max_new_tokens}")
 
 
@@ -115,7 +115,8 @@ def score_completions(
     if flags.language_weight:
         components["language"] = torch.tensor([language_reward(text, flags.language) for text in texts])
     if flags.overlong_weight:
-        components["overlong"] = overlong_penalty(lengths, max_new_tokens, flags.overlong_buffer)
+        buffer = flags.overlong_buffer or max(1, max_new_tokens // 5)
+        components["overlong"] = overlong_penalty(lengths, max_new_tokens, buffer)
     if verify.reward_model is not None:
         components["model"] = common.rollout_scores(verify.reward_model, rollout, 8192).cpu()
     components = {name: values.view(-1, G) for name, values in components.items()}

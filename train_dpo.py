@@ -15,11 +15,12 @@ That is the method, not a bug; eval/* shows whether it hurts.
     --loss simpo         -log sigmoid(beta (mean log pi(y+) - mean log pi(y-)) - gamma), no reference (arXiv:2405.14734)
     --label-smoothing e  assumes that a pair's label is wrong with probability e
 
-Departures from the paper: any two samples of a prompt whose scores differ by --min-gap make a pair, with at most
---max-pairs-per-prompt. --kl-coef adds a penalty of (log pi - log pi_ref)^2 / 2 per token. It does not estimate the KL,
-as the policy did not sample the pairs; eval/kl does, on samples of the policy. The reference is not kept in memory: its
-logprobs of the pairs are computed once and kept on disk. Only evaluations load it again, for eval/kl. The learning rate
-decays as a cosine to a tenth. Pairs count the same unless --pair-weight gap or a field `weight` says otherwise.
+Departures from the paper: any two samples of a prompt whose scores differ by --min-gap or more make a pair; a prompt
+keeps at most --max-pairs-per-prompt of them, drawn at random. --kl-coef adds a penalty of (log pi - log pi_ref)^2 / 2
+per token. It does not estimate the KL, as the policy did not sample the pairs; eval/kl does, on samples of the policy.
+The reference is not kept in memory: its logprobs of the pairs are computed once and kept on disk. Only evaluations load
+it again, for eval/kl. The learning rate decays as a cosine to a tenth. Pairs count the same unless --pair-weight gap or
+a field `weight` says otherwise.
 
     python train_dpo.py                                   # pairs of the embedded model's own samples
     python evaluate.py --split all --num-samples 8 --output samples.jsonl && python train_dpo.py --data samples.jsonl

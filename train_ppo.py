@@ -1,15 +1,15 @@
 r"""Proximal policy optimization (PPO), Schulman et al. 2017, arXiv:1707.06347, for language models as in RLHF
 (Stiennon et al. 2020, arXiv:2009.01325).
 
-    r_t   = -beta (log pi_old(o_t) - log pi_ref(o_t)), plus the score at the completion's last token
+    r_t   = -beta (log pi_old(o_t) - log pi_ref(o_t)); the last token's has the completion's score added
     A, R  = GAE(gamma, lambda) from r and V_old, the critic's values at sampling time; R = A + V_old; then A is whitened
     L_pi  = mean over tokens of max(-A rho, -A clip(rho, 1 - eps, 1 + eps)),  rho = pi / pi_old             (eq. 7)
     L_V   = mean over tokens of 1/2 max((V - R)^2, (clip(V, V_old +- c) - R)^2)
 
-The models are the policy, the critic, the frozen reference (none with --kl-coef 0), and with --reward-model a reward
-model, whose score is added to the verifiers' rewards. No copy of the old policy is kept: its logprobs are computed
-before the first update. (The sampler's own differ by rounding.) There is no value coefficient: the critic has its own
-optimizer, and Adam would cancel it. There is no entropy bonus.
+The score is the weighted sum of all rewards (rewards.py), with --reward-model also a reward model's. The other models
+are the policy, the critic, and the frozen reference (none with --kl-coef 0). No copy of the old policy is kept: its
+logprobs are computed before the first update. (The sampler's own differ by rounding.) There is no value coefficient:
+the critic has its own optimizer, and Adam would cancel it. There is no entropy bonus.
 
 Departures from Schulman et al., as is usual in RLHF: clipped values, whitened advantages, clipped gradients, V = 0
 after the last token even if the length limit cut the completion. r_t is the reward (theirs is the ratio, here rho).
@@ -102,7 +102,7 @@ class Args:
     kl_coef: NonNegative = 0.05
     """beta, weight of the KL penalty to the starting policy in each token's reward; 0 loads no reference model"""
     value_clip: Positive = 0.2
-    """c: a value that has moved further than this towards its target since sampling gets no gradient"""
+    """c: a value that has moved further than this since sampling gets no gradient if that lowered its error"""
     missing_eos_score: float | None = None
     """score that replaces the reward of a completion without EOS; None: such a completion keeps its reward"""
     value_learning_rate: Positive = 3e-4

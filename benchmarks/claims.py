@@ -5,11 +5,15 @@
     python benchmarks/claims.py --every                  # all of them, in hours; finished runs are kept in runs/claims
 
 A claim compares two conditions, each run with the same five seeds. The rule was fixed before the first run. The paired
-difference of the two has a 95% interval by Student's t. "holds": the interval excludes 0 in the claimed direction.
-"does not": it excludes 0 in the other direction, or lies within 2 points of 0. Otherwise "not visible". If the claim is
-that the first condition is as good as the second, "holds" is an interval that stays above -2 points, and "does not" is
-one that reaches below -2 points and lies below 0. Accuracy is on held-out problems, sampled at temperature 1, and its
-points are percentage points. A difference with a % sign, and its points, are relative to the second condition.
+difference, first minus second, has a 95% interval by Student's t. For each comparison, the first of these that is true:
+
+    first > second, <, !=     "holds": the interval excludes 0 in the claimed direction (!=: in either)
+                              "does not": it excludes 0 in the other, or lies within 2 points of 0
+    first >= second           "holds": the whole interval is above -2 points; "does not": it lies below 0
+    all                       "not visible"
+
+Accuracy is on held-out problems, sampled at temperature 1. A difference with a % sign is relative to the second
+condition's mean. Others are 100 times the difference of the two figures: for shares, percentage points.
 """
 
 import hashlib
@@ -44,7 +48,7 @@ from tasks.arithmetic import steps_are_right  # noqa: E402
 
 KEPT = ROOT / "runs" / "claims"
 STUDENTS_T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5% quantile, by the number of seeds
-HIGHER, LOWER, EQUAL, DIFFERENT = "higher", "lower", "equal", "different"
+HIGHER, LOWER, AS_GOOD, DIFFERENT = ">", "<", ">=", "!="
 
 
 @dataclass
@@ -169,6 +173,7 @@ def number(folders: list[Path], name: str) -> list[float]:
 @dataclass
 class Row:
     what: str  # "figure: first condition, second condition"
+    claimed: str  # the first condition's relation to the second
     first: float
     second: float
     difference: float
@@ -179,7 +184,9 @@ class Row:
 
     def cells(self) -> list:
         points = [f"{100 * value:+.1f}{'%' * self.relative}" for value in (self.difference, self.low, self.high)]
-        return [self.what, self.first, self.second, points[0], f"{points[1]} to {points[2]}", self.verdict]
+        figure, _, conditions = self.what.rpartition(": ")
+        what = f"{figure}: {f' {self.claimed} '.join(conditions.rsplit(', ', 1))}"
+        return [what, self.first, self.second, points[0], f"{points[1]} to {points[2]}", self.verdict]
 
 
 def judge(low: float, high: float, claimed: str, margin: float = 0.02) -> str:
@@ -188,7 +195,7 @@ def judge(low: float, high: float, claimed: str, margin: float = 0.02) -> str:
         low, high, claimed = -high, -low, HIGHER
     if claimed == DIFFERENT:
         return "holds" if low > 0 or high < 0 else "does not" if -margin <= low and high <= margin else "not visible"
-    if claimed == EQUAL:
+    if claimed == AS_GOOD:
         return "holds" if low >= -margin else "does not" if high < 0 else "not visible"
     return "holds" if low > 0 else "does not" if high < 0 or (-margin <= low and high <= margin) else "not visible"
 
@@ -200,7 +207,8 @@ def compare(what: str, a: list[float], b: list[float], claimed: str, relative: b
     mean, spread = statistics.mean(differences) / scale, statistics.stdev(differences) / scale
     half = STUDENTS_T[len(a)] * spread / len(a) ** 0.5
     low, high = mean - half, mean + half
-    return Row(what, statistics.mean(a), statistics.mean(b), mean, low, high, relative, judge(low, high, claimed))
+    verdict = judge(low, high, claimed)
+    return Row(what, claimed, statistics.mean(a), statistics.mean(b), mean, low, high, relative, verdict)
 
 
 # ---- The claims ------------------------------------------------------------------------------------------------------
@@ -270,11 +278,11 @@ def sequence_mean_and_length(runs: Runner) -> list[Row]:
     r = runs(sequence=COUNTDOWN, constant=f"{COUNTDOWN} --loss-norm constant")
     return [
         compare(
-            f"{what}: sequence, constant", *(last(r[c], tag, over) for c in ("sequence", "constant")), HIGHER, relative
+            f"{what}: sequence, constant", *(last(r[c], tag, over) for c in ("sequence", "constant")), claimed, relative
         )
-        for what, tag, over, relative in (
-            ("length of wrong ones, last 10 iterations", "rollout/length_wrong", 10, True),
-            ("accuracy", "eval/accuracy", 1, False),
+        for what, tag, over, claimed, relative in (
+            ("length of wrong ones, last 10 iterations", "rollout/length_wrong", 10, HIGHER, True),
+            ("accuracy", "eval/accuracy", 1, DIFFERENT, False),
         )
     ]
 
@@ -324,7 +332,7 @@ def small_cold_start(runs: Runner) -> list[Row]:
         conditions[f"rl_{n}"] = f"{GRPO} --model {{sft_{n}}}"
     r = runs(**conditions)
     rows = [
-        compare(f"accuracy after {what}: {n} demonstrations, 1,900", last(r[f"{s}_{n}"]), last(r[f"{s}_1900"]), EQUAL)
+        compare(f"accuracy after {what}: {n} demonstrations, 1,900", last(r[f"{s}_{n}"]), last(r[f"{s}_1900"]), AS_GOOD)
         for s, what in (("sft", "SFT"), ("rl", "SFT and RL"))
         for n in sizes[:2]
     ]
@@ -361,7 +369,7 @@ def language_reward_and_mixing(runs: Runner) -> list[Row]:
 @claim("Rewards for the process are not better than rewards for the outcome (a miniature of R1's PRM)")
 def process_or_outcome(runs: Runner) -> list[Row]:
     r = runs(outcome=GRPO, process=f"benchmarks/process_reward.py {GRPO.partition(' ')[2]}")
-    return [compare("accuracy: outcome, process", last(r["outcome"]), last(r["process"]), EQUAL)]
+    return [compare("accuracy: outcome, process", last(r["outcome"]), last(r["process"]), AS_GOOD)]
 
 
 @claim("RL beats search at equal tokens (a miniature of R1's search)")
@@ -438,7 +446,7 @@ def length_reward(runs: Runner) -> list[Row]:
     never, early, late = r["never"], r["early"], r["late"]
     return [
         compare("accuracy: early, never", last(early), last(never), LOWER),
-        compare("accuracy: late, never", last(late), last(never), EQUAL),
+        compare("accuracy: late, never", last(late), last(never), AS_GOOD),
         compare("length: late, never", last(late, "eval/length"), last(never, "eval/length"), LOWER, relative=True),
     ]
 
@@ -452,7 +460,7 @@ def few_problems(runs: Runner) -> list[Row]:
         few_128=f"{GRPO} --problems {{one_128}} --eval-data arithmetic",
         many=GRPO,
     )
-    return [compare(f"accuracy: {n} problems, 6,000", last(r[f"few_{n}"]), last(r["many"]), EQUAL) for n in (32, 128)]
+    return [compare(f"accuracy: {n} problems, 6,000", last(r[f"few_{n}"]), last(r["many"]), AS_GOOD) for n in (32, 128)]
 
 
 @claim("Accuracy degrades gracefully with the thinking budget, before and after RL")
@@ -518,14 +526,6 @@ def dpo_variants(runs: Runner) -> list[Row]:
         rows.append(compare(f"accuracy: {name}, beta 1 on sums", last(r[name]), last(sums), DIFFERENT))
         lengths = last(r[name], "eval/length"), last(sums, "eval/length")
         rows.append(compare(f"length: {name}, beta 1 on sums", *lengths, DIFFERENT, relative=True))
-    for kind in ("chosen", "rejected"):
-        change = (
-            last(sums, f"logps/{kind}", 10),
-            [statistics.mean(v for _, v in scalars(f)[f"logps/{kind}"][:1]) for f in sums],
-        )
-        rows.append(
-            compare(f"log p of {kind} completions: after, before", *change, LOWER if kind == "rejected" else HIGHER)
-        )
     return rows
 
 
@@ -536,7 +536,7 @@ PPO = f"train_ppo.py --reward-model {{rm}} --accuracy-weight 0 --format-weight 0
 @claim("DPO does as well as PPO on a reward model of the same pairs")
 def dpo_or_ppo(runs: Runner) -> list[Row]:
     r = runs(**RM, dpo=DPO, ppo=f"{PPO} --kl-coef 0.05")
-    return [compare("accuracy: DPO, PPO", last(r["dpo"]), last(r["ppo"]), EQUAL)]
+    return [compare("accuracy: DPO, PPO", last(r["dpo"]), last(r["ppo"]), AS_GOOD)]
 
 
 @claim("Optimizing a learned reward without a KL overoptimizes it: the score rises, the accuracy does not")

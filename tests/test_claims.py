@@ -12,21 +12,21 @@ from plumbing.flags import parse_args
 @pytest.mark.parametrize(
     "low,high,claimed,verdict",
     [
-        (0.01, 0.05, "higher", "holds"),
-        (-0.05, -0.01, "higher", "does not"),
-        (-0.02, 0.019, "higher", "does not"),  # within 2 points of 0
-        (-0.03, 0.05, "higher", "not visible"),
-        (-0.05, -0.01, "lower", "holds"),
-        (0.01, 0.05, "lower", "does not"),
-        (-0.05, 0.03, "lower", "not visible"),
-        (0.001, 0.01, "higher", "holds"),  # small, and sure
-        (-0.019, 0.05, "equal", "holds"),
-        (-0.015, -0.005, "equal", "holds"),
-        (-0.05, -0.03, "equal", "does not"),
-        (-0.05, 0.01, "equal", "not visible"),
-        (-0.05, -0.03, "different", "holds"),
-        (-0.01, 0.01, "different", "does not"),
-        (-0.01, 0.03, "different", "not visible"),
+        (0.01, 0.05, ">", "holds"),
+        (-0.05, -0.01, ">", "does not"),
+        (-0.02, 0.019, ">", "does not"),  # within 2 points of 0
+        (-0.03, 0.05, ">", "not visible"),
+        (-0.05, -0.01, "<", "holds"),
+        (0.01, 0.05, "<", "does not"),
+        (-0.05, 0.03, "<", "not visible"),
+        (0.001, 0.01, ">", "holds"),  # small, and sure
+        (-0.019, 0.05, ">=", "holds"),
+        (-0.015, -0.005, ">=", "holds"),
+        (-0.05, -0.03, ">=", "does not"),
+        (-0.05, 0.01, ">=", "not visible"),
+        (-0.05, -0.03, "!=", "holds"),
+        (-0.01, 0.01, "!=", "does not"),
+        (-0.01, 0.03, "!=", "not visible"),
     ],
 )
 def test_the_rule(low, high, claimed, verdict):
@@ -37,6 +37,7 @@ def test_the_interval_is_students():
     """Differences 2, 3, 2, 4, 3: mean 2.8, standard error 0.3742, and 2.776 of it on either side."""
     row = claims.compare("what: a, b", [3, 5, 4, 6, 5], [1, 2, 2, 2, 2], claims.HIGHER)
     assert row.difference == pytest.approx(2.8) and row.verdict == "holds"
+    assert row.cells()[0] == "what: a > b"
     assert (row.low, row.high) == (pytest.approx(1.7612, abs=1e-3), pytest.approx(3.8388, abs=1e-3))
     relative = claims.compare("what: a, b", [3, 5, 4, 6, 5], [1, 2, 2, 2, 2], claims.HIGHER, relative=True)
     assert relative.difference == pytest.approx(2.8 / 1.8)

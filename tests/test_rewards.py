@@ -231,6 +231,7 @@ def test_each_reward_comes_back_apart_and_in_its_row():
     assert every["language"] == [[1, 0, 1], [1, 0, 1]]  # without a think block the tags are words
     assert every["overlong"] == [[0, 0, -0.5], [-1, -1, -0.25]]
     assert every["length"] == [[0, 0.5, -0.5], [-0.5, -0.5, 0]]
+    assert score(overlong_weight=0.1) == score(overlong_weight=0.1, overlong_buffer=1)  # a fifth of 8 tokens
 
 
 def test_the_style_and_the_language_are_those_of_the_flags():
