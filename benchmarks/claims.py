@@ -570,8 +570,6 @@ TABLES = {  # claim: the tags to print for each of its conditions, last values, 
 }
 PICTURES = {  # claim: the tags to draw, a panel each
     "algorithms": ("reward/accuracy",),
-    "sequence-mean-and-length": ("rollout/length_right", "rollout/length_wrong"),
-    "length-reward": ("reward/accuracy", "rollout/length_mean"),
     "overoptimization": ("reward/model", "reward/accuracy"),
 }
 
@@ -600,7 +598,7 @@ def draw(conditions: dict[str, list[Path]], tags: tuple[str, ...], path: Path, w
             n = min(len(values) for _, values in curves)
             smooth = [[statistics.mean(v[max(0, i - width + 1) : i + 1]) for i in range(n)] for _, v in curves]
             seeds = list(zip(*smooth, strict=True))
-            (line,) = axes.plot(curves[0][0][:n], [*map(statistics.mean, seeds)], label=name)
+            (line,) = axes.plot(curves[0][0][:n], [*map(statistics.mean, seeds)], label=name.replace("_", " "))
             axes.fill_between(
                 curves[0][0][:n], [*map(min, seeds)], [*map(max, seeds)], color=line.get_color(), alpha=0.15
             )

@@ -87,9 +87,9 @@ def test_a_run_logs_what_it_says(learned):
 
 
 LEARNERS = {
-    "kimi": (train_kimi, {"learning_rate": 1e-4, "iterations": 20}),
+    "kimi": (train_kimi, {"learning_rate": 2e-4, "iterations": 12}),
     "pg": (train_pg, {"learning_rate": 3e-4, "iterations": 20, "value_epochs": 1}),
-    "ppo": (train_ppo, {"learning_rate": 1e-4, "iterations": 12, "kl_coef": 0.01}),
+    "ppo": (train_ppo, {"learning_rate": 2e-4, "iterations": 10, "update_epochs": 2, "kl_coef": 0.01}),
 }
 
 
