@@ -88,7 +88,7 @@ def test_a_run_logs_what_it_says(learned):
 
 LEARNERS = {
     "kimi": (train_kimi, {"learning_rate": 2e-4, "iterations": 12}),
-    "pg": (train_pg, {"learning_rate": 3e-4, "iterations": 20, "value_epochs": 1}),
+    "pg": (train_pg, {"learning_rate": 5e-4, "iterations": 14, "value_epochs": 1}),
     "ppo": (train_ppo, {"learning_rate": 2e-4, "iterations": 10, "update_epochs": 2, "kl_coef": 0.01}),
 }
 
@@ -388,18 +388,18 @@ def copy_of(state: dict) -> dict:
 
 
 def test_what_a_user_reads_at_the_end(learned, tmp_path, capsys):
-    """The before/after table, the model's path, the TensorBoard command; and the note that a policy loss near 0 is
-    expected ("loss is 0, is it broken?"), only in a run where it is."""
+    """The before/after table, the model's path, the TensorBoard command; and the note that the policy loss is near 0
+    ("loss is 0, is it broken?"), only in a run where it is."""
     run_dir, printed = learned
     for text in (
         "difficulty 6",
         f"model: {run_dir / 'final'}",
         f"tensorboard --logdir {run_dir}",
-        "near 0 is expected",
+        "loss is near 0",
     ):
         assert text in printed
     run(train_grpo.main, quick(train_grpo, tmp_path, iterations=1, update_epochs=2))
-    assert "near 0 is expected" not in capsys.readouterr().out
+    assert "loss is near 0" not in capsys.readouterr().out
 
 
 def test_the_table_tells_before_from_after():
@@ -1061,16 +1061,15 @@ def test_a_float32_run_does_not_go_on_rounded(capsys):
     assert "go on with --dtype float32" in capsys.readouterr().err
 
 
-OFFLOADED = [(train_grpo, "bfloat16"), slow(train_pg, "float32"), slow(train_dpo, "bfloat16")]  # PG: a critic too
+OFFLOADED = [(train_grpo, "bfloat16"), slow(train_pg, "float32")]  # PG: a critic too
 
 
 @pytest.mark.parametrize(("script", "dtype"), OFFLOADED, ids=lambda value: getattr(value, "__name__", value))
 def test_an_offloaded_optimizer_changes_no_byte(script, dtype, tmp_path):
     """Catches: some micro-batches' gradients lost on the way, masters rounded differently. Resumed with and without it,
     a run reaches the same weights."""
-    short = small if script in (train_sft, train_dpo) else quick
     flags = {"iterations": 3, "micro_batch_tokens": 200, "save_every": 1, "dtype": dtype, "keep_checkpoints": 3}
-    runs = [run(script.main, short(script, tmp_path, offload_optimizer=offload, **flags)) for offload in (False, True)]
+    runs = [run(script.main, quick(script, tmp_path, offload_optimizer=offload, **flags)) for offload in (False, True)]
     assert weights(runs[0] / "final") == weights(runs[1] / "final")
     assert weights(runs[0] / "final") != weights(runs[0] / "checkpoints/step_000001")
     for run_dir, flag in zip(runs, ("--offload-optimizer", "--no-offload-optimizer"), strict=True):
