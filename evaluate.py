@@ -130,8 +130,8 @@ class Args:
     """"arithmetic" ("arithmetic:7-8" for difficulties 7 and 8), a .jsonl file, or a hub dataset; by default only its
     held-out part is evaluated (see --split)"""
     split: Literal["eval", "train", "all"] = "eval"
-    """which part of --problems: held out for evaluation | for training | both (of a hub dataset with a test or
-    validation split, which is its eval part, `all` is only the rest)"""
+    """which part of --problems: held out for evaluation | for training | both; a hub dataset's test or validation split
+    is never in `all`"""
     eval_problems: AtLeast1 = 500
     """number of problems"""
     num_samples: AtLeast1 = 1

@@ -9,9 +9,9 @@ reward is the baseline; there is no critic:
 
 Departures from the paper: it has one eps, here eps_low and eps_high, equal by default. beta (--kl-coef) is 0 by
 default, as in most reproductions of R1, and no reference is loaded; with a beta, the reference is always the starting
-policy. std has Bessel's correction; 1e-4 damps groups whose rewards hardly differ. Gradients are clipped, and
-log-ratios at +-20. --dynamic-sampling drops a group whose rewards are all equal, not counting a reward model's score;
-DAPO drops it if all its answers are right, or all wrong. --loss-norm token is a mean over the minibatch's tokens
+policy. std has Bessel's correction; 1e-4 damps groups whose rewards hardly differ. Gradients are clipped, and the
+log-ratio to pi_old at +-20. --dynamic-sampling drops a group whose rewards are all equal, not counting a reward model's
+score; DAPO drops it if all its answers are right, or all wrong. --loss-norm token is a mean over the minibatch's tokens
 (DAPO's eq. 8: over one prompt's completions).
 
 Variants. Clip and ratio act from a batch's second update on. The variants that need them set --minibatch-size 64, four
@@ -26,7 +26,7 @@ overlong penalty weighs as much as in DAPO.
 With gspo and sequence, a completion's tokens all carry its one ratio s_i, so the default --loss-norm sequence gives
 GSPO's 1/G sum_i min(s_i A_i, clip(s_i) A_i). Other norms weigh completions by length.
 k3 estimates KL(pi || ref) per token, but its gradient is that of KL(ref || pi). --unbiased-kl multiplies k3 by the
-token's ratio; its gradient is that of each next token's KL(pi || ref), with the tokens before it held fixed.
+token's ratio; its gradient is that of each next token's KL(pi || ref), without a token's effect on later ones.
 
     python train_grpo.py                                                # the embedded model, no GPU needed
     python train_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --problems openai/gsm8k:main --learning-rate 1e-6 \
@@ -98,7 +98,7 @@ class Args:
     update_epochs: AtLeast1 = 1
     """passes over each iteration's completions"""
     minibatch_size: AtLeast1 | None = None
-    """completions per optimizer step, a multiple of --group-size; None: the whole batch, and then no clip acts"""
+    """completions per optimizer step, a multiple of --group-size; None: the whole batch; with one epoch no clip acts"""
     loss_norm: Literal["sequence", "token", "constant"] = "sequence"
     """mean per completion, then over completions (paper) | over all tokens (DAPO) | sum / max_new_tokens (Dr. GRPO)"""
     setup: Group[SetupFlags] = field(default_factory=SetupFlags)
@@ -209,7 +209,7 @@ def main(args: Args) -> None:
         log_scalars(run.writer, scores, global_step)
     one_update = args.update_epochs == 1 and minibatch_size == batch_size
     if one_update:
-        print("note: one update per batch: every ratio is 1, no clip acts, and --loss-norm sequence's loss is near 0")
+        print("note: one update per batch: every ratio is 1, no clip acts, a loss near 0 is normal (docs/curves.md)")
 
     bar = tqdm(total=args.iterations, initial=iteration, unit="it")
     health = Health(run.dir, tokenizer, args.optimization.max_bad_updates)

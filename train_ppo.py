@@ -102,7 +102,7 @@ class Args:
     kl_coef: NonNegative = 0.05
     """beta, weight of the KL penalty to the starting policy in each token's reward; 0 loads no reference model"""
     value_clip: Positive = 0.2
-    """c: a value that has moved further than this since sampling gets no gradient if that lowered its error"""
+    """c: a value further than this from V_old gets no gradient if its error is smaller than that of V_old +- c"""
     missing_eos_score: float | None = None
     """score that replaces the reward of a completion without EOS; None: such a completion keeps its reward"""
     value_learning_rate: Positive = 3e-4
