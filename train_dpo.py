@@ -19,8 +19,8 @@ Departures from the paper: any two samples of a prompt whose scores differ by --
 keeps at most --max-pairs-per-prompt of them, drawn at random. --kl-coef adds a penalty of (log pi - log pi_ref)^2 / 2
 per token. It does not estimate the KL, as the policy did not sample the pairs; eval/kl does, on samples of the policy.
 The reference is not kept in memory: its logprobs of the pairs are computed once and kept on disk. Only evaluations load
-it again, for eval/kl. The optimizer is AdamW (paper: RMSprop), its learning rate decays as a cosine to a tenth. Pairs
-count the same unless --pair-weight gap or a field `weight` says otherwise.
+it again, for eval/kl. The optimizer is AdamW (paper: RMSprop), its learning rate decays as a cosine to a tenth, and
+gradients are clipped. Pairs count the same unless --pair-weight gap or a field `weight` says otherwise.
 
     python train_dpo.py                                   # pairs of the embedded model's own samples
     python evaluate.py --split all --num-samples 8 --output samples.jsonl && python train_dpo.py --data samples.jsonl

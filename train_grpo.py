@@ -9,24 +9,28 @@ reward is the baseline; there is no critic:
 
 Departures from the paper: it has one eps, here eps_low and eps_high, equal by default. beta (--kl-coef) is 0 by
 default, as in most reproductions of R1, and no reference is loaded; with a beta, the reference is always the starting
-policy. std has Bessel's correction; 1e-4 damps groups whose rewards hardly differ. Gradients are clipped, and the
-log-ratio to pi_old at +-20. --dynamic-sampling drops a group whose rewards are all equal, not counting a reward model's
-score; DAPO drops it if all its answers are right, or all wrong. --loss-norm token is a mean over the minibatch's tokens
-(DAPO's eq. 8: over one prompt's completions).
+policy. std has Bessel's correction; 1e-4 damps groups whose rewards hardly differ. There is no process supervision
+(section 4.1.3). Gradients are clipped, and the policy term's log-ratio at +-20; the learning rate is warmed up.
+--dynamic-sampling drops a group whose rewards are all equal, not counting a reward model's score; DAPO drops it if all
+its answers are right, or all wrong. --loss-norm token is a mean over the minibatch's tokens (DAPO's eq. 8: over one
+prompt's completions).
 
-Variants. Clip and ratio act from a batch's second update on. The variants that need them set --minibatch-size 64, four
-updates on the 256 completions. DAPO scores answers 1 or -1; --accuracy-weight 2 gives the same difference of 2, so the
-overlong penalty weighs as much as in DAPO.
+Variants. In a batch's first update every ratio is 1, and by default there is no second. The variants that need ratio
+and clip set --minibatch-size 64, four updates on the 256 completions. DAPO scores answers 1 or -1; --accuracy-weight 2
+gives the same difference of 2, so the overlong penalty weighs as much as in DAPO. Its overlong filtering, --truncated
+mask, is left out: the penalty would have no effect on cut completions.
     DAPO (arXiv:2503.14476)      --loss-norm token --clip-high 0.28 --dynamic-sampling --overlong-weight 1
                                  --accuracy-weight 2 --format-weight 0 --minibatch-size 64
     Dr. GRPO (arXiv:2503.20783)  --loss-norm constant --no-normalize-std
     GSPO (arXiv:2507.18071)      --ratio-level gspo --clip-low 3e-4 --clip-high 4e-4 --minibatch-size 64
-    R1 (arXiv:2501.12948v1)      --ratio-level sequence --minibatch-size 64, as its eq. 1 has it; the KL stays per token
+    R1 (arXiv:2501.12948v1)      --ratio-level sequence --minibatch-size 64; --kl-coef for eq. 1's KL, here per token
 
-With gspo and sequence, a completion's tokens all carry its one ratio s_i, so the default --loss-norm sequence gives
-GSPO's 1/G sum_i min(s_i A_i, clip(s_i) A_i). Other norms weigh completions by length.
-k3 estimates KL(pi || ref) per token, but its gradient is that of KL(ref || pi). --unbiased-kl multiplies k3 by the
-token's ratio; its gradient is that of each next token's KL(pi || ref), without a token's effect on later ones.
+--ratio-level gspo gives all of a completion's tokens the ratio s_i = exp(1/|o_i| sum_t log rho_it), and --ratio-level
+sequence exp(sum_t log rho_it). Their mean over tokens (--loss-norm sequence, the default) is GSPO's
+1/G sum_i min(s_i A_i, clip(s_i) A_i); other norms weigh completions by length.
+On samples of pi itself, in a batch's first update, k3 is an unbiased estimate of KL(pi || ref), but its mean gradient
+is KL(ref || pi)'s. --unbiased-kl multiplies k3 by the token's ratio: its gradient is KL(pi || ref)'s, of the two
+next-token distributions at each position, without a token's effect on later positions.
 
     python train_grpo.py                                                # the embedded model, no GPU needed
     python train_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --problems openai/gsm8k:main --learning-rate 1e-6 \
@@ -98,7 +102,7 @@ class Args:
     update_epochs: AtLeast1 = 1
     """passes over each iteration's completions"""
     minibatch_size: AtLeast1 | None = None
-    """completions per optimizer step, a multiple of --group-size; None: the whole batch; with one epoch no clip acts"""
+    """completions per optimizer step, a multiple of --group-size; None: all, so with one epoch nothing is clipped"""
     loss_norm: Literal["sequence", "token", "constant"] = "sequence"
     """mean per completion, then over completions (paper) | over all tokens (DAPO) | sum / max_new_tokens (Dr. GRPO)"""
     setup: Group[SetupFlags] = field(default_factory=SetupFlags)

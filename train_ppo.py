@@ -6,10 +6,10 @@ r"""Proximal policy optimization (PPO), Schulman et al. 2017, arXiv:1707.06347, 
     L_pi  = mean over tokens of max(-A rho, -A clip(rho, 1 - eps, 1 + eps)),  rho = pi / pi_old             (eq. 7)
     L_V   = mean over tokens of 1/2 max((V - R)^2, (clip(V, V_old +- c) - R)^2)
 
-The score is the weighted sum of all rewards (rewards.py), with --reward-model also a reward model's. The other models
-are the policy, the critic, and the frozen reference (none with --kl-coef 0). No copy of the old policy is kept: its
-logprobs are computed before the first update. (The sampler's own differ by rounding.) There is no value coefficient:
-the critic has its own optimizer, and Adam would cancel it. There is no entropy bonus.
+The score is the weighted sum of all rewards (rewards.py); --reward-model adds a reward model's. The models are the
+policy, the critic, and the frozen reference (none with --kl-coef 0). No copy of the old policy is kept: its logprobs
+are computed before the first update. (The sampler's own differ by rounding.) There is no value coefficient: the critic
+has its own optimizer, and Adam would cancel it. There is no entropy bonus.
 
 Departures from Schulman et al., as is usual in RLHF: clipped values, whitened advantages, clipped gradients, V = 0
 after the last token even if the length limit cut the completion. r_t is the reward (theirs is the ratio, here rho).

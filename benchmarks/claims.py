@@ -263,7 +263,7 @@ def critic_on_long_chains(runs: Runner) -> list[Row]:
         return statistics.mean(not steps_are_right(text, Problem(question, "")) for text, question in right)
 
     return [
-        compare("accuracy: PPO, GRPO with its updates", last(r["ppo"]), last(r["grpo"]), HIGHER),
+        compare("accuracy: PPO, GRPO with as many updates", last(r["ppo"]), last(r["grpo"]), HIGHER),
         compare(
             "right ones with a wrong step: PPO, GRPO",
             [*map(slipped, r["of_ppo"])],
@@ -492,7 +492,7 @@ def preference_stage(runs: Runner) -> list[Row]:
         dpo=f"train_dpo.py --model {{rl}} --data {{pairs}} {ON_COUNTDOWN} --iterations 60 {QUICK}",
     )
     return [
-        compare("accuracy: after, before DPO for shorter right answers", last(r["dpo"]), first(r["dpo"]), LOWER),
+        compare("accuracy: after DPO, before it", last(r["dpo"]), first(r["dpo"]), LOWER),
         compare(
             "length: after, before", last(r["dpo"], "eval/length"), first(r["dpo"], "eval/length"), LOWER, relative=True
         ),
@@ -556,12 +556,12 @@ def collapse(runs: Runner) -> list[Row]:
     base, rl = r["of_base"], r["of_rl"]
     return [
         compare(
-            "entropy a token: after RL, before", figure(rl, "entropy"), figure(base, "entropy"), LOWER, relative=True
+            "entropy a token: after RL, after SFT", figure(rl, "entropy"), figure(base, "entropy"), LOWER, relative=True
         ),
         compare(
-            "distinct of 8: after RL, before", figure(rl, "distinct"), figure(base, "distinct"), LOWER, relative=True
+            "distinct of 8: after RL, after SFT", figure(rl, "distinct"), figure(base, "distinct"), LOWER, relative=True
         ),
-        compare("pass@8: after RL, before", figure(rl, "pass_at_8"), figure(base, "pass_at_8"), LOWER),
+        compare("pass@8: after RL, after SFT", figure(rl, "pass_at_8"), figure(base, "pass_at_8"), LOWER),
     ]
 
 

@@ -70,7 +70,7 @@ all rewards are equal, every A is 0 and the group teaches nothing. The eight adv
 ## {loss_line}
 
 The ratio is exp(logprob - old logprob): the token's probability now over its probability when it was sampled. A
-token's weight is 1 / (its completion's tokens) / (the batch's completions), by default ({weights_line}), so each
+token's weight is 1 / (its completion's tokens) / (the minibatch's completions), by default ({weights_line}), so each
 completion counts the same, however long it is. A token's loss term ({summed_line}) is
 
     weight x -min(ratio x A, clip(ratio, 0.8, 1.2) x A)
@@ -101,7 +101,8 @@ that begin with it sum to {think_sum:+.3f}, so it has become less likely (its ra
 
 Once a ratio is above 1.2 with A > 0, or below 0.8 with A < 0, the clipped term is the minimum, and that token has no
 gradient. Here it happens to {clipped_count} of {real_tokens} tokens: the `{clipped_token}` of completion
-{clipped_row} (A = {clipped_a:+.3f}) has the ratio {clipped_ratio:.3f}. The second update leaves it alone.
+{clipped_row} (A = {clipped_a:+.3f}) has the ratio {clipped_ratio:.3f}. So it adds
+nothing to the second update's gradient.
 
 A default run does the first update only, {iterations} times, each with 32 new prompts. Its learning rate rises to
 1e-4 over the first 10 iterations, so `--iterations 5` hardly moves the model. Next: [what the curves

@@ -434,7 +434,7 @@ def assert_begins_at_the_reference(values: dict[str, list[float]]) -> None:
 def test_a_short_run_learns_to_rank(tmp_path, capsys):
     """At the reference each pair is a tie; then held-out pairs are ranked right, and the policy moves away."""
     changes = {
-        "pair_problems": 300,
+        "pair_problems": 200,
         "eval_problems": 60,
         "iterations": 30,
         "minibatch_size": 32,

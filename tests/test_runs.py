@@ -462,17 +462,12 @@ class StopAtIterationThree(plumbing.runs.StopSignal):
 @pytest.mark.parametrize(
     "script, lost_work",
     [
-        slow("grpo", False),
         slow("grpo", True),
         slow("grpo-many-updates", False),
         ("grpo-many-updates", True),
-        slow("kimi", False),
         slow("kimi", True),
-        slow("pg", False),
         slow("pg", True),
-        slow("ppo", False),
         slow("ppo", True),
-        slow("sft", False),
         slow("sft", True),
     ],
 )
