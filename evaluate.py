@@ -130,8 +130,8 @@ class Args:
     """"arithmetic" ("arithmetic:7-8" for difficulties 7 and 8), a .jsonl file, or a hub dataset; by default only its
     held-out part is evaluated (see --split)"""
     split: Literal["eval", "train", "all"] = "eval"
-    """which part of --problems: held out for evaluation | for training | both; a hub dataset's test or validation split
-    is never in `all`"""
+    """which part of --problems: held out for evaluation (a hub dataset's test or validation split) | for training |
+    both (of such a hub dataset the same as train)"""
     eval_problems: AtLeast1 = 500
     """number of problems"""
     num_samples: AtLeast1 = 1

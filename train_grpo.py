@@ -11,14 +11,14 @@ Departures from the paper: it has one eps, here eps_low and eps_high, equal by d
 default, as in most reproductions of R1, and no reference is loaded; with a beta, the reference is always the starting
 policy. std has Bessel's correction; 1e-4 damps groups whose rewards hardly differ. There is no process supervision
 (section 4.1.3). Gradients are clipped, and the policy term's log-ratio at +-20; the learning rate is warmed up.
---dynamic-sampling drops a group whose rewards are all equal, not counting a reward model's score; DAPO drops it if all
-its answers are right, or all wrong. --loss-norm token is a mean over the minibatch's tokens (DAPO's eq. 8: over one
-prompt's completions).
 
-Variants. In a batch's first update every ratio is 1, and by default there is no second. The variants that need ratio
-and clip set --minibatch-size 64, four updates on the 256 completions. DAPO scores answers 1 or -1; --accuracy-weight 2
-gives the same difference of 2, so the overlong penalty weighs as much as in DAPO. Its overlong filtering, --truncated
-mask, is left out: the penalty would have no effect on cut completions.
+Variants, all off by default. In a batch's first update every ratio is 1, and by default there is no second. The
+variants that need ratio and clip set --minibatch-size 64, four updates on the 256 completions. DAPO scores answers 1 or
+-1; --accuracy-weight 2 gives the same difference of 2, so the overlong penalty weighs as much as in DAPO. Its overlong
+filtering, --truncated mask, is left out: with it the penalty would have no effect on cut completions.
+--dynamic-sampling drops a group whose rewards are all equal, not counting a reward model's score (DAPO: if all its
+answers are right, or all wrong). --loss-norm token is a mean over the minibatch's tokens (DAPO's eq. 8: over one
+prompt's completions).
     DAPO (arXiv:2503.14476)      --loss-norm token --clip-high 0.28 --dynamic-sampling --overlong-weight 1
                                  --accuracy-weight 2 --format-weight 0 --minibatch-size 64
     Dr. GRPO (arXiv:2503.20783)  --loss-norm constant --no-normalize-std

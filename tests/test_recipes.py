@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-RL = "--iterations 1 --prompts-per-step 2 --group-size 2 --eval-problems 6"
-SFT = "--iterations 1 --minibatch-size 2 --eval-problems 6"
-PAIRS = "--iterations 1 --minibatch-size 4 --eval-problems 6"
+RL = "--iterations 1 --prompts-per-step 2 --group-size 2 --eval-problems 2"
+SFT = "--iterations 1 --minibatch-size 2 --eval-problems 2"
+PAIRS = "--iterations 1 --minibatch-size 4 --eval-problems 2"
 TINY = {
     "RL": RL,
     "PPO": RL,
@@ -31,7 +31,7 @@ TINY |= {
     "BUDGETS": "3",
     "SAMPLED": "60",
 }
-TINY |= {"COLD_PROBLEMS": "60", "EVALUATE": "--eval-problems 6"}
+TINY |= {"COLD_PROBLEMS": "60", "EVALUATE": "--eval-problems 2"}
 ROWS = {
     "r1": "base zero cold rl rejection preference-alone rules-and-preference student distilled student-rl".split(),
     "kimi": "base sft curriculum late verified early-1 early-2".split(),
