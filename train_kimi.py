@@ -12,11 +12,13 @@ and dropping A^2 / (2 tau), which has no gradient, leaves
     d_i = sum_t [log pi(o_it) - log anchor(o_it)]                           log-ratio of the whole completion
 
 Its gradient is minus the report's eq. 3, (1/k) sum_i [(r_i - mean(r)) grad log pi - tau/2 grad d_i^2]. The baseline
-estimates tau log Z: the group's mean reward, as in the report, or with --baseline log-z an estimate from the group.
-There is no clip of the ratio, no critic, no division by a standard deviation. Gradients are clipped.
+estimates tau log Z: by default the group's mean reward, which the report uses in eq. 3; with --baseline log-z the
+report's other estimate, tau log(1/k sum_j exp(r_j / tau)). There is no clip of the ratio, no critic, no division by a
+standard deviation. Gradients are clipped, and the learning rate is warmed up.
 
-The tau term has no gradient while policy = anchor, so it acts from an iteration's second update on (--minibatch-size).
-The next iteration anchors at the updated policy. That is a new problem, so the optimizer's state is reset.
+The tau term has no gradient while policy = anchor, so it acts from an iteration's second update on. By default there
+are four, each on a quarter of the batch (--minibatch-size). The next iteration anchors at the updated policy. That is a
+new problem, so the optimizer's state is reset.
 
 Also from the report: the length reward (--length-weight; start it late, with --length-reward-start), curriculum and
 prioritized sampling (--problem-sampling). Departure: the report gives no tau; the default is for the embedded model.

@@ -11,10 +11,10 @@ policy, the critic, and the frozen reference (none with --kl-coef 0). No copy of
 are computed before the first update. (The sampler's own differ by rounding.) There is no value coefficient: the critic
 has its own optimizer, and Adam would cancel it. There is no entropy bonus.
 
-Departures from Schulman et al., as is usual in RLHF: clipped values, whitened advantages, clipped gradients, V = 0
-after the last token even if the length limit cut the completion. r_t is the reward (theirs is the ratio, here rho).
-The critic starts from the policy's backbone with V = 0 (Stiennon et al.: from the reward model). Groups only share the
-prompt's computation; advantages don't use them.
+Departures from Schulman et al., as is usual in RLHF: clipped values, whitened advantages, clipped gradients, a warm-up
+of the policy's learning rate, V = 0 after the last token even if the length limit cut the completion. r_t is the reward
+(theirs is the ratio, here rho). The critic starts from the policy's backbone with V = 0 (Stiennon et al.: from the
+reward model). Groups only share the prompt's computation; advantages don't use them.
 
     python train_ppo.py                                                 # the embedded model, no GPU needed
     python train_ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --problems openai/gsm8k:main --learning-rate 1e-6 \
