@@ -87,7 +87,7 @@ def check_rewards(flags: RewardFlags, max_new_tokens: int, model: str) -> None:
     if not any(getattr(flags, name) for name in weights):
         names = ", ".join(map(as_flag, weights))
         fail(f"{names} are all 0: there is nothing to learn from")
-    if flags.overlong_weight and flags.overlong_buffer and flags.overlong_buffer > max_new_tokens:
+    if flags.overlong_weight and (flags.overlong_buffer or 0) > max_new_tokens:
         fail(f"--overlong-buffer {flags.overlong_buffer}: must be at most --max-new-tokens {max_new_tokens}")
 
 

@@ -25,13 +25,12 @@ prompt's completions).
     GSPO (arXiv:2507.18071)      --ratio-level gspo --clip-low 3e-4 --clip-high 4e-4 --minibatch-size 64
     R1 (arXiv:2501.12948v1)      --ratio-level sequence --minibatch-size 64; --kl-coef for eq. 1's KL, here per token
 
---ratio-level gspo gives all of a completion's tokens the ratio s_i = exp(1/|o_i| sum_t log rho_it), and --ratio-level
-sequence exp(sum_t log rho_it). All tokens of a completion then have the same term, and --loss-norm sequence, the
-default, leaves 1/G sum_i min(s_i A_i, clip(s_i) A_i), the objective of GSPO and R1. Other norms weigh completions by
-length.
-On samples of pi itself, in a batch's first update, k3 is an unbiased estimate of KL(pi || ref), but its mean gradient
-is KL(ref || pi)'s. --unbiased-kl multiplies k3 by the token's ratio; the product's is KL(pi || ref)'s. Both KLs are of
-the two next-token distributions at each position, without a token's effect on later positions.
+With a ratio s_i per completion (gspo: exp(1/|o_i| sum_t log rho_it), sequence: exp(sum_t log rho_it)), --loss-norm
+sequence, the default, leaves 1/G sum_i min(s_i A_i, clip(s_i) A_i). Other norms weigh completions by length.
+
+In a batch's first update k3 is an unbiased estimate of KL(pi || ref), but its mean gradient is that of KL(ref || pi).
+--unbiased-kl multiplies k3 by the token's ratio, and the mean gradient is that of KL(pi || ref). Both KLs are of the
+next-token distributions at each position; a token's effect on later positions is left out.
 
     python train_grpo.py                                                # the embedded model, no GPU needed
     python train_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --problems openai/gsm8k:main --learning-rate 1e-6 \

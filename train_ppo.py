@@ -1,7 +1,7 @@
 r"""Proximal policy optimization (PPO), Schulman et al. 2017, arXiv:1707.06347, for language models as in RLHF
 (Stiennon et al. 2020, arXiv:2009.01325).
 
-    r_t   = -beta (log pi_old(o_t) - log pi_ref(o_t)); the last token's has the completion's score added
+    r_t   = -beta (log pi_old(o_t) - log pi_ref(o_t)) + [o_t is the completion's last token] * score
     A, R  = GAE(gamma, lambda) from r and V_old, the critic's values at sampling time; R = A + V_old; then A is whitened
     L_pi  = mean over tokens of max(-A rho, -A clip(rho, 1 - eps, 1 + eps)),  rho = pi / pi_old             (eq. 7)
     L_V   = mean over tokens of 1/2 max((V - R)^2, (clip(V, V_old +- c) - R)^2)

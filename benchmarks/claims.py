@@ -9,8 +9,9 @@ difference, first minus second, has a 95% interval by Student's t. For each comp
 
     first > second, <, !=     "holds": the interval excludes 0 in the claimed direction (!=: in either)
                               "does not": it excludes 0 in the other, or lies within 2 points of 0
-    first >= second           "holds": the whole interval is above -2 points; "does not": it lies below 0
-    all                       "not visible"
+    first >= second           "holds": the whole interval is above -2 points (first is as good as second)
+                              "does not": it lies below 0
+    any                       "not visible"
 
 Accuracy is on held-out problems, sampled at temperature 1. A difference with a % sign is relative to the second
 condition's mean. Others are 100 times the difference of the two figures: for shares, percentage points.
