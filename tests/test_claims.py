@@ -1,11 +1,11 @@
-"""benchmarks/claims.py: the rule, and that every claim's commands are commands."""
+"""claims/claims.py: the rule, and that every claim's commands are commands."""
 
 import importlib
 from pathlib import Path
 
 import pytest
 
-from benchmarks import claims
+from claims import claims
 from plumbing.flags import parse_args
 
 
@@ -93,9 +93,9 @@ def test_a_claims_commands_are_commands(name, monkeypatch):
         script, *flags = command.split()
         if script == "models/make_tiny.py":  # it has no Args
             continue
-        if not script.startswith("train_") and script != "benchmarks/process_reward.py":
+        if not script.startswith("train_") and script != "claims/process_reward.py":
             flags += ["--output", "file"]
-        name = "train_grpo" if script == "benchmarks/process_reward.py" else script.removesuffix(".py")
+        name = "train_grpo" if script == "claims/process_reward.py" else script.removesuffix(".py")
         parse_args(importlib.import_module(name.replace("/", ".")).Args, flags)
 
 

@@ -23,7 +23,8 @@ DOCS = [
     *Path("docs").glob("*.md"),
     *Path("models").glob("*/README.md"),
 ]
-SCRIPTS = [*Path(".").glob("train_*.py"), Path("evaluate.py"), Path("curate.py"), *Path("benchmarks").glob("*.py")]
+BY_HAND = [path for folder in ("benchmarks", "claims", "tests/tools") for path in Path(folder).glob("*.py")]
+SCRIPTS = [*Path(".").glob("train_*.py"), Path("evaluate.py"), Path("curate.py"), *BY_HAND]
 CODE = [path for folder in (".", "plumbing", "tasks") for path in Path(folder).glob("*.py")]
 
 
@@ -72,7 +73,9 @@ def test_files_that_are_named_exist():
                 path.parent / name,
                 Path("plumbing") / name,
                 Path("benchmarks") / name,
+                Path("claims") / name,
                 Path("tests") / name,
+                Path("tests/tools") / name,
                 Path("recipes") / name,
             )
             assert own or any(place.exists() for place in places), (path, name)
@@ -89,7 +92,7 @@ def test_commands_parse(path):
         if script in ("train_mine.py", "ideas/train_mine.py"):
             script = "train_grpo.py"
         assert Path(script).exists(), command
-        if script.startswith("models/") or script == "benchmarks/process_reward.py" or "--help" in flags:  # no Args
+        if script.startswith("models/") or script == "claims/process_reward.py" or "--help" in flags:  # no Args
             continue
         if script == "benchmarks/memory.py" and flags and flags[0].startswith("train_"):
             script, *flags = flags
@@ -111,7 +114,7 @@ def test_there_are_commands():
 @pytest.mark.parametrize("path", DOCS, ids=str)
 def test_flags_that_are_named_exist(path):
     """Also outside commands, in a sentence."""
-    files = [*CODE, *Path("benchmarks").glob("*.py"), *Path("recipes").glob("*.py")]
+    files = [*CODE, *BY_HAND, *Path("recipes").glob("*.py")]
     known = {flag for file in files for flag in flags_of(file)}
     known |= set(re.findall(r"--(\w+)", Path("models/make_tiny.py").read_text()))  # it has no Args
     known |= {"logdir", "help", "multi_gpu", "num_processes", "cpu"}  # of other commands

@@ -94,7 +94,11 @@ def test_the_lowest_modules_need_nothing_heavy():
 
 @pytest.mark.parametrize(
     "path",
-    [path for folder in (".", "plumbing", "tasks", "benchmarks", "tests") for path in Path(folder).glob("*.py")],
+    [
+        path
+        for folder in (".", "plumbing", "tasks", "benchmarks", "claims", "tests", "tests/tools")
+        for path in Path(folder).glob("*.py")
+    ],
     ids=str,
 )
 def test_a_file_begins_by_saying_what_it_is(path):
@@ -103,10 +107,11 @@ def test_a_file_begins_by_saying_what_it_is(path):
     assert re.match(r"[`\w].{20,}?[.?:](\s|$)", first, re.DOTALL), path
 
 
-def test_no_benchmark_hides_a_module():
+@pytest.mark.parametrize("folder", ["benchmarks", "claims", "tests/tools"])
+def test_no_command_hides_a_module(folder):
     """`python benchmarks/data.py` finds itself where it imports data."""
     ours = {part for name in MODULES for part in name.split(".")}
-    for path in Path("benchmarks").glob("*.py"):
+    for path in Path(folder).glob("*.py"):
         assert path.stem not in ours | sys.stdlib_module_names, path
 
 

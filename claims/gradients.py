@@ -1,7 +1,7 @@
 """The policy gradient at fixed weights, estimated from many batches: how noisy it is under each baseline, and which
 problems it comes from.
 
-    python benchmarks/gradients.py --seed 1
+    python claims/gradients.py --seed 1
 
 Variance: the trace of the gradient's covariance over batches, divided by the squared norm of the expected gradient.
 Every baseline sees the same completions. The critic of "value" is fitted first, on completions of the same policy.

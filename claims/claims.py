@@ -1,8 +1,8 @@
 """Claims about reinforcement learning of language models, tested one by one on the embedded models.
 
-    python benchmarks/claims.py                          # lists them
-    python benchmarks/claims.py format-reward            # runs one and prints its rows
-    python benchmarks/claims.py --every                  # all of them, in hours; finished runs are kept in runs/claims
+    python claims/claims.py                          # lists them
+    python claims/claims.py format-reward            # runs one and prints its rows
+    python claims/claims.py --every                  # all of them, in hours; finished runs are kept in runs/claims
 
 A claim compares two conditions, each run with the same five seeds. The rule was fixed before the first run. The paired
 difference, first minus second, has a 95% interval by Student's t. For each comparison, the first of these that is true:
@@ -80,7 +80,7 @@ def run_once(command: str, seed: int) -> Path:
     folder.mkdir(parents=True)
     if script.startswith("models/"):
         flags = [str(folder / "run" / "final"), *flags]
-    elif script.startswith("train_") or script == "benchmarks/process_reward.py":
+    elif script.startswith("train_") or script == "claims/process_reward.py":
         flags += ["--seed", str(seed), "--run-root", str(folder), "--run-name", "run"]
     else:
         flags += ["--seed", str(seed), "--output", str(folder / "out.jsonl")]
@@ -164,7 +164,7 @@ def figure(folders: list[Path], name: str) -> list[float]:
 
 
 def number(folders: list[Path], name: str) -> list[float]:
-    """For each seed, a figure of benchmarks/gradients.py."""
+    """For each seed, a figure of claims/gradients.py."""
     return [records(folder)[0][name] for folder in folders]
 
 
@@ -233,8 +233,8 @@ def claim(text: str) -> Callable:
 
 @claim("A baseline reduces the variance of the policy gradient")
 def baseline_variance(runs: Runner) -> list[Row]:
-    at = runs(base="benchmarks/gradients.py")["base"]
-    at_trained = runs(trained=GRPO, later="benchmarks/gradients.py --model {trained}")["later"]
+    at = runs(base="claims/gradients.py")["base"]
+    at_trained = runs(trained=GRPO, later="claims/gradients.py --model {trained}")["later"]
     return [
         compare(f"variance {when}: {name}, no baseline", number(f, name), number(f, "none"), LOWER, relative=True)
         for when, f in (("at the base", at), ("after GRPO", at_trained))
@@ -244,7 +244,7 @@ def baseline_variance(runs: Runner) -> list[Row]:
 
 @claim("Dividing by the group's standard deviation favours very easy and very hard problems")
 def std_and_difficulty(runs: Runner) -> list[Row]:
-    f = runs(base="benchmarks/gradients.py")["base"]
+    f = runs(base="claims/gradients.py")["base"]
     what = "share of the gradient from groups with one right or one wrong: divided, not"
     return [compare(what, number(f, "extreme, with std"), number(f, "extreme, without"), HIGHER)]
 
@@ -369,7 +369,7 @@ def language_reward_and_mixing(runs: Runner) -> list[Row]:
 
 @claim("Rewards for the process are not better than rewards for the outcome (a miniature of R1's PRM)")
 def process_or_outcome(runs: Runner) -> list[Row]:
-    r = runs(outcome=GRPO, process=f"benchmarks/process_reward.py {GRPO.partition(' ')[2]}")
+    r = runs(outcome=GRPO, process=f"claims/process_reward.py {GRPO.partition(' ')[2]}")
     return [compare("accuracy: outcome, process", last(r["outcome"]), last(r["process"]), AS_GOOD)]
 
 
@@ -611,7 +611,7 @@ def draw(conditions: dict[str, list[Path]], tags: tuple[str, ...], path: Path, w
 def main(args: Args) -> None:
     names = list(CLAIMS) if args.every else list(args.names)
     if unknown := [name for name in names if name not in CLAIMS]:
-        fail(f"{unknown[0]}: no such claim; `python benchmarks/claims.py` lists them")
+        fail(f"{unknown[0]}: no such claim; `python claims/claims.py` lists them")
     if args.seeds not in STUDENTS_T:
         fail(f"--seeds {args.seeds}: must be 2 to 5")
     if not names:

@@ -1,7 +1,7 @@
 """train_grpo.py on arithmetic with a reward for the process instead of the outcome: the share of the running totals in
 the thinking that are right, up to the first wrong one. Evaluations count answers, as ever.
 
-    python benchmarks/process_reward.py --iterations 60          # flags as train_grpo.py's
+    python claims/process_reward.py --iterations 60          # flags as train_grpo.py's
 """
 
 import itertools
