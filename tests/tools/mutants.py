@@ -1,9 +1,9 @@
 r"""Tests the tests: puts one mistake at a time into a copy of the working tree, and some test must fail.
 
-    python benchmarks/mutants.py                  # all of them: an hour if the tests are strong
-    python benchmarks/mutants.py --fast           # with the fast tests only
-    python benchmarks/mutants.py --only grpo dpo  # those whose file or name contains one of these
-    python benchmarks/mutants.py --check          # runs no tests; checks that each text occurs once
+    python tests/tools/mutants.py                  # all of them: an hour if the tests are strong
+    python tests/tools/mutants.py --fast           # with the fast tests only
+    python tests/tools/mutants.py --only grpo dpo  # those whose file or name contains one of these
+    python tests/tools/mutants.py --check          # runs no tests; checks that each text occurs once
 
 For each mistake the likely test files run first, then the whole fast suite, then the slow tests. Tests of the files'
 text (COMPARE_TEXT) are left out, because they notice any change.
@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import tyro
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from benchmarks.learning import ROOT  # noqa: E402
 from plumbing.evaluation import format_table  # noqa: E402

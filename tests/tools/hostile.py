@@ -1,6 +1,6 @@
 """Runs hostile completions through every verifier and reward: counts exceptions, times calls, watches memory.
 
-    python benchmarks/hostile.py                # 100,000 strings, a few minutes
+    python tests/tools/hostile.py                # 100,000 strings, a few minutes
 
 A policy learns to write whatever is rewarded, so rewards must expect adversarial text. The generated strings mix tags,
 boxes, numbers, LaTeX, Unicode digits, right-to-left marks, lone surrogates, huge exponents, NUL and patterns that make
@@ -18,7 +18,7 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from benchmarks.learning import machine  # noqa: E402
 from plumbing.answers import answers_match, extract_answer  # noqa: E402

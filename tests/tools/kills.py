@@ -1,7 +1,7 @@
 """Fault tests: runs that are killed and resumed, and one process that trains for a long time.
 
-    python benchmarks/faults.py                       # kill -9 at random moments, every script; 10 minutes
-    python benchmarks/faults.py --soak-minutes 30     # train_grpo.py's default run again and again in one process
+    python tests/tools/kills.py                       # kill -9 at random moments, every script; 10 minutes
+    python tests/tools/kills.py --soak-minutes 30     # train_grpo.py's default run again and again in one process
 
 A run is killed several times, possibly while it writes a checkpoint or before its first one, and resumed each time. Its
 kills count as survived if the final weights, events and sampler ledger equal those of an uninterrupted run.
@@ -21,14 +21,14 @@ from pathlib import Path
 
 import tyro
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import train_grpo  # noqa: E402
-from benchmarks.hostile import resident_mb  # noqa: E402
 from benchmarks.learning import ROOT, machine, read_scalars  # noqa: E402
 from plumbing.evaluation import format_table  # noqa: E402
 from plumbing.flags import from_flat  # noqa: E402
 from plumbing.runs import load_checkpoint  # noqa: E402
+from tests.tools.hostile import resident_mb  # noqa: E402
 
 RL = "--prompts-per-step 4 --group-size 4 --problem-sampling prioritized"
 PAIRS = "--pair-problems 60 --minibatch-size 8"

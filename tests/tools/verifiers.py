@@ -1,7 +1,7 @@
 r"""Compares our verifier on real answers with the truth, with math-verify and with recorded verdicts. It prints every
 disagreement. math-verify needs `pip install -r requirements-dev.txt`.
 
-    python benchmarks/verifiers.py --gsm8k DIR --math500 FILE
+    python tests/tools/verifiers.py --gsm8k DIR --math500 FILE
 
 GSM8K's files (train.jsonl, test.jsonl, and example_model_solutions.jsonl, with four models' solutions of each test
 problem and whether they are right) are in https://github.com/openai/grade-school-math, MATH-500's test.jsonl in
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import tyro
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from benchmarks.real_data import model_solutions  # noqa: E402
 from data import read_jsonl  # noqa: E402
