@@ -29,7 +29,7 @@ import common  # noqa: E402
 import train_grpo  # noqa: E402
 from benchmarks import memory  # noqa: E402
 from benchmarks.learning import machine, read_scalars  # noqa: E402
-from benchmarks.sampling_speed import floor, speeds  # noqa: E402
+from benchmarks.speed import bandwidth_floor, sampling_speeds  # noqa: E402
 from plumbing.engine import GroupDecoder, decoder_class, takes_groups  # noqa: E402
 from plumbing.evaluation import format_table  # noqa: E402
 from plumbing.flags import from_flat  # noqa: E402
@@ -162,11 +162,11 @@ def check_speed(path: str, size: str, args: Args, device, dtype) -> Iterator[Row
     stock = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
     for rows in args.rows:
         prompts = make_prompts(rows // 8)
-        mine, theirs, _ = speeds(ours, stock, prompts, 8, args.new_tokens, 2)
+        mine, theirs, _ = sampling_speeds(ours, stock, prompts, 8, args.new_tokens, 2)
         found = f"{mine:.0f} tokens/s, {mine / theirs:.1f} x generate"
         wanted, good, slow = "", None, "slower than it should be: look at time/sample of a run"
         if device.type == "cuda":
-            share, aim = floor(ours, prompts, 8, args.new_tokens) * mine, 0.35 if rows <= 64 else 0.5
+            share, aim = bandwidth_floor(ours, prompts, 8, args.new_tokens) * mine, 0.35 if rows <= 64 else 0.5
             found += f", {share:.0%} of the bandwidth floor"
             wanted, good = f"5 x, {aim:.0%} at 1.5B", mine > 5 * theirs and (share >= aim or size != "1.5B")
         yield Row(f"sampling {size}, {rows} rows", found, wanted, good, slow)

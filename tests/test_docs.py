@@ -116,6 +116,7 @@ def test_flags_that_are_named_exist(path):
     """Also outside commands, in a sentence."""
     files = [*CODE, *BY_HAND, *Path("recipes").glob("*.py")]
     known = {flag for file in files for flag in flags_of(file)}
+    known |= set(flags_of(Path("benchmarks/speed.py"), "Shared|Sampling|Logprobs|Step"))  # its subcommands
     known |= set(re.findall(r"--(\w+)", Path("models/make_tiny.py").read_text()))  # it has no Args
     known |= {"logdir", "help", "multi_gpu", "num_processes", "cpu"}  # of other commands
     written = set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", path.read_text()))
