@@ -6,8 +6,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on a net
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for models of this size a second thread is slower
 
 import atexit
+import contextlib
 import functools
 import gc
+import io
 import shutil
 import signal
 import subprocess
@@ -84,7 +86,7 @@ def process_as_before():
     gc.unfreeze()
 
 
-def slow(*values):
+def slow_case(*values):
     """A case of parametrize that only `pytest -m ''` runs."""
     return pytest.param(*values, marks=pytest.mark.slow)
 
@@ -130,7 +132,7 @@ def weights(directory: Path) -> bytes:
     return (directory / "model.safetensors").read_bytes()
 
 
-def small(module, root: Path, **changes):
+def short_args(module, root: Path, **changes):
     """Args for a run of a few seconds, for any train script. changes: flags by name, including those in groups."""
     shared = {"model": EMBEDDED, "device": "cpu", "run_root": str(root), "iterations": 2, "eval_problems": 6}
     shared |= {"eval_every": 0, "save_every": 0}
@@ -163,17 +165,31 @@ def few_problems() -> str:
     return str(file)
 
 
-def quick(module, root: Path, **changes):
-    """`small` for an RL script, with few problems, short completions and two problems in an evaluation."""
+def rl_args(module, root: Path, **changes):
+    """`short_args` for an RL script, with few problems, short completions and two problems in an evaluation."""
     few = {"problems": few_problems(), "eval_data": "arithmetic", "eval_problems": 2, "max_new_tokens": 18}
-    return small(module, root, **few | changes)
+    return short_args(module, root, **few | changes)
 
 
 @pytest.fixture(scope="session")
 def saved_run(tmp_path_factory) -> Path:
     """A GRPO run of four iterations with two checkpoints, to read or to copy."""
-    args = quick(train_grpo, tmp_path_factory.mktemp("saved"), iterations=4, eval_every=2, save_every=2)
+    args = rl_args(train_grpo, tmp_path_factory.mktemp("saved"), iterations=4, eval_every=2, save_every=2)
     return run(train_grpo.main, args)
+
+
+def copied(saved_run: Path, root: Path) -> Path:
+    return shutil.copytree(saved_run, root / "runs" / saved_run.name)
+
+
+@pytest.fixture(scope="session")
+def learned(tmp_path_factory) -> tuple[Path, str]:
+    """A run of GRPO that is long enough to learn, and its printed output."""
+    flags = {"prompts_per_step": 16, "group_size": 8, "iterations": 12, "learning_rate": 4e-4, "warmup_iterations": 2}
+    args, printed = short_args(train_grpo, tmp_path_factory.mktemp("learned"), eval_problems=36, **flags), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        run_dir = run(train_grpo.main, args)
+    return run_dir, printed.getvalue()
 
 
 def start(*flags: str, **options) -> subprocess.Popen:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EMBEDDED, run, small, start
+from conftest import EMBEDDED, run, short_args, start
 from transformers import AutoConfig
 
 import common
@@ -274,7 +274,7 @@ def test_sft_drops_and_counts_what_the_context_would_cut(tmp_path, capsys):
     """Catches: truncation that cuts off the end of a completion, with its answer and EOS."""
     rows = [{"prompt": f"{i}+1=", "completion": "2" * (300 if i < 3 else 5)} for i in range(40)]
     data = write_lines(tmp_path / "d.jsonl", rows)
-    run(train_sft.main, small(train_sft, tmp_path / "runs", data=data, iterations=1, **SHORT))
+    run(train_sft.main, short_args(train_sft, tmp_path / "runs", data=data, iterations=1, **SHORT))
     assert "3 of 40 demonstrations exceed the context of 256: dropped" in capsys.readouterr().out
 
 
@@ -289,7 +289,7 @@ def test_evaluate_output_directory_is_checked_first(tmp_path, capsys, no_model):
 def test_fewer_iterations_than_the_run_has_done(tmp_path, capsys, few):
     run_dir = run(
         train_grpo.main,
-        small(train_grpo, tmp_path, problems=few, prompts_per_step=2, group_size=2, save_every=1, **SHORT),
+        short_args(train_grpo, tmp_path, problems=few, prompts_per_step=2, group_size=2, save_every=1, **SHORT),
     )
     error = refuse(train_grpo, {"resume": run_dir, "iterations": 1}, capsys)
     assert "--iterations 1: the run has done 2 already" in error

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import EMBEDDED, assert_same_events, make_model, run, scalars, small, weights
+from conftest import EMBEDDED, assert_same_events, make_model, run, scalars, short_args, weights
 from test_bad_input import no_model, refuse  # noqa: F401  (a fixture)
-from test_runs import StopAtIterationThree
+from test_resume import StopAtIterationThree
 from torch.nn.functional import logsigmoid
 
 import common
@@ -440,7 +440,7 @@ def test_a_short_run_learns_to_rank(tmp_path, capsys):
         "minibatch_size": 32,
         "warmup_iterations": 3,
     }
-    run_dir = run(train_dpo.main, small(train_dpo, tmp_path, **changes))
+    run_dir = run(train_dpo.main, short_args(train_dpo, tmp_path, **changes))
     values = {tag: [value for _, value in points] for tag, points in scalars(run_dir).items()}
     assert_begins_at_the_reference(values)
     assert values["eval/pair_accuracy"][-1] > 0.65
@@ -454,7 +454,7 @@ def test_a_short_run_learns_to_rank(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"loss": "simpo"}, {"loss": "ipo"}, {"length_normalize": True, "kl_coef": 1.0}])
 def test_every_loss_runs(changes, tmp_path):
-    values = scalars(run(train_dpo.main, small(train_dpo, tmp_path, **changes)))
+    values = scalars(run(train_dpo.main, short_args(train_dpo, tmp_path, **changes)))
     assert all(math.isfinite(value) for points in values.values() for _, value in points)
     assert ("eval/kl" in values) == ("loss/kl" in values) == (changes.get("loss") != "simpo")
 
@@ -463,9 +463,9 @@ def test_simpo_loads_no_reference_and_dpo_only_for_evaluations(tmp_path, monkeyp
     """Also, before its first update, all of DPO's pairs are ties."""
     loads, load = [], common.load_policy
     monkeypatch.setattr(common, "load_policy", lambda *a, **k: loads.append(a) or load(*a, **k))
-    run(train_dpo.main, small(train_dpo, tmp_path, **TINY, loss="simpo", iterations=1))
+    run(train_dpo.main, short_args(train_dpo, tmp_path, **TINY, loss="simpo", iterations=1))
     assert len(loads) == 2  # the pairs' sampler and the policy
-    run_dir = run(train_dpo.main, small(train_dpo, tmp_path, iterations=1))
+    run_dir = run(train_dpo.main, short_args(train_dpo, tmp_path, iterations=1))
     assert len(loads) == 2 + 4
     assert_begins_at_the_reference({tag: [value for _, value in points] for tag, points in scalars(run_dir).items()})
 
@@ -473,7 +473,7 @@ def test_simpo_loads_no_reference_and_dpo_only_for_evaluations(tmp_path, monkeyp
 def test_the_soft_penalty_keeps_the_policy_near_the_reference(tmp_path):
     """Catches: a penalty with the wrong sign."""
     changes = TINY | {"iterations": 10, "learning_rate": 3e-4, "warmup_iterations": 1}
-    runs = [run(train_dpo.main, small(train_dpo, tmp_path, **changes, kl_coef=c)) for c in (0.0, 30.0)]
+    runs = [run(train_dpo.main, short_args(train_dpo, tmp_path, **changes, kl_coef=c)) for c in (0.0, 30.0)]
     free, held = (scalars(run_dir)["loss/kl"][-1][1] for run_dir in runs)
     assert held < 0.7 * free
 
@@ -483,7 +483,7 @@ def test_the_soft_penalty_keeps_the_policy_near_the_reference(tmp_path):
 def test_an_interrupted_run_equals_the_uninterrupted_one(lost_work, tmp_path, monkeypatch):
     """Catches: a resume that loses optimizer, data cursor or the start model's samples, or takes the checkpoint for the
     reference. Weights agree to the byte, events except times and memory to the bit, also without the cache."""
-    args = small(train_dpo, tmp_path, **TINY, iterations=5, eval_every=3, save_every=2, kl_coef=0.1)
+    args = short_args(train_dpo, tmp_path, **TINY, iterations=5, eval_every=3, save_every=2, kl_coef=0.1)
     whole = run(train_dpo.main, args)
     with monkeypatch.context() as patched:
         patched.setattr(plumbing.runs, "StopSignal", StopAtIterationThree)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EMBEDDED, quick, refusal, run, small
+from conftest import EMBEDDED, refusal, rl_args, run, short_args
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import common
@@ -46,7 +46,7 @@ def test_a_hub_name_that_is_not_there_is_one_line(capsys):
 
 def test_final_is_a_model_like_any_other(tmp_path):
     """Plain transformers loads it, and with it the chat pipeline writes what our sampler writes."""
-    final = run(train_grpo.main, quick(train_grpo, tmp_path, iterations=1)) / "final"
+    final = run(train_grpo.main, rl_args(train_grpo, tmp_path, iterations=1)) / "final"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(final), AutoTokenizer.from_pretrained(final)
     ours = common.load_policy(str(final))
     prompt = encode_prompts(tokenizer, ["12+7-5="])
@@ -59,6 +59,6 @@ def test_final_is_a_model_like_any_other(tmp_path):
 
 
 def test_a_reward_model_is_a_sequence_classifier_like_any_other(tmp_path):
-    final = run(train_rm.main, small(train_rm, tmp_path, iterations=1, pair_problems=20)) / "final"
+    final = run(train_rm.main, short_args(train_rm, tmp_path, iterations=1, pair_problems=20)) / "final"
     model = AutoModelForSequenceClassification.from_pretrained(final)
     assert model.config.num_labels == 1 and model(torch.tensor([[5, 6, 1]])).logits.shape == (1, 1)

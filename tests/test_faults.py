@@ -18,12 +18,12 @@ from conftest import (
     EMBEDDED,
     assert_same_events,
     make_model,
-    quick,
     refusal,
+    rl_args,
     run,
     scalars,
-    slow,
-    small,
+    short_args,
+    slow_case,
     start,
     texts,
     wait_for,
@@ -57,7 +57,7 @@ LOSSES = {
 
 SCRIPTS = pytest.mark.parametrize(  # every script in the full suite, GRPO alone in the fast one
     "script",
-    [train_grpo, *(slow(script) for script in LOSSES if script is not train_grpo)],
+    [train_grpo, *(slow_case(script) for script in LOSSES if script is not train_grpo)],
     ids=lambda module: module.__name__,
 )
 
@@ -65,7 +65,7 @@ SCRIPTS = pytest.mark.parametrize(  # every script in the full suite, GRPO alone
 def short(script, root: Path, **changes):
     """Args of the shortest run of a script."""
     others = script in (train_dpo, train_rm, train_sft)
-    return (small if others else quick)(script, root, **changes)
+    return (short_args if others else rl_args)(script, root, **changes)
 
 
 # ---- Killed ----------------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def command(args) -> list[str]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Path:
-    return run(train_grpo.main, quick(train_grpo, tmp_path_factory.mktemp("whole"), **RUN))
+    return run(train_grpo.main, rl_args(train_grpo, tmp_path_factory.mktemp("whole"), **RUN))
 
 
 MOMENTS = {  # the path in the run directory that appears at that moment
@@ -95,11 +95,11 @@ MOMENTS = {  # the path in the run directory that appears at that moment
 
 @pytest.mark.parametrize(
     "moment",
-    [moment if "checkpoint" in moment else slow(moment) for moment in MOMENTS],
+    [moment if "checkpoint" in moment else slow_case(moment) for moment in MOMENTS],
 )
 def test_a_killed_process_resumes_to_the_same_bytes(moment, uninterrupted, tmp_path):
     """kill -9, and the resumed run equals the uninterrupted one: weights, events, sampler ledger."""
-    process = start(*command(quick(train_grpo, tmp_path, **RUN)))
+    process = start(*command(rl_args(train_grpo, tmp_path, **RUN)))
     end = time.time() + 120
     while process.poll() is None and not list(tmp_path.glob(f"*/{MOMENTS[moment]}")):
         assert time.time() < end
@@ -175,11 +175,11 @@ def test_a_save_may_end_anywhere(stage, tmp_path, monkeypatch, embedded):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_whose_save_ended_anywhere_goes_on(stage, tmp_path, monkeypatch):
     changes = {"iterations": 4, "save_every": 1, "keep_checkpoints": 2}
-    whole = run(train_grpo.main, small(train_grpo, tmp_path, **changes))
+    whole = run(train_grpo.main, short_args(train_grpo, tmp_path, **changes))
     with monkeypatch.context() as patched:
         kill_at(stage, patched)
         with pytest.raises(Killed):
-            train_grpo.main(small(train_grpo, tmp_path, **changes))
+            train_grpo.main(short_args(train_grpo, tmp_path, **changes))
     (broken,) = set(tmp_path.iterdir()) - {whole}
     run(train_grpo.main, parse_args(train_grpo.Args, ["--resume", str(broken)]))
     assert weights(broken / "final") == weights(whole / "final")
@@ -205,7 +205,7 @@ def send(monkeypatch, *numbers: int) -> None:
 def test_a_signal_ends_the_iteration_and_saves(number, tmp_path, monkeypatch, capsys):
     send(monkeypatch, number)
     with pytest.raises(SystemExit) as stopped:
-        train_grpo.main(quick(train_grpo, tmp_path, iterations=5000))
+        train_grpo.main(rl_args(train_grpo, tmp_path, iterations=5000))
     assert stopped.value.code == 128 + number
     (run_dir,) = tmp_path.iterdir()
     assert f"--resume {run_dir}" in capsys.readouterr().err
@@ -215,7 +215,7 @@ def test_a_signal_ends_the_iteration_and_saves(number, tmp_path, monkeypatch, ca
 @pytest.mark.slow
 def test_a_signal_to_a_process_ends_its_iteration_and_saves(tmp_path):
     number = signal.SIGTERM
-    process = start(*command(quick(train_grpo, tmp_path, iterations=5000)))
+    process = start(*command(rl_args(train_grpo, tmp_path, iterations=5000)))
     wait_for(lambda: any(os.path.getsize(f) > 20_000 for f in tmp_path.glob("*/events*")), process)
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
@@ -232,7 +232,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch, capsys):
     """In the middle of an update, without a checkpoint; one line instead of a traceback."""
     send(monkeypatch, signal.SIGINT, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt) as stopped:
-        train_grpo.main(quick(train_grpo, tmp_path))
+        train_grpo.main(rl_args(train_grpo, tmp_path))
     capsys.readouterr()
     sys.excepthook(stopped.type, stopped.value, stopped.tb)  # the run has put its own there
     assert capsys.readouterr().err == STOPPED
@@ -251,7 +251,7 @@ def test_a_process_stopped_at_once_says_so(capsys):
 # ---- The disk --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limit", [slow(1_000_000), 4_000_000], ids=["weights", "optimizer"])
+@pytest.mark.parametrize("limit", [slow_case(1_000_000), 4_000_000], ids=["weights", "optimizer"])
 def test_a_full_disk_leaves_the_old_checkpoint_whole(limit, saved_run, tmp_path, capfd):
     """A limit on the size of a file makes the kernel refuse a write halfway, as a full disk does."""
     run_dir = shutil.copytree(saved_run, tmp_path / "run")
@@ -283,7 +283,7 @@ def test_a_disk_that_is_full_for_events_is_one_line(capsys):
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
-    run_dir = run(train_grpo.main, quick(train_grpo, tmp_path, iterations=3, save_every=1, keep_checkpoints=2))
+    run_dir = run(train_grpo.main, rl_args(train_grpo, tmp_path, iterations=3, save_every=1, keep_checkpoints=2))
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
     flags = ["--resume", str(run_dir), "--iterations", "4", "--keep-checkpoints", "1"]
     train_grpo.main(parse_args(train_grpo.Args, flags))
@@ -315,7 +315,7 @@ def test_weights_are_read_from_safetensors_only(tmp_path, capsys):
     state = dict(common.load_policy(EMBEDDED).state_dict())
     torch.save(state, tmp_path / "model" / "pytorch_model.bin")
     (tmp_path / "model" / "model.safetensors").unlink()
-    args = quick(train_grpo, tmp_path / "runs", model=str(tmp_path / "model"))
+    args = rl_args(train_grpo, tmp_path / "runs", model=str(tmp_path / "model"))
     assert "its weights can't be loaded" in refusal(train_grpo.main, args, capsys)
 
 
@@ -332,7 +332,7 @@ def test_missing_weights_are_refused_in_one_line(tmp_path, capsys):
     """Catches: random numbers for a weight that the files lack, with only a warning among many."""
     name = "model.layers.1.mlp.up_proj.weight"
     broken = without(name, tmp_path / "model")
-    args = quick(train_grpo, tmp_path / "runs", model=broken)
+    args = rl_args(train_grpo, tmp_path / "runs", model=broken)
     assert (
         refusal(train_grpo.main, args, capsys)
         == f"error: {broken}: its weights are incomplete: {name} not in its files\n"
@@ -399,7 +399,7 @@ def break_loss(monkeypatch, module, how: str, calls: set[int] | None = None, nam
 @pytest.mark.parametrize(
     ("script", "how"),
     [(train_grpo, "loss"), (train_grpo, "gradient")]
-    + [slow(script, "loss") for script in LOSSES if script is not train_grpo],
+    + [slow_case(script, "loss") for script in LOSSES if script is not train_grpo],
 )
 def test_a_bad_update_is_skipped_and_counted(script, how, tmp_path, monkeypatch, capsys):
     """Catches: one NaN that ends a run of days. The weights stay finite and the run continues."""
@@ -440,7 +440,7 @@ def test_bad_updates_in_a_row_end_the_run(script, tmp_path, monkeypatch, capsys)
 def test_a_critics_bad_updates_in_a_row_end_the_run(how, tmp_path, monkeypatch, capsys):
     """They count even if the policy's updates in between are good."""
     break_loss(monkeypatch, train_pg, how, name="value_loss")
-    args = quick(train_pg, tmp_path, iterations=9, baseline="value", max_bad_updates=3)
+    args = rl_args(train_pg, tmp_path, iterations=9, baseline="value", max_bad_updates=3)
     assert "--max-bad-updates 3 updates in a row were not finite" in refusal(train_pg.main, args, capsys)
 
 
@@ -453,7 +453,7 @@ def test_the_rows_to_blame_are_the_ones_written(tmp_path, monkeypatch, capsys):
         return group_advantages(rewards, normalize_std)
 
     monkeypatch.setattr(train_grpo, "group_advantages", broken)
-    refusal(train_grpo.main, quick(train_grpo, tmp_path, max_bad_updates=1), capsys)
+    refusal(train_grpo.main, rl_args(train_grpo, tmp_path, max_bad_updates=1), capsys)
     (file,) = tmp_path.glob("*/bad_update.jsonl")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(rows) == 4 and len({row["prompt"] for row in rows}) == 1
@@ -487,7 +487,7 @@ def test_a_length_that_explodes_is_told(tmp_path, capsys):
 
 
 def test_a_run_that_truncates_everything_says_so(tmp_path, capsys):
-    run(train_grpo.main, quick(train_grpo, tmp_path, iterations=6, max_new_tokens=2))
+    run(train_grpo.main, rl_args(train_grpo, tmp_path, iterations=6, max_new_tokens=2))
     error = capsys.readouterr().err
     assert error.count("warning: rollout/finished 0 for 5 iterations") == 1
     assert error.count("warning: reward/std_within_group 0 for 5 iterations") == 1
@@ -495,7 +495,7 @@ def test_a_run_that_truncates_everything_says_so(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_groups_of_one_have_no_spread_to_watch(tmp_path, capsys):
-    values = scalars(run(train_ppo.main, quick(train_ppo, tmp_path, iterations=6, prompts_per_step=4, group_size=1)))
+    values = scalars(run(train_ppo.main, rl_args(train_ppo, tmp_path, iterations=6, prompts_per_step=4, group_size=1)))
     assert "reward/std_within_group" not in values and "warning" not in capsys.readouterr().err
 
 
@@ -514,7 +514,7 @@ def test_a_seed_fixes_everything(script, tmp_path):
 
 @pytest.mark.parametrize(
     "script",
-    [train_grpo, train_sft, *(slow(script) for script in LOSSES if script not in (train_grpo, train_sft))],
+    [train_grpo, train_sft, *(slow_case(script) for script in LOSSES if script not in (train_grpo, train_sft))],
     ids=lambda module: module.__name__,
 )
 def test_micro_batches_change_memory_only(script, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EMBEDDED, assert_same_events, run, scalars, small, weights
+from conftest import EMBEDDED, assert_same_events, run, scalars, short_args, weights
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -100,7 +100,7 @@ def fork(tmp_path, monkeypatch):
 
 def start(module, root: Path, **flags) -> Path:
     flags = {"iterations": 4, "save_every": 1, "learning_rate": 1e-3, "warmup_iterations": 1} | flags
-    return run(module.main, small(module, root / "runs", **flags))
+    return run(module.main, short_args(module, root / "runs", **flags))
 
 
 def resume(module, whole: Path) -> Path:

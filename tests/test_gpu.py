@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import EMBEDDED, make_model, run, small
+from conftest import EMBEDDED, make_model, run, short_args
 
 import common
 import train_grpo
@@ -37,7 +37,7 @@ def test_sampler_and_trainer_agree_in_bf16():
 
 def test_a_run_learns(tmp_path):
     flags = {"iterations": 30, "eval_problems": 60, "device": "cuda", "prompts_per_step": 32, "group_size": 8}
-    state = load_checkpoint(str(run(train_grpo.main, small(train_grpo, tmp_path, save_every=30, **flags))))
+    state = load_checkpoint(str(run(train_grpo.main, short_args(train_grpo, tmp_path, save_every=30, **flags))))
     masters, progress = state["stateful"]["optimizer"]["masters"], state["progress"]
     assert masters and all(master.dtype == torch.float32 for master in masters)
     assert progress["scores"]["eval/accuracy"] > progress["before"]["eval/accuracy"] + 0.1

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import EMBEDDED, assert_same_events, run, scalars, small, weights
+from conftest import EMBEDDED, assert_same_events, run, scalars, short_args, weights
 from test_bad_input import refuse
-from test_runs import StopAtIterationThree
+from test_resume import StopAtIterationThree
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification
 
@@ -161,7 +161,7 @@ def assert_scores_as_a_classifier(final, seed: int, few: PairFlags) -> None:
 
 
 def test_the_result_is_a_classifier_whose_mean_score_is_zero(tmp_path):
-    args = small(train_rm, tmp_path, pair_problems=40)
+    args = short_args(train_rm, tmp_path, pair_problems=40)
     run_dir = run(train_rm.main, args)
     assert_scores_as_a_classifier(run_dir / "final", args.seed, args.pairs)
     values = scalars(run_dir)
@@ -176,7 +176,7 @@ def test_a_short_run_learns_to_rank(tmp_path, capsys):
     """From ties to held-out pairs ranked right."""
     changes = {"pair_problems": 200, "eval_problems": 60, "minibatch_size": 32, "min_gap": 0.05}
     changes |= {"iterations": 40, "warmup_iterations": 4, "learning_rate": 3e-4}
-    args = small(train_rm, tmp_path, **changes)
+    args = short_args(train_rm, tmp_path, **changes)
     run_dir = run(train_rm.main, args)
     values = {tag: [value for _, value in points] for tag, points in scalars(run_dir).items()}
     for tag in "chosen rejected margin accuracy".split():
@@ -193,7 +193,7 @@ def test_a_short_run_learns_to_rank(tmp_path, capsys):
 @pytest.mark.parametrize("lost_work", [False, True])
 def test_an_interrupted_run_equals_the_uninterrupted_one(lost_work, tmp_path, monkeypatch):
     """Catches: a resume that loses optimizer or data cursor, or begins with a new head."""
-    args = small(train_rm, tmp_path, pair_problems=20, iterations=5, eval_every=3, save_every=2)
+    args = short_args(train_rm, tmp_path, pair_problems=20, iterations=5, eval_every=3, save_every=2)
     whole = run(train_rm.main, args)
     with monkeypatch.context() as patched:
         patched.setattr(plumbing.runs, "StopSignal", StopAtIterationThree)

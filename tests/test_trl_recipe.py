@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import EMBEDDED, few_problems, quick, refusal, run, scalars, slow, weights
+from conftest import EMBEDDED, few_problems, refusal, rl_args, run, scalars, slow_case, weights
 
 import common
 import train_grpo
@@ -178,7 +178,7 @@ def test_the_draws_are_those_of_our_run(mode, tmp_path, monkeypatch):
         return problems
 
     monkeypatch.setattr(train_grpo.ProblemSampler, "draw", recorded)
-    made = run(train_grpo.main, quick(train_grpo, tmp_path, problem_sampling=mode, iterations=3))
+    made = run(train_grpo.main, rl_args(train_grpo, tmp_path, problem_sampling=mode, iterations=3))
     ours = list(drawn)
     _, _, _, problems, _, order = trl_grpo.prepare(trl_grpo.Args(str(made)), 1, False)
     assert len(ours) == 12 and [problems[index] for index in order] == ours
@@ -257,7 +257,7 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("name", [slow(name) for name in LOSSES])
+@pytest.mark.parametrize("name", [slow_case(name) for name in LOSSES])
 def test_trl_computes_our_loss_and_gradient(name, tmp_path):
     flags = DEFAULTS | {"prompts_per_step": 2, "group_size": 4, "max_new_tokens": 14} | LOSSES[name]
     model, tokenizer = common.load_policy(EMBEDDED), common.load_tokenizer(EMBEDDED)
@@ -292,7 +292,7 @@ def test_trl_computes_our_loss_and_gradient(name, tmp_path):
 @pytest.mark.slow
 def test_two_processes_repeat_a_run(tmp_path):
     flags = {"problems": few_problems(), "iterations": 2, "minibatch_size": 8, "kl_coef": 0.01, "learning_rate": 1e-3}
-    made = run(train_grpo.main, quick(train_grpo, tmp_path, **flags))
+    made = run(train_grpo.main, rl_args(train_grpo, tmp_path, **flags))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command = [*launch, "--main_process_port", "0", "recipes/trl_grpo.py", "--run", str(made)]
     env = os.environ | {"ACCELERATE_USE_CPU": "true"}

@@ -31,7 +31,7 @@ from plumbing.evaluation import format_table  # noqa: E402
 
 # A file with its likely tests, then its mistakes. <<this=>that>> replaces this by that.
 MUTANTS = r"""
-train_grpo.py test_grpo.py test_runs.py
+train_grpo.py test_grpo.py test_training.py test_updates.py
     clip takes max instead of min: -torch.<<min=>max>>(ratio * A,
     clip bounds swapped: ratio.clamp(1 - <<clip_low, 1 + clip_high=>clip_high, 1 + clip_low>>)
     KL pushes away from the reference: per_token = per_token <<+=>->> kl_coef *
@@ -48,14 +48,14 @@ train_grpo.py test_grpo.py test_runs.py
     dynamic sampling keeps the uniform groups: (<<~=>>>is_uniform(by_rule)).nonzero()
     truncated completions kept, finished ones masked: advantages.where(<<rollout.finished=>~rollout.finished>>, 0.0)
     no backward pass for rows that have only a KL: (advantages != 0).any(1)<< | (args.kl_coef != 0)=>>>
-train_pg.py test_pg.py test_runs.py
+train_pg.py test_pg.py test_training.py
     gamma dropped from the return: next_return = rewards[:, t] + <<gamma * =>>>next_return
     delta without the next value: delta = rewards[:, t]<< + gamma * next_value=>>>
     score one token before the last: token_rewards[rows, rollout.mask.sum(1) - <<1=>2>>]
     policy gradient with the wrong sign: return <<-=>>>(weights * (logprobs * advantages)
     a baseline for none: eos_scores.mean() if args.baseline <<== "batch-mean"=>!= "value">>
     recursion continues over padding: next_advantage)<< * mask[:, t]=>>>
-train_ppo.py test_pg.py test_runs.py
+train_ppo.py test_pg.py test_training.py
     lambda dropped: gamma * <<gae_lambda * =>>>next_advantage
     returns from whitened advantages: return advantages, <<advantages=>whiten(advantages, mask.bool())>> + values
     values leak over the EOS: rewards, values = rewards * mask, values<< * mask=>>>
@@ -66,7 +66,7 @@ train_ppo.py test_pg.py test_runs.py
     value clip takes the smaller error: torch.<<max=>min>>((values - returns) ** 2,
     whitened over padding: real = advantages<<[mask]=>>>
     a missing EOS costs nothing: eos_scores.where(<<rollout.finished=>rollout.finished | True>>
-train_kimi.py test_kimi.py test_runs.py
+train_kimi.py test_kimi.py test_updates.py
     mean of the log-ratios instead of their sum: (logprobs - anchor_logprobs).masked_fill(~mask, 0.0).<<sum=>mean>>(1)
     tau twice as strong: tau<< / 2=>>> * d**2
     log Z of a sum, not of a mean: logsumexp(1, keepdim=True)<< - math.log(rewards.shape[1])=>>>
@@ -79,14 +79,14 @@ train_dpo.py test_dpo.py
     label smoothing without the flipped label: label_smoothing * logsigmoid(<<-=>>>logits)
     mean over padding too: logprobs.<<sum(1) / mask.sum(1)=>mean(1)>> if mean
     another model's reference from the cache: name.encode()<< + tensor.cpu().flatten().view(torch.uint8)=>)#>>
-train_rm.py test_rm.py test_runs.py
+train_rm.py test_rm.py test_updates.py
     margin with the wrong sign: logsigmoid(margins <<-=>+>> margin)
     pair weights ignored: reward_model_loss(pair[0::2], pair[1::2], args.margin<<, weights=>>>)
     calibration without its first bin: index_add(0, index, right - confidence)<<=>[1:]>>
-train_sft.py test_faults.py test_runs.py
+train_sft.py test_faults.py test_training.py
     loss with the wrong sign: return <<-=>>>(weights * logprobs).sum()
     a micro-batch normalised by itself: sft_loss(logprobs, weights[micro]<<=>/ weights[micro].sum()>>)
-common.py test_sampling.py test_logprobs.py test_grpo.py test_runs.py
+common.py test_sampling.py test_logprobs.py test_grpo.py test_training.py test_updates.py
     EOS left out of the mask: = tokens, logprobs, <<~ended=>~(ended | torch.isin(tokens, eos))>>
     temperature missing in the sampler: scaled = <<logits if temperature == 1 else logits / temperature=>logits>>
     temperature missing in the logprobs: else logits<<.div_(temperature)=>>>
@@ -118,7 +118,7 @@ plumbing/engine.py test_logprobs.py test_sampling.py
     remaining rows get other rows' lengths: = self.group[rows], self.lengths[<<rows=>: len(rows)>>], self.bias[rows]
 plumbing/turns.py test_evaluate.py test_data.py
     inserted tokens are trained: [<<False=>True>>] * len(inserts[row])
-plumbing/runs.py test_runs.py test_faults.py
+plumbing/runs.py test_resume.py test_faults.py
     state not restored: <<value.load_state_dict(self._saved.pop(name))=>self._saved.pop(name)>>
     old events not purged: purge_step=<<purge=>None>>
     progress not saved: "global_step": global_step}<< | progress=>>>
@@ -126,7 +126,7 @@ plumbing/runs.py test_runs.py test_faults.py
     the oldest checkpoint first: glob("step_*[0-9]")<<, reverse=True=>>>)
     damaged checkpoint accepted: .read_text()) <<!= file_digests(directory)=>is None>>:
     the newest checkpoints removed: in written[<<keep:=>:-keep>>] if keep
-data.py test_data.py test_runs.py
+data.py test_data.py test_resume.py
     ledger by position, not by problem: zip(<<self.last_draw=>range(len(rates))>>, problems, rates
     every epoch in one order: random.Random(f"epoch <<{epoch} =>>>{self.seed}")
     every prioritized draw alike: random.Random(f"prioritized <<{self.drawn} =>>>{self.seed}")
@@ -157,7 +157,7 @@ plumbing/answers.py test_answers.py test_rewards.py
     nan equals nan: in (""<<, "nan", "inf", "infinity"=>,>>)
     half of a mixed number: value = <<int(match["whole"] or 0) + =>>>top / bottom
     minus sign lost: return <<-value=>value>> if match["sign"]
-plumbing/metrics.py test_runs.py
+plumbing/metrics.py test_updates.py
     last value instead of the maximum: = <<max(float(value), self.sums.get(name, -float("inf")))=>float(value)>>
     positive and negative gaps cancel: - old_logprobs)[trained]<<.abs()=>>>
     entropy over padding: <<(entropy.detach() * trained).sum() / trained.sum()=>entropy.detach().mean()>>
