@@ -11,7 +11,9 @@ import math
 import os
 import random
 import sys
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,8 +35,6 @@ from transformers.utils import logging as transformers_logging
 from plumbing.engine import PackedGroups, PaddedRows, decoder_class, gather_rows, takes_groups
 from plumbing.flags import fail, reason
 
-transformers_logging.disable_progress_bar()  # hide "Loading weights", "Writing model shards": one bar is enough
-
 
 def derive_seed(*parts) -> int:
     """A seed from (args.seed, purpose, step, ...). Each random draw has its own, so a resumed run repeats the draws."""
@@ -45,7 +45,8 @@ def derive_seed(*parts) -> int:
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device to use. "auto" is the GPU if there is one, else the CPU."""
+    """The device to use; "auto" is the GPU if there is one, else the CPU. Also makes torch's global settings, which
+    depend on the device: call it before a model is loaded."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -58,6 +59,15 @@ def resolve_device(device: str) -> torch.device:
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums in fp32, as on a CPU
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {device}: not usable on this machine ({reason(error)}); try --device auto")
+    # "medium" doubles the speed of fp32 matmuls on CPUs with bf16 instructions, in three bf16 passes (error 4e-6). With
+    # AMX it means one pass, on a GPU TF32. Both are too coarse: sampler and trainer should agree on logprobs.
+    medium = resolved.type == "cpu" and not torch.cpu._is_amx_tile_supported()
+    torch.set_float32_matmul_precision("medium" if medium else "highest")
+    # On a CPU, torch caches compiled matmul kernels for the last 1,024 shapes, in two caches. Every ragged batch brings
+    # new shapes, so these caches would take gigabytes for nothing.
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, "32")
+    transformers_logging.disable_progress_bar()  # "Loading weights", "Writing model shards": one bar is enough
     print(f"device: {resolved}")
     return resolved
 
@@ -75,7 +85,7 @@ def resolve_model(path: str) -> str:
 
 
 def load_config(path: str, flag: str = "--model"):
-    """The model's config. Ends with one line if it can't be loaded."""
+    """The model's config; if it can't be loaded, an error that names the flag."""
     path = resolve_model(path)
     local = Path(path).is_dir()
     if local and not (Path(path) / "config.json").exists():
@@ -93,18 +103,32 @@ def context_length(config) -> float:
 
 
 def load_tokenizer(path: str, flag: str = "--model") -> Tokenizer:
-    """The model's tokenizer. Ends with one line if it can't be loaded or has no EOS token."""
-    path = resolve_model(path)
-    load_config(path, flag)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:
-        fail(f"{flag} {path}: its tokenizer can't be loaded ({reason(error)})")
+    """The model's tokenizer; if it can't be loaded or has no EOS token, an error that names the flag."""
+    tokenizer = read_tokenizer(path, flag)
     if tokenizer.eos_token_id is None:
         fail(f"{flag} {path}: its tokenizer has no EOS token, so no completion could ever end")
     if not tokenizer.chat_template:
         print(f"note: {path} has no chat template: prompts are the bare questions", file=sys.stderr)
     return tokenizer
+
+
+def read_tokenizer(path: str, flag: str) -> Tokenizer:
+    path = resolve_model(path)
+    load_config(path, flag)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
+        fail(f"{flag} {path}: its tokenizer can't be loaded ({reason(error)})")
+
+
+def check_vocabulary(path: str, tokenizer: Tokenizer, flag: str = "--model") -> None:
+    """An error unless the model at `path` reads each id of `tokenizer` as the same token. The sizes of two vocabularies
+    don't tell: equal sizes may hold other tokens, and models of one family pad the same tokens to different sizes."""
+    own, other = tokenizer.get_vocab(), read_tokenizer(path, flag).get_vocab()
+    if differ := [token for token in sorted(own, key=own.get) if other.get(token) != own[token]]:
+        here, there = own[differ[0]], other.get(differ[0], "missing")
+        what = f"{len(differ)} tokens have other ids, such as {differ[0]!r}: {there}, not {here}"
+        fail(f"{flag} {path}: has another vocabulary than {tokenizer.name_or_path} ({what}), so it can't read its ids")
 
 
 def load_weights(auto_class, path: str, device, dtype, from_scratch: bool = False, new_head: bool = False, **options):
@@ -114,16 +138,9 @@ def load_weights(auto_class, path: str, device, dtype, from_scratch: bool = Fals
     from_scratch: random weights; only the config is read. new_head: the head's weights may be missing from the files.
     Any other missing weight ends the program, because transformers would fill it with random numbers.
     """
-    # "medium" doubles the speed of fp32 matmuls on CPUs with bf16 instructions, in three bf16 passes (error 4e-6). With
-    # AMX it means one pass, on a GPU TF32. Both are too coarse: sampler and trainer should agree on logprobs.
-    # With "medium", torch's fused CPU attention is 5 to 9 times slower than plain matmuls ("eager").
-    medium = torch.device(device).type == "cpu" and not torch.cpu._is_amx_tile_supported()
-    torch.set_float32_matmul_precision("medium" if medium else "highest")
+    # Where resolve_device chose "medium", torch's fused CPU attention is 5 to 9 times slower than plain matmuls.
+    medium = torch.device(device).type == "cpu" and torch.get_float32_matmul_precision() == "medium"
     attention = "eager" if medium and dtype == torch.float32 else None
-    # On a CPU, torch caches compiled matmul kernels for the last 1,024 shapes, in two caches. Every ragged batch brings
-    # new shapes, so these caches would take gigabytes for nothing.
-    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(cache, "32")
     options |= {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
     path = resolve_model(path)
     if new_head:
@@ -144,20 +161,32 @@ def load_weights(auto_class, path: str, device, dtype, from_scratch: bool = Fals
 
 
 def load_policy(
-    path: str, device="cpu", dtype=torch.float32, eos_token_id: int | None = None, from_scratch: bool = False
+    path: str, tokenizer: Tokenizer | None, device="cpu", dtype=torch.float32, from_scratch: bool = False
 ) -> PreTrainedModel:
-    """Loads a causal LM. eos_token_id: the tokenizer's EOS token. Completions end at it and at the EOS tokens of the
-    model's generation config."""
+    """Loads a causal LM. tokenizer: whose ids it will read (see check_vocabulary); None: its own. Completions end at
+    the tokenizer's EOS token and at those of the model's generation config."""
+    if tokenizer is not None:
+        check_vocabulary(path, tokenizer)
     model = load_weights(AutoModelForCausalLM, path, device, dtype, from_scratch)
     # Keep only the generation config's stop tokens, no top-p or penalties: the policy is the plain softmax.
     named = model.generation_config.eos_token_id
-    stops = sorted({*(named if isinstance(named, list) else [named]), eos_token_id} - {None}) or None
+    eos = None if tokenizer is None else tokenizer.eos_token_id
+    stops = sorted({*(named if isinstance(named, list) else [named]), eos} - {None}) or None
     model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=model.config.pad_token_id)
     return model
 
 
-def load_value_model(path: str, device="cpu", dtype=torch.float32, auto_class=AutoModelForTokenClassification):
-    """Loads a critic: the path's backbone with a new linear head, initialised to zero so that V = 0 at first."""
+def load_value_model(
+    path: str,
+    tokenizer: Tokenizer | None,
+    device="cpu",
+    dtype=torch.float32,
+    auto_class=AutoModelForTokenClassification,
+):
+    """Loads a critic: the path's backbone with a new linear head, initialised to zero so that V = 0 at first.
+    tokenizer: whose ids it will read; None: its own."""
+    if tokenizer is not None:
+        check_vocabulary(path, tokenizer)
     model = load_weights(auto_class, path, device, dtype, new_head=True, num_labels=1)
     for parameter in value_head(model).parameters():
         nn.init.zeros_(parameter)
@@ -168,22 +197,23 @@ def value_head(model: PreTrainedModel) -> nn.Module:
     return getattr(model, "score", None) or model.classifier
 
 
-def load_reward_model(path: str, device="cpu", dtype=torch.float32, new_head=False, flag="--reward-model"):
-    """Loads a sequence classifier with one label (see train_rm.py). new_head: puts a new zero head on any backbone."""
+def load_reward_model(
+    path: str, tokenizer: Tokenizer | None, device="cpu", dtype=torch.float32, new_head=False, flag="--reward-model"
+):
+    """Loads a sequence classifier with one label (see train_rm.py). tokenizer: whose ids it will read; None: its own.
+    new_head: puts a new zero head on any backbone."""
     if new_head:
-        return load_value_model(path, device, dtype, AutoModelForSequenceClassification)
-    if (labels := load_config(path, flag).num_labels) != 1:
-        fail(f"{flag} {path}: has {labels} labels, a reward model has one")
+        return load_value_model(path, tokenizer, device, dtype, AutoModelForSequenceClassification)
+    check_reward_model(path, tokenizer, flag)
     return load_weights(AutoModelForSequenceClassification, path, device, dtype)
 
 
-def check_vocabulary(flag: str, path: str, model: str) -> None:
-    """Ends with one line unless the reward model has one label and, to read the policy's ids, its vocabulary size."""
-    config = load_config(path, flag)
-    if config.num_labels != 1:
-        fail(f"{flag} {path}: has {config.num_labels} labels, a reward model has one")
-    if config.vocab_size != load_config(model).vocab_size:
-        fail(f"{flag} {path}: has another vocabulary than --model {model}")
+def check_reward_model(path: str, tokenizer: Tokenizer | None, flag: str = "--reward-model") -> None:
+    """An error unless the model has one label and reads the tokenizer's ids."""
+    if (labels := load_config(path, flag).num_labels) != 1:
+        fail(f"{flag} {path}: has {labels} labels, a reward model has one")
+    if tokenizer is not None:
+        check_vocabulary(path, tokenizer, flag)
 
 
 def checkpoint_layers(model: PreTrainedModel) -> None:
@@ -210,9 +240,10 @@ class Rollout:
     completion_ids: Tensor  # (B, T), right-padded
     mask: Tensor  # (B, T) bool: real tokens, EOS included; set by the sampler, never computed as ids != pad
     sampler_logprobs: Tensor  # (B, T), at sampling time; 0 on padding and on tokens that the policy did not sample
-    finished: Tensor  # (B,) bool: ended by an EOS, not by the length limit
+    finished: Tensor  # (B,) bool: ended by an EOS or a stop, not by the length limit
     group_size: int
     loss_mask: Tensor | None = None  # (B, T) bool: the real tokens that get a loss; None: all of them
+    filtered: bool = False  # sampled through a filter: then sampler_logprobs are not the policy's own
 
     @property
     def trained(self) -> Tensor:
@@ -223,6 +254,19 @@ class Rollout:
     def lengths(self) -> Tensor:
         """(B,) number of tokens that the policy wrote."""
         return self.trained.sum(1)
+
+    def without(self, rows: Tensor) -> "Rollout":
+        """The same Rollout, in which the given completions, (B,) or (P, G) bool, get no loss."""
+        return (
+            replace(self, loss_mask=self.trained & ~rows.flatten().to(self.mask.device)[:, None])
+            if rows.any()
+            else self
+        )
+
+
+def last_true(mask: Tensor) -> Tensor:
+    """(B,) column of each row's last True in a (B, T) mask; 0 if it has none."""
+    return (mask * torch.arange(mask.shape[1], device=mask.device)).amax(1)
 
 
 def make_rollout(prompts: list[list[int]], completions: list[list[int]], group_size: int = 1, device="cpu") -> Rollout:
@@ -235,28 +279,37 @@ def make_rollout(prompts: list[list[int]], completions: list[list[int]], group_s
     )
 
 
-def join_groups(parts: list[tuple[Rollout, Tensor, list[int]]], limit: int) -> tuple[Rollout, Tensor]:
-    """Joins groups of several Rollouts into one Rollout and one rewards tensor (P, G): the first `limit` groups.
+def join_groups(parts: list[tuple], limit: int) -> tuple:
+    """Joins groups of several sampled batches: the first `limit` of the chosen ones. Returns everything that belongs to
+    a batch, in the order of the parts.
 
-    parts: (Rollout, rewards, indices of the groups to take from it).
+    parts: (indices of the chosen groups, Rollout, others...). Others hold one entry a prompt or one a completion, in
+    lists, in tensors such as (P, G), or in dicts of these.
     """
-    G, T = parts[0][0].group_size, max(rollout.mask.shape[1] for rollout, _, _ in parts)
+    prompts = [len(rollout.prompt_ids) for _, rollout, *_ in parts]
 
-    def gather(name: str) -> Tensor | None:
-        if all(getattr(rollout, name) is None for rollout, _, _ in parts):
-            return None
-        values = [rollout.mask if getattr(rollout, name) is None else getattr(rollout, name) for rollout, _, _ in parts]
-        indices = [[p * G + g for p in groups for g in range(G)] for _, _, groups in parts]
-        rows = [value[index] for value, index in zip(values, indices, strict=True) if index]
-        rows = [nn.functional.pad(t, (0, T - t.shape[1])) if t.dim() == 2 else t for t in rows]
-        return torch.cat(rows)[: limit * G]
+    def join(values: list):
+        first = values[0]
+        if isinstance(first, dict):
+            return {name: join([value[name] for value in values]) for name in first}
+        if isinstance(first, Rollout):
+            if any(value.loss_mask is not None for value in values):
+                values = [replace(value, loss_mask=value.trained) for value in values]
+            names = [field.name for field in dataclasses.fields(Rollout)]
+            return Rollout(**{name: join([getattr(value, name) for value in values]) for name in names})
+        if first is None or isinstance(first, int):  # no loss_mask; group_size, filtered
+            return max(values) if first is not None else None
+        size = len(first) // prompts[0]  # entries a group
+        picked = [[p * size + i for p in groups for i in range(size)] for groups, *_ in parts]
+        if isinstance(first, list):
+            return [value[i] for value, chosen in zip(values, picked, strict=True) for i in chosen][: limit * size]
+        rows = [value[chosen] for value, chosen in zip(values, picked, strict=True) if chosen]
+        if first.dim() == 2:  # (B, T) of different T
+            T = max(value.shape[1] for value in values)
+            rows = [nn.functional.pad(row, (0, T - row.shape[1])) for row in rows]
+        return torch.cat(rows)[: limit * size]
 
-    tensors = {
-        field.name: gather(field.name) for field in dataclasses.fields(Rollout)[1:] if field.name != "group_size"
-    }
-    prompts = [rollout.prompt_ids[p] for rollout, _, groups in parts for p in groups][:limit]
-    rewards = torch.cat([rewards[groups] for _, rewards, groups in parts])[:limit]
-    return Rollout(prompt_ids=prompts, group_size=G, **tensors), rewards
+    return tuple(join(list(values)) for values in zip(*(values for _, *values in parts), strict=True))
 
 
 # ---- Batches -------------------------------------------------------------------------------------------------------
@@ -285,16 +338,15 @@ def micro_batches(
     groups: dict[int, list[int]] = {}
     for row in sorted(rows, key=lambda row: (size[row], row)):  # ascending: the last row added is the longest
         groups.setdefault(row // G, []).append(row)
-    batches, used = [], max_tokens  # full: the next row opens a new micro-batch
+    batches, used = [[]], 0
     for group in sorted(groups.values(), key=lambda group: size[group[-1]]):
-        if used + sum(size[row] for row in group) > max_tokens:
-            used = max_tokens
-        for row in group:
-            if used + size[row] > max_tokens:
+        for i, row in enumerate(group):
+            needed = size[row] if i else sum(size[row] for row in group)  # a group is split only if it is too large
+            if batches[-1] and used + needed > max_tokens:
                 batches, used = [*batches, []], 0
             batches[-1].append(row)
             used += size[row]
-    return batches
+    return [batch for batch in batches if batch]
 
 
 # ---- Sampling ------------------------------------------------------------------------------------------------------
@@ -305,19 +357,34 @@ def sample_groups(
     model: PreTrainedModel,
     prompts: list[list[int]],
     group_size: int,
-    max_new_tokens: int,
+    max_new_tokens: int | list[int],
     temperature: float = 1.0,
     seed: int = 0,
     eos_token_ids: int | list[int] | None = None,
+    stop: Callable[[list[int]], bool] | None = None,
+    filter: Callable[[Tensor], Tensor] | None = None,
 ) -> Rollout:
     """Samples `group_size` completions of every prompt (token ids) from the model's plain softmax at `temperature` (0:
     greedy). Other sampling settings of the generation config (top-p, penalties) are ignored.
 
     Each prompt is computed once for its whole group. Finished rows leave the batch.
-    eos_token_ids: tokens that end a completion; None: those of the model's generation config.
+    max_new_tokens: the length limit, or one of 1 or more for each completion. eos_token_ids: tokens that end a
+    completion; None: those of the model's generation config.
+
+    Two hooks; each costs a synchronization with the GPU at every token:
+    stop(ids) -> bool gets one completion's tokens so far. If it is true, the last of them, which is kept and trained,
+    ends the completion as an EOS would.
+    filter(logits) -> logits gets the batch's logits / temperature, (R, V), and may set some to -inf (top-p, allowed
+    tokens). Tokens are drawn from the filtered distribution, and sampler_logprobs are of that distribution.
     """
     prompts = [list(prompt) for prompt in prompts]
     device, B = model.device, len(prompts) * group_size
+    limits = [max_new_tokens] * B if isinstance(max_new_tokens, int) else max_new_tokens
+    longest, context = max(limits), context_length(model.config)
+    needed = max(len(prompts[row // group_size]) + limit for row, limit in enumerate(limits))
+    if needed > context:
+        fail(f"a prompt and the length limit need {needed} tokens, the model's context has {context}: lower the limit")
+    limits = None if min(limits) == longest else torch.tensor(limits, device=device)
     if eos_token_ids is None:
         eos_token_ids = model.generation_config.eos_token_id
     if eos_token_ids is None:
@@ -326,20 +393,27 @@ def sample_groups(
 
     # Draw all random numbers now, on the CPU: then a row's draws depend neither on the device nor on which rows ended.
     generator = torch.Generator().manual_seed(seed)
-    uniforms = torch.rand(B, max_new_tokens, generator=generator).to(device)
-    completion_ids = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
-    mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
-    sampler_logprobs = torch.zeros(B, max_new_tokens, device=device)
+    uniforms = torch.rand(B, longest, generator=generator).to(device)
+    completion_ids = torch.zeros(B, longest, dtype=torch.long, device=device)
+    mask = torch.zeros(B, longest, dtype=torch.bool, device=device)
+    sampler_logprobs = torch.zeros(B, longest, device=device)
     finished = torch.zeros(B, dtype=torch.bool, device=device)
 
-    decoder = decoder_class(model)(model, prompts, group_size, max_new_tokens)
+    decoder = decoder_class(model)(model, prompts, group_size, longest)
     logits = decoder.prefill()  # (B, V)
     rows, ended = torch.arange(B, device=device), finished.clone()  # the rows in the batch, and which of them ended
-    for step in range(max_new_tokens):
-        tokens, logprobs = sample_tokens(logits, temperature, uniforms[rows, step])
+    for step in range(longest):
+        tokens, logprobs = sample_tokens(logits, temperature, uniforms[rows, step], filter)
         completion_ids[rows, step], sampler_logprobs[rows, step], mask[rows, step] = tokens, logprobs, ~ended
-        ended = ended | torch.isin(tokens, eos)
-        if step == max_new_tokens - 1:
+        stops = torch.isin(tokens, eos)
+        if stop is not None:
+            written, over = completion_ids[rows, : step + 1].tolist(), ended.tolist()
+            stops |= torch.tensor([not o and bool(stop(ids)) for ids, o in zip(written, over, strict=True)]).to(device)
+        finished[rows] |= stops & ~ended
+        ended = ended | stops
+        if limits is not None:
+            ended = ended | (limits[rows] == step + 1)
+        if step == longest - 1:
             break
         if (step + 1) % decoder.check_every == 0:  # not every step: the check waits for the GPU
             live = int((~ended).sum())
@@ -347,46 +421,101 @@ def sample_groups(
                 break
             if (size := decoder.batch_size(live)) < len(rows):
                 kept = ended.argsort(stable=True)[:size].sort().values  # live rows first; ended ones fill up
-                finished[rows] = ended
                 rows, tokens, ended = rows[kept], tokens[kept], ended[kept]
                 decoder.keep(kept)
         logits = decoder.step(tokens)
-    finished[rows] = ended
 
     T = int(mask.sum(1).max())
     completion_ids, sampler_logprobs = completion_ids.masked_fill(~mask, 0), sampler_logprobs.masked_fill(~mask, 0.0)
-    return Rollout(prompts, completion_ids[:, :T], mask[:, :T], sampler_logprobs[:, :T], finished, group_size)
+    tensors = completion_ids[:, :T], mask[:, :T], sampler_logprobs[:, :T], finished
+    return Rollout(prompts, *tensors, group_size, filtered=filter is not None)
 
 
-BLOCK = 16  # vocabulary entries per block of the cumulative sum
+def continue_groups(
+    model: PreTrainedModel,
+    rollout: Rollout,
+    inserts: list[list[int] | None],
+    max_new_tokens: int | list[int],
+    temperature: float = 1.0,
+    seed: int = 0,
+    stop: Callable[[list[int]], bool] | None = None,
+    filter: Callable[[Tensor], Tensor] | None = None,
+) -> Rollout:
+    """Appends the token ids inserts[i] to row i and samples at most max_new_tokens (or max_new_tokens[i]) more; a row
+    whose insert is None stays as it is, and one whose limit is 0 gets its insert only. Returns the new Rollout.
+
+    Inserted tokens, such as a user's next turn or a tool's result, are real (in `mask`) but not trained (not in
+    `loss_mask`), because the policy did not write them. stop, filter: see sample_groups; `stop` gets the tokens since
+    the insert. A row that would leave the model's context ends the program.
+    """
+    G, device = rollout.group_size, rollout.mask.device
+    limits = [max_new_tokens] * len(inserts) if isinstance(max_new_tokens, int) else max_new_tokens
+    completions = [ids[mask].tolist() for ids, mask in zip(rollout.completion_ids, rollout.mask, strict=True)]
+    logprobs = [values[mask].tolist() for values, mask in zip(rollout.sampler_logprobs, rollout.mask, strict=True)]
+    trained = [values[mask].tolist() for values, mask in zip(rollout.trained, rollout.mask, strict=True)]
+    finished, continued = rollout.finished.clone(), []
+    for row, insert in enumerate(inserts):
+        if insert is not None:
+            completions[row] += insert
+            logprobs[row] += [0.0] * len(insert)
+            trained[row] += [False] * len(insert)
+            finished[row] = False
+            continued += [row] if limits[row] else []
+    needed = max(len(rollout.prompt_ids[row // G]) + len(completions[row]) for row in range(len(inserts)))
+    if needed > (context := context_length(model.config)):
+        fail(f"a prompt and its completion have {needed} tokens, the model's context has {context}: insert less")
+    if continued:
+        heads = [rollout.prompt_ids[row // G] + completions[row] for row in continued]
+        rest = sample_groups(
+            model, heads, 1, [limits[row] for row in continued], temperature, seed, stop=stop, filter=filter
+        )
+        for i, row in enumerate(continued):
+            new = rest.mask[i]
+            completions[row] += rest.completion_ids[i][new].tolist()
+            logprobs[row] += rest.sampler_logprobs[i][new].tolist()
+            trained[row] += [True] * int(new.sum())
+        finished[continued] = rest.finished
+    whole = make_rollout(rollout.prompt_ids, completions, G, device)
+    whole.sampler_logprobs[whole.mask] = torch.tensor([value for row in logprobs for value in row], device=device)
+    loss_mask = whole.mask.clone()
+    loss_mask[whole.mask] = torch.tensor([value for row in trained for value in row], device=device)
+    filtered = rollout.filtered or filter is not None
+    return replace(whole, finished=finished, loss_mask=loss_mask, filtered=filtered)
 
 
-def sample_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+CDF_BLOCK = 16  # vocabulary entries per block of the cumulative sum
+
+
+def sample_tokens(logits: Tensor, temperature: float, uniforms: Tensor, filter=None) -> tuple[Tensor, Tensor]:
     """Samples one token per row. Returns tokens and their logprobs, both (R,), from logits (R, V) and uniform random
-    numbers (R,). Computes in fp32; temperature 0 is argmax.
+    numbers (R,). Computes in fp32; temperature 0 is argmax. filter: see sample_groups.
 
     Inverse-CDF sampling: exact, without sorting the vocabulary, and a row's token depends only on its own random
     number. The cumulative sum is taken over blocks first, then within the chosen block.
     """
     logits = logits.float()
+    scaled = logits if temperature in (0, 1) else logits / temperature
+    if filter is not None:
+        scaled = filter(scaled)
+        if scaled.shape != logits.shape or not (scaled.amax(-1) > -torch.inf).all():
+            fail("sample_groups: `filter` must return logits (R, V) that leave each row at least one token")
     if temperature == 0:
-        tokens = logits.argmax(-1)
-        return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-    R, V = logits.shape
-    scaled = logits if temperature == 1 else logits / temperature
+        tokens = scaled.argmax(-1)
+        return tokens, scaled.gather(1, tokens[:, None])[:, 0] - scaled.logsumexp(-1)
+    R, V = scaled.shape
     largest = scaled.amax(-1, keepdim=True)
-    weights = logits.new_empty(R, -(-V // BLOCK) * BLOCK)  # exp(logit - largest): unnormalised probabilities
+    weights = logits.new_empty(R, -(-V // CDF_BLOCK) * CDF_BLOCK)  # exp(logit - largest): unnormalised probabilities
     weights[:, V:] = 0.0
     torch.sub(scaled, largest, out=weights[:, :V]).exp_()
-    weights = weights.view(R, -1, BLOCK)
+    weights = weights.view(R, -1, CDF_BLOCK)
     ends = weights.sum(-1).cumsum(-1)  # (R, blocks)
     total = ends[:, -1:]
     target = keep_below(uniforms[:, None] * total, total)
     # Clamp: NaN logits give an index past the end, and on a GPU that kills the process before anything can be saved.
     block = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[1] - 1)
     start = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
-    inside = weights[torch.arange(R, device=logits.device), block[:, 0]].cumsum(-1)  # (R, BLOCK)
-    tokens = block * BLOCK + torch.searchsorted(inside, keep_below(target - start, inside[:, -1:]), right=True)
+    inside = weights[torch.arange(R, device=logits.device), block[:, 0]].cumsum(-1)  # (R, CDF_BLOCK)
+    tokens = block * CDF_BLOCK + torch.searchsorted(inside, keep_below(target - start, inside[:, -1:]), right=True)
     tokens = tokens.clamp(max=V - 1)
     return tokens[:, 0], (scaled.gather(1, tokens) - largest - total.log())[:, 0]
 
@@ -417,20 +546,23 @@ def logits_at_once(device: torch.device) -> int:
     return 2**27 if device.type == "cuda" else 2**25
 
 
+PLAIN_HEADS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> has_plain_head
+
+
 @torch.no_grad()
 def has_plain_head(model: PreTrainedModel) -> bool:
     """True if the logits are exactly (bit for bit) the last hidden state times the output embedding, without
     soft-capping, scaling or bias. Tested once per model, on two tokens."""
-    if not hasattr(model, "plain_head"):
+    if model not in PLAIN_HEADS:
         ids, head = torch.tensor([[0, 1]], device=model.device), model.get_output_embeddings()
         try:
             hidden = model.base_model(ids, use_cache=False)[0]
-            model.plain_head = torch.equal(hidden @ head.weight.T, model(ids, use_cache=False).logits)
+            PLAIN_HEADS[model] = torch.equal(hidden @ head.weight.T, model(ids, use_cache=False).logits)
         except (RuntimeError, TypeError, AttributeError):  # no output embedding, or one that doesn't fit
-            model.plain_head = False
-        if not model.plain_head:
+            PLAIN_HEADS[model] = False
+        if not PLAIN_HEADS[model]:
             print("note: this model's head is not a plain linear layer: logprobs take more memory", file=sys.stderr)
-    return model.plain_head
+    return PLAIN_HEADS[model]
 
 
 def slices(hidden: Tensor, weight: Tensor | None) -> list[slice]:
@@ -509,12 +641,16 @@ def completion_logprobs(
 
 
 @torch.no_grad()
-def rollout_logprobs(model: PreTrainedModel, rollout: Rollout, max_tokens: int, temperature: float = 1.0) -> Tensor:
-    """(B, T) completion_logprobs of all rows, without gradient, in micro-batches of max_tokens."""
-    logprobs = torch.zeros_like(rollout.sampler_logprobs)
+def rollout_logprobs(
+    model: PreTrainedModel, rollout: Rollout, max_tokens: int, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """completion_logprobs of all rows, logprobs and entropy, both (B, T), without gradient, in micro-batches of
+    max_tokens. Statistics over a batch, such as a quantile of the entropy, belong on these: a micro-batch is an
+    arbitrary part of the batch."""
+    logprobs, entropy = torch.zeros_like(rollout.sampler_logprobs), torch.zeros_like(rollout.sampler_logprobs)
     for micro in micro_batches(rollout, list(range(len(logprobs))), max_tokens):
-        logprobs[micro] = completion_logprobs(model, rollout, micro, temperature)[0]
-    return logprobs
+        logprobs[micro], entropy[micro] = completion_logprobs(model, rollout, micro, temperature)
+    return logprobs, entropy
 
 
 def completion_values(value_model: PreTrainedModel, rollout: Rollout, rows: list[int]) -> Tensor:
@@ -561,14 +697,15 @@ def token_weights(mask: Tensor, loss_norm: str, max_new_tokens: int) -> Tensor:
     "sequence": mean over rows of the mean over each row's tokens (DeepSeekMath, arXiv:2402.03300, eq. 3).
     "token": mean over all tokens of the minibatch (DAPO, arXiv:2503.14476; its eq. 8: over one prompt's completions).
     "constant": sum over a row's tokens / max_new_tokens, mean over rows (Dr. GRPO, arXiv:2503.20783).
+    A row without any token is not counted: the others' weights are those that they would have alone.
     """
-    m = mask.float()
+    m, rows = mask.float(), mask.any(1).sum().clamp(min=1)
     if loss_norm == "sequence":
-        return m / m.sum(1, keepdim=True).clamp(min=1) / len(m)
+        return m / m.sum(1, keepdim=True).clamp(min=1) / rows
     if loss_norm == "token":
         return m / m.sum().clamp(min=1)
     if loss_norm == "constant":
-        return m / (len(m) * max_new_tokens)
+        return m / (rows * max_new_tokens)
     raise ValueError(f"loss_norm is 'sequence', 'token' or 'constant', not {loss_norm!r}")
 
 
@@ -580,8 +717,8 @@ def free_host_memory() -> float:
 
 
 def check_host_memory(parameters: int) -> None:
-    """Ends with one line if an offloaded optimizer doesn't fit in host memory. Each parameter takes 16 bytes: master
-    weight, two moments, gradient."""
+    """An error if an offloaded optimizer doesn't fit in host memory. Each parameter takes 16 bytes: master weight, two
+    moments, gradient."""
     free = free_host_memory()
     if 16 * parameters > free:
         need = f"{16 * parameters / 1e9:.1f} GB of host memory, {free / 1e9:.1f} GB are free"
@@ -618,9 +755,9 @@ class Masters:
     @torch.no_grad()
     def step(self, closure=None):
         super().step(closure)
-        pairs = [pair for pair in zip(self.weights, self.masters, strict=True) if pair[0] is not pair[1]]
-        if pairs:
-            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))  # in place: the sampler reads the same tensors
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            if weight is not master:
+                weight.copy_(master)  # in place: the sampler reads the same tensors
 
     def state_dict(self) -> dict:
         copies = [] if all(w.dtype == torch.float32 for w in self.weights) else self.masters  # fp32 weights are masters
@@ -641,6 +778,18 @@ class MasterAdamW(Masters, torch.optim.AdamW):
 
     def __init__(self, model: nn.Module, lr: float, offload: bool = False, weight_decay: float = 0.0, **options):
         super().__init__(model, lr, offload, weight_decay=weight_decay, fused=True, **options)
+
+
+def backward(loss: Tensor) -> None:
+    """loss.backward(), or nothing if the loss has no gradient: then .grad stays None and Adam skips the update. A loss
+    without a gradient must be exactly 0, or a term of it would be dropped in silence."""
+    if loss.requires_grad:
+        loss.backward()
+    elif loss.isfinite() and loss != 0:
+        fail(
+            f"the loss of rows that get no backward pass is {loss.item():g}, not 0: a term of it would be ignored. "
+            "Set `trains` in section 4 to True for every row that has a gradient, such as [True] * len(advantages)"
+        )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

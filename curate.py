@@ -10,122 +10,36 @@ Prints how many problems each filter dropped.
 import random
 import re
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from data import (
     MODES,
+    Demonstration,
     Problem,
     add_mode,
-    encode_completions,
-    encode_prompts,
-    fail_on,
+    chosen_samples,
+    counts_as_right,
+    demonstrations_from,
+    is_correct,
     is_file,
     load_problems,
     load_task,
     placed_rows,
-    prompt_field,
     prompt_value,
     read_problems,
+    read_samples,
+    verifier_of,
     write_jsonl,
 )
-from evaluate import check_output, counts_as_right, is_correct, read_samples
 from plumbing.answers import answers_match, extract_answer, is_mathematics, read_answer
-from plumbing.flags import AtLeast1, Range, Share, fail, parse_args
-from plumbing.pairs import balance, completion_field, listed, split_conversation
+from plumbing.flags import AtLeast1, Range, Share, check_output, fail, parse_args
+from plumbing.pairs import balance, listed
 from rewards import verifier_prompt
 
 PAIRS = "shorter", "verifier"  # the values of --make that make pairs
 
 # ---- Demonstrations ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Demonstration:
-    question: str
-    completion: str
-    messages: tuple | None = None  # the prompt's turns, see data.Problem
-    prompt_ids: tuple = field(default=(), compare=False, repr=False)  # both are set by encode_demonstrations
-    completion_ids: tuple = field(default=(), compare=False, repr=False)
-
-    def to_row(self) -> dict:
-        return {"prompt": prompt_value(self.question, self.messages), "completion": self.completion}
-
-
-def mix_demonstrations(sources: tuple[str, ...], count: int, keep: str) -> list[Demonstration]:
-    """The demonstrations of several sources (see load_demonstrations). FILE:COUNT takes COUNT of FILE's at random."""
-    if not sources:
-        fail("--data: at least one file is needed")
-    mixed = []
-    for source in sources:
-        file, colon, number = source.rpartition(":")
-        limit = int(number) if colon and re.fullmatch("[0-9]{1,9}", number) and not is_file(source) else None
-        found = load_demonstrations(source if limit is None else file, limit or count, keep=keep)
-        if limit is not None and not 0 < limit <= len(found):
-            fail(f"--data {source}: from 1 to {len(found)} can be drawn from {file}")
-        mixed += random.Random(f"mix {source}").sample(found, limit) if limit else found
-    return mixed
-
-
-def load_demonstrations(source: str, count: int, seed: int = 0, keep: str = "correct") -> list[Demonstration]:
-    """source: NAME-demonstrations, such as "arithmetic-demonstrations" (the task's teacher makes `count` of them from
-    the seed); a .jsonl file with the fields `prompt` (or `question`) and `completion`, or `messages`; or a samples
-    file, from which `chosen_samples` picks completions by `keep`."""
-    if source.endswith("-demonstrations") and (task := load_task(source.removesuffix("-demonstrations"))):
-        return [Demonstration(*pair) for pair in task.demonstrations(count, seed)]
-    rows = placed_rows(source)
-    if "completions" in rows[0][1]:
-        chosen = demonstrations_from(read_samples(rows, source), keep)
-        if not chosen:
-            fail(f"{source}: none of its completions is right and finished: nothing to learn from")
-        return chosen
-    demonstrations, errors = [], []
-    for place, row in rows:
-        try:
-            if row.get("messages") is not None:
-                question, messages, completion = split_conversation("messages", row["messages"])
-            else:
-                question, messages = prompt_field(row, ("prompt", "question"))
-                completion = completion_field(row, "completion")
-            demonstrations.append(Demonstration(question, completion, messages))
-        except ValueError as error:
-            errors.append(f"{place}: {error}")
-    fail_on(errors, source)
-    return demonstrations
-
-
-def encode_demonstrations(tokenizer, demonstrations: list[Demonstration], system_prompt: str, context: float) -> list:
-    """The demonstrations that fit the context, with their token ids. Longer ones are dropped and counted: if they were
-    cut, they would lose the answer and the EOS."""
-    prompts = encode_prompts(tokenizer, [d.messages or d.question for d in demonstrations], system_prompt)
-    completions = encode_completions(tokenizer, [d.completion for d in demonstrations], prompts)
-    encoded = [
-        replace(d, prompt_ids=tuple(prompt), completion_ids=tuple(completion))
-        for d, prompt, completion in zip(demonstrations, prompts, completions, strict=True)
-    ]
-    fits = [d for d in encoded if len(d.prompt_ids) + len(d.completion_ids) <= context]
-    if len(fits) < len(encoded):
-        dropped = f"{len(encoded) - len(fits)} of {len(encoded)} demonstrations"
-        print(f"note: {dropped} exceed the context of {context}: dropped")
-    return fits
-
-
-def chosen_samples(record: dict, keep: str) -> list[str]:
-    """Completions for SFT. keep "correct": all right ones without duplicates (rejection sampling). "best": the right
-    one with the highest reward; if several have it, the shortest."""
-    right = {c["text"]: c for c in record["completions"] if counts_as_right(c) and c["text"]}
-    if keep == "best" and right:
-        return [min(right, key=lambda text: (-right[text]["reward"], len(text)))]
-    return list(right)
-
-
-def demonstrations_from(records: list[dict], keep: str) -> list[Demonstration]:
-    demonstrations = []
-    for record in records:
-        question, messages = add_mode(record["question"], record["messages"], record.get("mode"))
-        demonstrations += [Demonstration(question, text, messages) for text in chosen_samples(record, keep)]
-    return demonstrations
-
 
 EMPTY_THINKING = "<think>\n\n</think>\n\n"
 
@@ -239,7 +153,7 @@ def drop_unverifiable(problems: list[Problem], dropped: Counter) -> list[Problem
     for problem in problems:
         text, number = read_answer(problem.answer)
         short = number is not None or is_mathematics(text, text) or len(text.split()) <= 3
-        if hasattr(load_task(problem.task), "is_right") or (short and answers_match(problem.answer, problem.answer)):
+        if verifier_of(problem.task) or (short and answers_match(problem.answer, problem.answer)):
             kept.append(problem)
         else:
             dropped["gold answer can't be verified"] += 1

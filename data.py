@@ -1,5 +1,5 @@
-"""Problems: the Problem class, loading from tasks, files and hub datasets, chat prompts as token ids, and the order in
-which problems are drawn."""
+"""Problems, samples and demonstrations: where they come from, their chat prompts as token ids, and the order in which
+they are drawn."""
 
 import functools
 import hashlib
@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,13 +25,13 @@ MODES = "think", "no_think"
 @dataclass(frozen=True)
 class Problem:
     question: str  # plain text; the key for splits, pass rates and pairs
-    answer: str  # "" if the task's is_right decides
+    answer: str  # "" if the task's verifier decides
     id: str = ""
     topic: str = ""
     difficulty: float | None = None
     pass_rate: float | None = None  # share of a model's samples that were right
     messages: tuple | None = None  # the prompt's turns ((role, content), ...); None for a single user turn
-    task: str = ""  # name of its file in tasks/, if any; the file's is_right, if any, judges completions
+    task: str = ""  # name of its file in tasks/, if any; the file's is_right or are_right, if any, judges completions
     columns: dict = field(default_factory=dict, compare=False)  # the other columns of its row
     prompt_ids: tuple = field(default=(), compare=False, repr=False)  # see encode_problems
 
@@ -103,6 +104,19 @@ def load_task(name: str):
     return importlib.import_module(f"tasks.{name}") if exists else None
 
 
+def verifier_of(task: str) -> Callable | None:
+    """The task's own verifier, as a function of texts and their problems; None without one."""
+    module = load_task(task)
+    if hasattr(module, "are_right"):
+        return module.are_right
+    return one_by_one(module.is_right) if hasattr(module, "is_right") else None
+
+
+def one_by_one(is_right: Callable) -> Callable:
+    """A function of one text and its problem as a function of a batch."""
+    return lambda texts, problems: [is_right(*pair) for pair in zip(texts, problems, strict=True)]
+
+
 def parse_difficulties(task, source: str, text: str) -> list[int]:
     """The difficulties that `text` names: "7-8", "7", or "" for all of the task's own."""
     low, _, high = text.partition("-")
@@ -165,7 +179,7 @@ def read_problems(rows: list[tuple[str, dict]], source: str) -> list[Problem]:
             row, task = from_math(row), task_of(row)
             if hasattr(load_task(task), "complete_row"):
                 row = load_task(task).complete_row(row)
-            answer = "" if hasattr(load_task(task), "is_right") else text_field(row, ("answer",))
+            answer = "" if verifier_of(task) else text_field(row, ("answer",))
             if "####" in answer:  # GSM8K: a worked solution that ends in "#### 72"
                 answer = extract_answer(answer) or ""
                 if not answer:
@@ -313,11 +327,6 @@ def prompt_field(row: dict, names: tuple[str, ...]) -> tuple[str, tuple | None]:
     """(question, messages) from the first of the named fields: a text, or messages that end with the user's turn."""
     name = next((name for name in names if row.get(name) is not None), None)
     value = row.get(name)
-    if isinstance(value, str) and value.startswith('[{"role": '):  # older files hold the messages as JSON text
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            pass  # a plain text after all
     if isinstance(value, list):
         return as_prompt(name, read_messages(name, value))
     return text_field(row, names), None
@@ -350,6 +359,133 @@ def add_mode(question: str, messages: tuple | None, mode: str | None) -> tuple[s
         *before, (role, content) = messages
         messages = (*before, (role, f"{content} /{mode}"))
     return f"{question} /{mode}", messages
+
+
+def completion_field(row: dict, name: str) -> str:
+    """The text of a field: a text, or a list of one message by the assistant."""
+    if not isinstance(row.get(name), list):
+        return text_field(row, (name,))
+    messages = read_messages(name, row[name])
+    if [message["role"] for message in messages] != ["assistant"]:
+        raise ValueError(f"field {name!r}: one turn, the assistant's, is expected")
+    return as_text(name, messages[0]["content"])
+
+
+def split_conversation(name: str, value) -> tuple[str, tuple | None, str]:
+    """Splits a conversation into (question, messages, completion); the completion is its last turn."""
+    messages = read_messages(name, value) if isinstance(value, list) else []
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise ValueError(f"field {name!r}: a list of messages that ends with the assistant's turn is expected")
+    return *as_prompt(name, messages[:-1]), as_text(name, messages[-1]["content"])
+
+
+# ---- The samples file: problems with scored completions ------------------------------------------------------------
+
+
+def read_samples(rows: list[tuple[str, dict]], source: str) -> list[dict]:
+    """Checks a samples file's rows (place, row); adds `question` as text and `messages` (see data.Problem)."""
+    records, errors = [], []
+    for place, row in rows:
+        try:
+            question, messages = prompt_field(row, ("question", "prompt"))
+            if not isinstance(row.get("completions"), list):
+                raise ValueError("no field 'completions' with a list, as a samples file has (evaluate.py --output)")
+            for completion in row["completions"]:
+                if not isinstance(completion, dict) or not isinstance(completion.get("text"), str):
+                    raise ValueError("a completion has no field 'text'")
+                check_text("text", completion["text"])
+                score = completion.get("reward")
+                if not isinstance(score, int | float) or not abs(score) < 1e9:  # also refuses NaN
+                    raise ValueError(f"a completion's 'reward' is {str(score)[:80]}, a number is expected")
+            records.append(row | {"question": question, "messages": messages})
+        except ValueError as error:
+            errors.append(f"{place}: {error}")
+    fail_on(errors, source)
+    return records
+
+
+def is_correct(completion: dict) -> bool:
+    """Whether a completion in a samples file is right: its `correct` or, without that field, a reward above 0."""
+    return bool(completion.get("correct", completion["reward"] > 0))
+
+
+def counts_as_right(completion: dict) -> bool:
+    """Whether a completion in a samples file is right and was not cut by the length limit."""
+    return is_correct(completion) and completion.get("finished", True)
+
+
+# ---- Demonstrations ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    question: str
+    completion: str
+    messages: tuple | None = None  # the prompt's turns, see data.Problem
+    prompt_ids: tuple = field(default=(), compare=False, repr=False)  # both are set by encode_demonstrations
+    completion_ids: tuple = field(default=(), compare=False, repr=False)
+
+    def to_row(self) -> dict:
+        return {"prompt": prompt_value(self.question, self.messages), "completion": self.completion}
+
+
+def mix_demonstrations(sources: tuple[str, ...], count: int, keep: str) -> list[Demonstration]:
+    """The demonstrations of several sources (see load_demonstrations). FILE:COUNT takes COUNT of FILE's at random."""
+    if not sources:
+        fail("--data: at least one file is needed")
+    mixed = []
+    for source in sources:
+        file, colon, number = source.rpartition(":")
+        limit = int(number) if colon and re.fullmatch("[0-9]{1,9}", number) and not is_file(source) else None
+        found = load_demonstrations(source if limit is None else file, limit or count, keep=keep)
+        if limit is not None and not 0 < limit <= len(found):
+            fail(f"--data {source}: from 1 to {len(found)} can be drawn from {file}")
+        mixed += random.Random(f"mix {source}").sample(found, limit) if limit else found
+    return mixed
+
+
+def load_demonstrations(source: str, count: int, seed: int = 0, keep: str = "correct") -> list[Demonstration]:
+    """source: NAME-demonstrations, such as "arithmetic-demonstrations" (the task's teacher makes `count` of them from
+    the seed); a .jsonl file with the fields `prompt` (or `question`) and `completion`, or `messages`; or a samples
+    file, from which `chosen_samples` picks completions by `keep`."""
+    if source.endswith("-demonstrations") and (task := load_task(source.removesuffix("-demonstrations"))):
+        return [Demonstration(*pair) for pair in task.demonstrations(count, seed)]
+    rows = placed_rows(source)
+    if "completions" in rows[0][1]:
+        chosen = demonstrations_from(read_samples(rows, source), keep)
+        if not chosen:
+            fail(f"{source}: none of its completions is right and finished: nothing to learn from")
+        return chosen
+    demonstrations, errors = [], []
+    for place, row in rows:
+        try:
+            if row.get("messages") is not None:
+                question, messages, completion = split_conversation("messages", row["messages"])
+            else:
+                question, messages = prompt_field(row, ("prompt", "question"))
+                completion = completion_field(row, "completion")
+            demonstrations.append(Demonstration(question, completion, messages))
+        except ValueError as error:
+            errors.append(f"{place}: {error}")
+    fail_on(errors, source)
+    return demonstrations
+
+
+def chosen_samples(record: dict, keep: str) -> list[str]:
+    """Completions for SFT. keep "correct": all right ones without duplicates (rejection sampling). "best": the right
+    one with the highest reward; if several have it, the shortest."""
+    right = {c["text"]: c for c in record["completions"] if counts_as_right(c) and c["text"]}
+    if keep == "best" and right:
+        return [min(right, key=lambda text: (-right[text]["reward"], len(text)))]
+    return list(right)
+
+
+def demonstrations_from(records: list[dict], keep: str) -> list[Demonstration]:
+    demonstrations = []
+    for record in records:
+        question, messages = add_mode(record["question"], record["messages"], record.get("mode"))
+        demonstrations += [Demonstration(question, text, messages) for text in chosen_samples(record, keep)]
+    return demonstrations
 
 
 # ---- Prompts and completions as token ids --------------------------------------------------------------------------
@@ -410,6 +546,17 @@ def encode_completions(tokenizer, completions: list[str], prompts: list[list[int
     return [ids + [tokenizer.eos_token_id] for ids in token_ids(tokenizer, texts)]
 
 
+def follow_up_ids(tokenizer, text: str, finished: bool = True) -> list[int]:
+    """Token ids of a user's next turn, to append to a completion's ids (see common.continue_groups); they end where the
+    assistant's next text begins. finished: the completion ends with its EOS; if it does not, the ids first close the
+    assistant's turn."""
+    if not tokenizer.chat_template:
+        return token_ids(tokenizer, ["\n\n" + text])[0]
+    turns = as_dicts((("user", "-"), ("assistant", "%%"), ("user", text)))
+    rest = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False).partition("%%")[2]
+    return token_ids(tokenizer, [rest.removeprefix(tokenizer.eos_token if finished else "")])[0]
+
+
 def token_ids(tokenizer, texts: list[str]) -> list[list[int]]:
     """Token ids of each text. In chunks, because a tokenizer's output takes a hundred times the memory of the ids."""
     chunks = [texts[start : start + 1000] for start in range(0, len(texts), 1000)]
@@ -431,6 +578,22 @@ def decode(tokenizer: Tokenizer, rollout: Rollout) -> list[str]:
     texts = tokenizer.batch_decode([ids[:n] for ids, n in rows], skip_special_tokens=True)
     opened = opens_thinking(tokenizer, rollout.prompt_ids)
     return ["<think>" * opened[i // G] + text for i, text in enumerate(texts)]
+
+
+def encode_demonstrations(tokenizer, demonstrations: list[Demonstration], system_prompt: str, context: float) -> list:
+    """The demonstrations that fit the context, with their token ids. Longer ones are dropped and counted: if they were
+    cut, they would lose the answer and the EOS."""
+    prompts = encode_prompts(tokenizer, [d.messages or d.question for d in demonstrations], system_prompt)
+    completions = encode_completions(tokenizer, [d.completion for d in demonstrations], prompts)
+    encoded = [
+        replace(d, prompt_ids=tuple(prompt), completion_ids=tuple(completion))
+        for d, prompt, completion in zip(demonstrations, prompts, completions, strict=True)
+    ]
+    fits = [d for d in encoded if len(d.prompt_ids) + len(d.completion_ids) <= context]
+    if len(fits) < len(encoded):
+        dropped = f"{len(encoded) - len(fits)} of {len(encoded)} demonstrations"
+        print(f"note: {dropped} exceed the context of {context}: dropped")
+    return fits
 
 
 # ---- The order in which problems are drawn -------------------------------------------------------------------------
@@ -460,12 +623,11 @@ class ProblemSampler:
         known = {i: rate for i, rate in rates.items() if rate is not None}
         mean = sum(known.values()) / len(known) if known else 0.0
         self.rates = [known.get(i, mean) for i in range(self.size)]
-        self.epoch, self.order, self.last_draw = -1, [], []
+        self.epoch, self.order = -1, []
 
     def draw(self, count: int) -> list:
         draws = {"uniform": self.draw_uniform, "curriculum": self.draw_easiest, "prioritized": self.draw_prioritized}
-        self.last_draw = draws[self.mode](count)
-        return [self.items[i] for i in self.last_draw]
+        return [self.items[i] for i in draws[self.mode](count)]
 
     def draw_uniform(self, count: int) -> list[int]:
         indices = []
@@ -501,13 +663,22 @@ class ProblemSampler:
         self.unweighted += sum(weights[i] == 0 for i in chosen)
         return chosen
 
-    def record(self, problems: list, rates: list[float]) -> None:
-        """Takes the success rates of the last drawn problems, in the order of that draw. Updates each problem's number
+    def record(self, problems: list, rates: list[float | None]) -> None:
+        """Takes success rates of problems, now or later than their draw; None: unknown. Updates each problem's number
         of draws, its sum of rates and its recent rate."""
-        for index, _, rate in zip(self.last_draw, problems, rates, strict=True):
-            self.attempts[index] += 1
-            self.successes[index] += rate
-            self.rates[index] += (rate - self.rates[index]) / 2
+        for problem, rate in zip(problems, rates, strict=True):
+            if problem not in self.place:
+                raise ValueError(f"record: not a problem of this sampler: {str(problem)[:200]}")
+            if rate is not None:
+                index = self.place[problem]
+                self.attempts[index] += 1
+                self.successes[index] += rate
+                self.rates[index] += (rate - self.rates[index]) / 2
+
+    @functools.cached_property
+    def place(self) -> dict:
+        """The index of each item."""
+        return {item: index for index, item in enumerate(self.items)}
 
     def summary(self) -> dict[str, float]:
         """The share of problems drawn so far, and their mean success rate over all their draws."""
@@ -520,8 +691,6 @@ class ProblemSampler:
         return ledger | {"drawn": self.drawn, "total_draws": self.total_draws, "unweighted": self.unweighted}
 
     def load_state_dict(self, state: dict) -> None:
-        if "rates" not in state:
-            fail("--resume: written by an older version of this code; resume it with that version")
         if len(state["attempts"]) != self.size:
             fail(f"--resume: the run had {len(state['attempts'])} problems to draw from, now there are {self.size}")
         self.drawn, self.unweighted = state["drawn"], state["unweighted"]

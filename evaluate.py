@@ -10,30 +10,17 @@ As a command it compares models and writes the samples file:
 Accuracy is reported *sampled at temperature 1* (the policy that RL trains) and greedy, each with a 95% interval.
 """
 
-import math
-import os
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import common
-from common import Rollout, derive_seed, sample_groups
-from data import MODES, check_text, decode, encode_problems, fail_on, load_problems, prompt_field, write_jsonl
-from plumbing.answers import answers_match
-from plumbing.evaluation import evaluate, format_table, group_by, summarize
-from plumbing.flags import SYSTEM_PROMPT, AtLeast1, Positive, fail, parse_args
-from plumbing.turns import continue_groups
+from common import Rollout, continue_groups, derive_seed, sample_groups
+from data import MODES, decode, encode_problems, load_problems, write_jsonl
+from plumbing.evaluation import evaluate
+from plumbing.flags import SYSTEM_PROMPT, AtLeast1, Positive, check_output, fail, parse_args
+from plumbing.statistics import diversity, format_table, group_by, interval, majority_accuracy, summarize
 from rewards import Verifier
-
-
-def interval(rate: float, problems: int) -> tuple[float, float]:
-    """95% Wilson score interval. The sample size is the number of problems, not of completions: completions of one
-    problem are not independent. With several completions per problem the interval is therefore rather too wide."""
-    z, n = 1.96, max(problems, 1)
-    center = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, center - half), min(1.0, center + half)
 
 
 def sample_within_budget(
@@ -55,66 +42,6 @@ def stop_ids(tokenizer, stop_sentence: str) -> list[int]:
     """Token ids of the stop sentence. If it doesn't close the think block, </think> is appended."""
     closed = "</think>" in stop_sentence
     return tokenizer(stop_sentence if closed else stop_sentence + "</think>", add_special_tokens=False).input_ids
-
-
-def majority_answer(answers: list[str | None]) -> str | None:
-    """The most frequent answer, where equivalent answers count as one; of tied ones, the first given."""
-    votes: list[tuple[str, int]] = []
-    for answer in answers:
-        if answer is None:
-            continue
-        for i, (other, count) in enumerate(votes):
-            if other == answer or answers_match(answer, other):
-                votes[i] = (other, count + 1)
-                break
-        else:
-            votes.append((answer, 1))
-    return max(votes, key=lambda vote: vote[1])[0] if votes else None
-
-
-def majority_is_right(completions: list[dict]) -> bool:
-    voted = majority_answer([completion["answer"] for completion in completions])
-    return any(completion["correct"] for completion in completions if voted and completion["answer"] == voted)
-
-
-def majority_accuracy(records: list[dict]) -> float:
-    """The share of problems whose majority answer is right. Compares all answers of a problem, some by math-verify."""
-    return sum(majority_is_right(record["completions"]) for record in records) / len(records)
-
-
-# ---- The samples file: problems with scored completions ------------------------------------------------------------
-
-
-def read_samples(rows: list[tuple[str, dict]], source: str) -> list[dict]:
-    """Checks a samples file's rows (place, row); adds `question` as text and `messages` (see data.Problem)."""
-    records, errors = [], []
-    for place, row in rows:
-        try:
-            question, messages = prompt_field(row, ("question", "prompt"))
-            if not isinstance(row.get("completions"), list):
-                raise ValueError("no field 'completions' with a list, as a samples file has (evaluate.py --output)")
-            for completion in row["completions"]:
-                if not isinstance(completion, dict) or not isinstance(completion.get("text"), str):
-                    raise ValueError("a completion has no field 'text'")
-                check_text("text", completion["text"])
-                score = completion.get("reward")
-                if not isinstance(score, int | float) or not abs(score) < 1e9:  # also refuses NaN
-                    raise ValueError(f"a completion's 'reward' is {str(score)[:80]}, a number is expected")
-            records.append(row | {"question": question, "messages": messages})
-        except ValueError as error:
-            errors.append(f"{place}: {error}")
-    fail_on(errors, source)
-    return records
-
-
-def is_correct(completion: dict) -> bool:
-    """Whether a completion in a samples file is right: its `correct` or, without that field, a reward above 0."""
-    return bool(completion.get("correct", completion["reward"] > 0))
-
-
-def counts_as_right(completion: dict) -> bool:
-    """Whether a completion in a samples file is right and was not cut by the length limit."""
-    return is_correct(completion) and completion.get("finished", True)
 
 
 # ---- The command ---------------------------------------------------------------------------------------------------
@@ -161,6 +88,8 @@ class Args:
     """write the samples file here: one line per problem, with its completions"""
     batch_size: AtLeast1 = 256
     """completions sampled at once"""
+    micro_batch_tokens: AtLeast1 = 8192
+    """tokens that --judge-model or --verifier-model reads at once"""
     seed: int = 0
     """random seed"""
     device: str = "auto"
@@ -186,7 +115,7 @@ def main(args: Args) -> None:
     flag = "--stages" if args.stages else "--model"
     for _, path in stages:
         common.load_config(path, flag)
-    verify, rows = Verifier(args, device, dtype), []
+    verify, rows = Verifier(args, device, dtype, args.micro_batch_tokens), []
     for name, path in stages:
         tokenizer, config, policy = common.load_tokenizer(path, flag), common.load_config(path), None
         room, limits, sample = args.max_new_tokens, "--max-new-tokens", sample_groups
@@ -197,7 +126,7 @@ def main(args: Args) -> None:
             sample = partial(sample_within_budget, tokenizer=tokenizer, **budget)
         for mode in modes:
             encoded = encode_problems(tokenizer, problems, args.system_prompt, config, room, limits, mode)
-            policy = policy or common.load_policy(path, device, dtype, tokenizer.eos_token_id)
+            policy = policy or common.load_policy(path, tokenizer, device, dtype)
             run = partial(
                 evaluate,
                 policy,
@@ -208,7 +137,7 @@ def main(args: Args) -> None:
                 batch_size=args.batch_size,
                 seed=args.seed,
                 progress=not several,
-                is_right=verify,
+                verify=verify,
                 sample=sample,
             )
             records, greedy = run(args.num_samples, temperature=args.temperature), run(1, temperature=0.0)
@@ -242,25 +171,6 @@ def main(args: Args) -> None:
             print("right by: " + "  ".join(shown))
     if args.output:
         print(f"samples file: {args.output}")
-
-
-def check_output(path: str | None) -> None:
-    """Ends with one line if --output is not a file that can be written."""
-    if path and Path(path).is_dir():
-        fail(f"--output {path}: is a directory, a file's name is expected")
-    if path and not os.access(Path(path).resolve().parent, os.W_OK):
-        fail(f"--output {path}: its directory is not there or not writable")
-
-
-def diversity(records: list[dict]) -> dict[str, float]:
-    """entropy: nats per token, the mean of -log p over the sampled tokens (an unbiased estimate). distinct: number of
-    different texts among a problem's completions."""
-    completions = [c for record in records for c in record["completions"]]
-    entropy = -sum(c["logprob"] for c in completions) / max(1, sum(c["length"] for c in completions))
-    return {
-        "entropy": entropy,
-        "distinct": sum(len({c["text"] for c in r["completions"]}) for r in records) / len(records),
-    }
 
 
 def accuracy_row(name: str, sampled: list[dict], greedy: list[dict]) -> list:

@@ -1,11 +1,13 @@
 """Rewards of completions: reward functions, their flags and weights, and the verifier that judges answers.
 
 To add a reward: write its function here, a field `<name>_weight` in RewardFlags, and a line in `score_completions`. All
-four RL scripts then have it, and it is logged as `reward/<name>`.
+four RL scripts then have it, and it is logged as `reward/<name>`. A reward that can't be known, because a judge failed
+to answer, is None: its completion is then left out of baselines, statistics and losses (`scored` is False).
 """
 
 import functools
 import itertools
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -18,7 +20,7 @@ from torch import Tensor
 
 import common
 from common import Rollout
-from data import Problem, encode_completions, encode_prompts, load_task, opens_thinking
+from data import Problem, encode_completions, encode_prompts, one_by_one, opens_thinking, verifier_of
 from plumbing.answers import MAX_ANSWER_CHARS, answers_match, extract_answer, matched_by
 from plumbing.flags import AtLeast0, AtLeast1, NonNegative, as_flag, fail
 
@@ -76,12 +78,12 @@ class RewardFlags:
     """reward model (train_rm.py) that scores unmatched answers, instead of --judge-model: above 0 is right"""
 
 
-def check_rewards(flags: RewardFlags, max_new_tokens: int, model: str) -> None:
-    """Ends with one line if no reward has a weight, if --overlong-buffer is longer than a completion, or if the reward
-    model doesn't fit `model`, the policy's path."""
+def check_rewards(flags: RewardFlags, max_new_tokens: int, tokenizer) -> None:
+    """Fails if no reward has a weight, if --overlong-buffer is longer than a completion, or if the reward model can't
+    read the policy's ids."""
     weights = [name for name in vars(flags) if name.endswith("_weight")]
     if flags.reward_model:
-        common.check_vocabulary("--reward-model", flags.reward_model, model)
+        common.check_reward_model(flags.reward_model, tokenizer)
     else:
         weights.remove("reward_model_weight")
     if not any(getattr(flags, name) for name in weights):
@@ -97,36 +99,73 @@ def score_completions(
     rollout: Rollout,
     flags: RewardFlags,
     max_new_tokens: int,
-    is_right: Callable | None = None,
-) -> dict[str, Tensor]:
-    """The unweighted rewards by name, each (P, G), on the CPU. texts: (B,); problems: (P,).
+    verify: "Verifier | None" = None,
+    reward_model=None,
+    max_tokens: int = 8192,
+) -> dict[str, list]:
+    """The unweighted rewards by name: lists of B values, a float or None each. texts: (B,); problems: (P,).
 
-    is_right: a Verifier, or a function (text, problem) -> bool; None: the rules of plumbing/answers.py. The
-    reward model's score is called "model".
+    verify: None: the rules of plumbing/answers.py. reward_model: its score is called "model"; it reads at most
+    max_tokens at once.
     """
     G, lengths = rollout.group_size, rollout.lengths.cpu()
-    verify = is_right if isinstance(is_right, Verifier) else Verifier(is_right=is_right)
     components = {
-        "accuracy": torch.tensor(verify(texts, [problem for problem in problems for _ in range(G)])),
-        "format": torch.tensor([format_reward(text, flags.format_style) for text in texts]),
+        "accuracy": (verify or Verifier())(texts, [problem for problem in problems for _ in range(G)]),
+        "format": [format_reward(text, flags.format_style) for text in texts],
     }
     if flags.truncated == "wrong":
-        components["accuracy"] *= rollout.finished.cpu()
+        ended = zip(components["accuracy"], rollout.finished.tolist(), strict=True)
+        components["accuracy"] = [right if finished else 0.0 for right, finished in ended]
     if flags.language_weight:
-        components["language"] = torch.tensor([language_reward(text, flags.language) for text in texts])
+        components["language"] = [language_reward(text, flags.language) for text in texts]
     if flags.overlong_weight:
         buffer = flags.overlong_buffer or max(1, max_new_tokens // 5)
-        components["overlong"] = overlong_penalty(lengths, max_new_tokens, buffer)
-    if verify.reward_model is not None:
-        components["model"] = common.rollout_scores(verify.reward_model, rollout, 8192).cpu()
-    components = {name: values.view(-1, G) for name, values in components.items()}
+        components["overlong"] = overlong_penalty(lengths, max_new_tokens, buffer).tolist()
+    if reward_model is not None:
+        components["model"] = common.rollout_scores(reward_model, rollout, max_tokens).tolist()
     if flags.length_weight:
-        components["length"] = length_reward(lengths.view(-1, G), components["accuracy"])
+        known = torch.tensor([right is not None for right in components["accuracy"]]).view(-1, G)
+        right = torch.tensor([right or 0.0 for right in components["accuracy"]]).view(-1, G)
+        components["length"] = length_reward(lengths.view(-1, G), right, known).flatten().tolist()
     return components
 
 
+def sum_rewards(
+    components: dict[str, list | Tensor], weights: dict[str, float], texts: list[str], problems: list[Problem]
+) -> tuple[Tensor, Tensor]:
+    """rewards and scored, both (P, G): the weighted sum of the components, and whether it is known (bool). A component
+    holds B floats or None, as a list or a tensor; here each becomes a tensor (P, G), 0 where it is None.
+
+    One None takes the whole completion out. NaN and infinite values are errors: one of them would spoil the statistics
+    of a whole batch.
+    """
+    P, G = len(problems), len(texts) // len(problems)
+    scored = torch.ones(P, G, dtype=torch.bool)
+    for name, values in components.items():
+        if name not in weights:
+            raise ValueError(f"reward {name!r} has no weight")
+        values = values.flatten().tolist() if isinstance(values, Tensor) else values
+        check_finite(name, values, texts, [problem for problem in problems for _ in range(G)])
+        scored &= torch.tensor([value is not None for value in values]).view(P, G)
+        components[name] = torch.tensor([float(value or 0.0) for value in values]).view(P, G)
+    return sum(weights[name] * values for name, values in components.items()), scored
+
+
+def check_finite(name: str, values: list, texts: list[str], problems: list[Problem]) -> None:
+    """Fails if a reward is NaN or infinite, and names it, the problem and the completion. All of length B."""
+    for value, text, problem in zip(values, texts, problems, strict=True):
+        if value is not None and not math.isfinite(value):
+            where = f"problem {problem.id or problem.question[:200]!r}, completion {text[:200]!r}"
+            fail(f"reward {name!r} is {value}: {where}. If a reward can't be known, return None")
+
+
+def success_rates(accuracy: Tensor, scored: Tensor) -> list[float | None]:
+    """(P,) mean accuracy of each group's scored completions; None where there is none. Both (P, G)."""
+    return [group[known].mean().item() if known.any() else None for group, known in zip(accuracy, scored, strict=True)]
+
+
 def reward_weights(flags: RewardFlags, iteration: int) -> dict[str, float]:
-    """The weights of the rewards by name, in this iteration."""
+    """Each component's weight in this iteration, by name."""
     weights = {name.removesuffix("_weight"): value for name, value in vars(flags).items() if name.endswith("_weight")}
     weights["model"] = weights.pop("reward_model")
     if iteration < flags.length_reward_start:
@@ -134,16 +173,16 @@ def reward_weights(flags: RewardFlags, iteration: int) -> dict[str, float]:
     return weights
 
 
-# ---- Reward functions: text in, 1.0 or 0.0 out, unless they say otherwise ------------------------------------------
+# ---- Reward functions: of a completion's text, 1.0 or 0.0, unless they say otherwise --------------------------------
 
 
 def accuracy_reward(text: str, gold: str) -> float:
-    """Takes a completion and the gold answer, returns 1.0 if its final answer is the gold answer, else 0.0."""
+    """1.0 if the text's final answer is the gold answer, else 0.0."""
     return 1.0 if answers_match(extract_answer(text), gold) else 0.0
 
 
 def format_reward(text: str, style: str = "answer-tags") -> float:
-    """Takes a completion and one of FORMAT_STYLES, returns 1.0 if it keeps to that format, else 0.0.
+    """1.0 if the text keeps to the format, one of FORMAT_STYLES, else 0.0.
 
     "answer-tags" (DeepSeek-R1-Zero): <think>...</think> <answer>...</answer>, each once, and nothing else.
     "think" (Qwen3): <think>...</think> at the start, once, then the answer as free text.
@@ -176,8 +215,8 @@ def script_of(character: str) -> str:
 
 
 def language_reward(text: str, language: str) -> float:
-    """Takes a completion and one of LANGUAGES' codes, returns the fraction of the reasoning's words that are written in
-    the language's script, 1.0 if there are no words (DeepSeek-R1, arXiv:2501.12948v1, section 2.3.2).
+    """The fraction of the reasoning's words that are written in the script of `language`, one of LANGUAGES' codes; 1.0
+    if there are no words (DeepSeek-R1, arXiv:2501.12948v1, section 2.3.2).
 
     The reasoning is the text from the first <think> (or the start) to the last </think> (or the end). A word is one
     Chinese or Japanese character, or a run of letters of another script. Single Latin or Greek letters and LaTeX
@@ -202,16 +241,18 @@ def language_reward(text: str, language: str) -> float:
 
 
 def overlong_penalty(lengths, max_new_tokens: int, buffer: int):
-    """Takes a tensor of lengths, returns the penalty of each: 0 up to max_new_tokens - buffer, then falling linearly to
-    -1 at max_new_tokens (DAPO, arXiv:2503.14476, eq. 13)."""
+    """The penalty of each length (B,): 0 up to max_new_tokens - buffer, then falling linearly to -1 at max_new_tokens
+    (DAPO, arXiv:2503.14476, eq. 13)."""
     return -((lengths - (max_new_tokens - buffer)) / buffer).clamp(0, 1)
 
 
-def length_reward(lengths, correct):
-    """Takes the lengths and the correctness (0 or 1) of P groups of G completions, both (P, G) tensors, returns
-    (P, G): from 0.5 for a group's shortest completion down to -0.5 for its longest, but never above 0 for a wrong one
-    (Kimi K1.5, arXiv:2501.12599, section 2.3.3). If all lengths of a group are equal, its rewards are 0."""
-    shortest, longest = lengths.amin(1, keepdim=True), lengths.amax(1, keepdim=True)
+def length_reward(lengths, correct, scored=None):
+    """From 0.5 for a group's shortest completion down to -0.5 for its longest, but never above 0 for a wrong one (Kimi
+    K1.5, arXiv:2501.12599, section 2.3.3). If all lengths of a group are equal, its rewards are 0. lengths, correct (0
+    or 1), scored (bool, whose lengths count; None: all) and the rewards: (P, G)."""
+    scored = lengths > -1 if scored is None else scored
+    longest = lengths.masked_fill(~scored, 0).amax(1, keepdim=True)
+    shortest = lengths.where(scored, longest).amin(1, keepdim=True)
     bonus = (0.5 - (lengths - shortest) / (longest - shortest).clamp(min=1)) * (longest > shortest)
     return bonus.where(correct > 0, bonus.clamp(max=0.0))
 
@@ -225,20 +266,27 @@ def verifier_prompt(problem: Problem) -> str:
 
 
 class Verifier:
-    """Decides whether completions are right. If the problem's task has an `is_right`, that decides. Otherwise an answer
-    is right if a rule (numbers and strings), math-verify (symbolic) or, if one is given, a model finds it right:
-    `--judge-model`, a causal LM, by saying yes; `--verifier-model`, a reward model (train_rm.py), by a score above 0.
-    `counts`: completions found right by each stage, and wrong ones. `reward_model` decides nothing: it is loaded here,
-    and score_completions adds its score as a reward.
+    """Decides whether completions are right. If the problem's task has a verifier of its own, that decides. Otherwise
+    an answer is right if a rule (numbers and strings), math-verify (symbolic) or, if one is given, a model finds it
+    right: `--judge-model`, a causal LM, by saying yes; `--verifier-model`, a reward model (train_rm.py), by a score
+    above 0. `counts`: completions found right by each stage, and wrong ones.
 
-    flags: may name these models. is_right: a function (text, problem) -> bool that decides instead of all of them.
+    flags: may name these models, which read at most max_tokens at once. A verifier of one's own decides instead of all
+    of them: is_right(text, problem), or are_right(texts, problems) for a whole batch, which suits a slow judge. Its
+    verdict is true, false, a number (a partly right answer), or None if it is unknown.
     """
 
-    def __init__(self, flags=None, device="cpu", dtype=torch.float32, is_right: Callable | None = None):
+    def __init__(
+        self,
+        flags=None,
+        device="cpu",
+        dtype=torch.float32,
+        max_tokens: int = 8192,
+        is_right: Callable | None = None,
+        are_right: Callable | None = None,
+    ):
         self.counts: Counter = Counter()
-        self.is_right = is_right
-        path = getattr(flags, "reward_model", None)
-        self.reward_model = common.load_reward_model(path, device, dtype) if path else None
+        self.are_right, self.max_tokens = are_right or (is_right and one_by_one(is_right)), max_tokens
         judge, verifier = getattr(flags, "judge_model", None), getattr(flags, "verifier_model", None)
         if judge and verifier:
             fail("--judge-model and --verifier-model: only one of them can be given")
@@ -251,9 +299,9 @@ class Verifier:
                 fail(f"{flag} {path}: its chat template opens a think block, so its reply can't begin with yes or no")
             self.context = common.context_length(common.load_config(path, flag))
             if judge:
-                self.model = common.load_policy(path, device, dtype)
+                self.model = common.load_policy(path, None, device, dtype)
             else:
-                self.model = common.load_reward_model(path, device, dtype, flag=flag)
+                self.model = common.load_reward_model(path, None, device, dtype, flag=flag)
 
     def replies(self, path: str) -> tuple[list[int], list[int]]:
         """Ids of the single tokens that mean yes, and of those that mean no."""
@@ -266,27 +314,43 @@ class Verifier:
             fail(f"--judge-model {path}: its tokenizer has no single tokens for yes and no, so it can't be asked")
         return tuple(sorted(set(ids)) for ids in tokens)
 
-    def __call__(self, texts: list[str], problems: list[Problem]) -> list[float]:
-        """(B,) 1.0 if the text's answer is right, else 0.0."""
-        stages = [self.found_right_by(text, problem) for text, problem in zip(texts, problems, strict=True)]
-        if self.model is not None and self.is_right is None:
-            answers = [extract_answer(text) for text in texts]
-            rows = {  # each unmatched answer once; a problem without a reference answer is judged by its task alone
-                (p, a): None for p, a, s in zip(problems, answers, stages, strict=True) if p.answer and a and not s
-            }
-            open_questions = [(p, a) for p, a in rows if len(a) <= MAX_ANSWER_CHARS]
-            right = dict(zip(open_questions, self.ask(open_questions), strict=True))
-            for row, pair in enumerate(zip(problems, answers, strict=True)):
-                if stages[row] is None and right.get(pair):
-                    stages[row] = "model"
+    def __call__(self, texts: list[str], problems: list[Problem]) -> list[float | None]:
+        """(B,) 1.0 if the text's answer is right, 0.0 if it is wrong; from a verifier of one's own also None."""
+        verdicts: list[float | None] = [0.0] * len(texts)
+        by_task: dict[str, list[int]] = {}
+        for row, problem in enumerate(problems):
+            by_task.setdefault(problem.task, []).append(row)
+        for task, rows in by_task.items():
+            given = [texts[row] for row in rows], [problems[row] for row in rows]
+            judge = self.are_right or verifier_of(task)
+            found = self.by_answer(*given) if judge is None else self.checked(judge(*given), *given)
+            for row, verdict in zip(rows, found, strict=True):
+                verdicts[row] = verdict
+        return verdicts
+
+    def by_answer(self, texts: list[str], problems: list[Problem]) -> list[float]:
+        """Verdicts by the rules, math-verify and the model."""
+        answers = [extract_answer(text) for text in texts]
+        stages = [matched_by(answer, problem.answer) for answer, problem in zip(answers, problems, strict=True)]
+        if self.model is not None:
+            pairs = list(zip(problems, answers, strict=True))
+            unmatched = {pair: None for pair, stage in zip(pairs, stages, strict=True) if not stage}  # each once
+            asked = [(p, a) for p, a in unmatched if p.answer and a and len(a) <= MAX_ANSWER_CHARS]
+            right = dict(zip(asked, self.ask(asked), strict=True))
+            stages = [
+                stage or ("model" if right.get(pair) else None) for pair, stage in zip(pairs, stages, strict=True)
+            ]
         self.counts.update(stage or "wrong" for stage in stages)
         return [float(stage is not None) for stage in stages]
 
-    def found_right_by(self, text: str, problem: Problem) -> str | None:
-        is_right = self.is_right or getattr(load_task(problem.task), "is_right", None)
-        if is_right is not None:
-            return "task" if is_right(text, problem) else None
-        return matched_by(extract_answer(text), problem.answer)
+    def checked(self, verdicts: list, texts: list[str], problems: list[Problem]) -> list[float | None]:
+        """The verdicts of a verifier of one's own as numbers; an error unless there is one for each text."""
+        verdicts = [None if verdict is None else float(verdict) for verdict in verdicts]
+        if len(verdicts) != len(texts):
+            fail(f"the verifier gave {len(verdicts)} verdicts for {len(texts)} completions")
+        check_finite("accuracy", verdicts, texts, problems)
+        self.counts.update("wrong" if not verdict else "task" for verdict in verdicts)
+        return verdicts
 
     @torch.no_grad()
     def ask(self, pairs: list[tuple[Problem, str]]) -> list[bool]:
@@ -319,8 +383,8 @@ class Verifier:
         """(B,) logprobs of the judge's replies, or the verifier's scores of the answers."""
         rollout = common.make_rollout(prompts, replies, group_size, self.model.device)
         if self.yes:
-            return common.rollout_logprobs(self.model, rollout, 8192)[:, 0].cpu()
-        return common.rollout_scores(self.model, rollout, 8192).cpu()
+            return common.rollout_logprobs(self.model, rollout, self.max_tokens)[0][:, 0].cpu()
+        return common.rollout_scores(self.model, rollout, self.max_tokens).cpu()
 
     def summary(self) -> dict[str, float]:
         """The share of completions since the last call that each stage found right; {} without a model."""

@@ -15,12 +15,15 @@ That is the method, not a bug; eval/* shows whether it hurts.
     --loss simpo         -log sigmoid(beta (mean log pi(y+) - mean log pi(y-)) - gamma), no reference (arXiv:2405.14734)
     --label-smoothing e  assumes that a pair's label is wrong with probability e
 
-Departures from the paper: any two samples of a prompt whose scores differ by --min-gap or more make a pair; a prompt
-keeps at most --max-pairs-per-prompt of them, drawn at random. --kl-coef adds a penalty of (log pi - log pi_ref)^2 / 2
-per token. It does not estimate the KL, as the policy did not sample the pairs; eval/kl does, on samples of the policy.
-The reference is not kept in memory: its logprobs of the pairs are computed once and kept on disk. Only evaluations load
-it again, for eval/kl. The optimizer is AdamW (paper: RMSprop), its learning rate decays as a cosine to a tenth, and
-gradients are clipped. Pairs count the same unless --pair-weight gap or a field `weight` says otherwise.
+Departures from the paper:
+1. Any two samples of a prompt whose scores differ by --min-gap or more make a pair; a prompt keeps at most
+   --max-pairs-per-prompt of them, drawn at random.
+2. Pairs count the same unless --pair-weight gap or a field `weight` says otherwise.
+3. --kl-coef adds a penalty of (log pi - log pi_ref)^2 / 2 per token. It does not estimate the KL, as the policy did not
+   sample the pairs; eval/kl does, on samples of the policy.
+4. The reference is not kept in memory: its logprobs of the pairs are computed once and kept on disk. Only evaluations
+   load it again, for eval/kl.
+5. The optimizer is AdamW (paper: RMSprop), its learning rate decays as a cosine to a tenth, and gradients are clipped.
 
     python train_dpo.py                                   # pairs of the embedded model's own samples
     python evaluate.py --split all --num-samples 8 --output samples.jsonl && python train_dpo.py --data samples.jsonl
@@ -47,34 +50,8 @@ from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 
 import common
-from common import derive_seed
 from data import ProblemSampler, decode, encode_problems, is_held_out, load_eval_problems
-from plumbing.evaluation import comparison_table, evaluate_policy
-from plumbing.flags import (
-    AtLeast0,
-    AtLeast1,
-    Group,
-    NonNegative,
-    OptimizationFlags,
-    Positive,
-    RunFlags,
-    SetupFlags,
-    check_folder,
-    fail,
-    parse_args,
-)
-from plumbing.metrics import Clock, Health, Metrics, log_iteration, log_scalars, token_metrics
-from plumbing.pairs import (
-    Pair,
-    PairFlags,
-    encode_pairs,
-    load_preference_pairs,
-    pair_micro_batches,
-    pair_rollout,
-    pair_table,
-    ranked_right,
-)
-from plumbing.runs import Run
+from plumbing import evaluation, flags, logs, pairs, runs
 from rewards import Verifier
 
 
@@ -88,39 +65,37 @@ class Args:
     """problems whose held-out part is evaluated: "arithmetic", "countdown", a .jsonl file, or a hub dataset"""
     seed: int = 1
     """random seed"""
-    iterations: AtLeast0 = 200
+    iterations: flags.AtLeast0 = 200
     """optimizer steps; also the length of the learning rate's cosine: changing it on --resume changes the schedule"""
-    minibatch_size: AtLeast1 = 64
+    minibatch_size: flags.AtLeast1 = 64
     """pairs per optimizer step"""
-    max_new_tokens: AtLeast1 = 40
+    max_new_tokens: flags.AtLeast1 = 40
     """maximum length of a completion in evaluations, in tokens; use e.g. 512 for real models"""
     format_style: Literal["answer-tags", "think"] = "answer-tags"
     """<think>..</think><answer>..</answer> | <think>..</think>, then \\boxed{} or ####; set --system-prompt to match"""
-    learning_rate: Positive = 1e-4
+    learning_rate: flags.Positive = 1e-4
     """AdamW's peak learning rate; the default is for the embedded model, use 5e-7 to 5e-6 for real models"""
-    weight_decay: NonNegative = 0.0
+    weight_decay: flags.NonNegative = 0.0
     """AdamW's weight decay, on all weights"""
-    setup: Group[SetupFlags] = field(default_factory=SetupFlags)
-    pairs: Group[PairFlags] = field(default_factory=PairFlags)
-    optimization: Group[OptimizationFlags] = field(
-        default_factory=lambda: OptimizationFlags(warmup_iterations=20, micro_batch_tokens=4096)
+    setup: flags.Group[flags.SetupFlags] = field(default_factory=flags.SetupFlags)
+    selection: flags.Group[pairs.PairFlags] = field(default_factory=pairs.PairFlags)
+    optimization: flags.Group[flags.OptimizationFlags] = field(
+        default_factory=lambda: flags.OptimizationFlags(warmup_iterations=20, micro_batch_tokens=4096)
     )
-    run: Group[RunFlags] = field(default_factory=lambda: RunFlags(eval_every=0, save_every=0))
+    run: flags.Group[flags.RunFlags] = field(default_factory=lambda: flags.RunFlags(eval_every=0, save_every=0))
 
     loss: Literal["sigmoid", "ipo", "simpo"] = "sigmoid"
     """DPO's log-sigmoid | IPO's squared error | SimPO's log-sigmoid, without a reference"""
-    beta: Positive | None = None
+    beta: flags.Positive | None = None
     """beta; None: DPO 1 (use 0.1 for real models) or 5 with --length-normalize, IPO 0.1, SimPO 2"""
-    gamma: NonNegative = 1.0
+    gamma: flags.NonNegative = 1.0
     """gamma, SimPO's target margin; the other losses ignore it"""
     length_normalize: bool = False
     """average a completion's logprobs over its tokens instead of summing them; SimPO always does"""
-    label_smoothing: NonNegative = 0.0
+    label_smoothing: flags.NonNegative = 0.0
     """assumed probability, below 0.5, that a pair's label is wrong (sigmoid and simpo)"""
-    kl_coef: NonNegative = 0.0
+    kl_coef: flags.NonNegative = 0.0
     """weight of the penalty (log pi - log pi_ref)^2 / 2, averaged over the pairs' tokens"""
-    ref_cache: str | None = None
-    """directory for the reference's logprobs, so that several runs can share them; None: the run directory"""
 
 
 def dpo_loss(
@@ -153,7 +128,7 @@ def dpo_loss(
         "rewards/chosen": chosen_rewards.mean().item(),
         "rewards/rejected": rejected_rewards.mean().item(),
         "rewards/margin": margins.mean().item(),
-        "rewards/accuracy": ranked_right(margins).mean().item(),
+        "rewards/accuracy": pairs.ranked_right(margins).mean().item(),
         "logps/chosen": chosen_logps.mean().item(),
         "logps/rejected": rejected_logps.mean().item(),
     }
@@ -161,16 +136,17 @@ def dpo_loss(
 
 
 def sequence_logps(logprobs: Tensor, mask: Tensor, mean: bool) -> Tensor:
-    """(R, T) logprobs, 0 on padding -> (R,) logps of whole completions: the sum over tokens, or the mean."""
-    return logprobs.sum(1) / mask.sum(1) if mean else logprobs.sum(1)
+    """(R, T) logprobs -> (R,) logps of whole completions: the sum over the mask's tokens, or the mean."""
+    logps = logprobs.masked_fill(~mask, 0.0).sum(1)
+    return logps / mask.sum(1).clamp(min=1) if mean else logps
 
 
 @torch.no_grad()
-def reference_logprobs(ref, pairs: list[Pair], max_tokens: int, cache: Path) -> Tensor:
+def reference_logprobs(ref, dataset: list[pairs.Pair], max_tokens: int, cache: Path) -> Tensor:
     """(2N, T) logprobs of N pairs' tokens under the reference, 0 on padding; row 2i is pair i's chosen completion, row
     2i + 1 its rejected one. Read from `cache` if it has them for the same weights and tokens."""
-    prompts = [list(pair.prompt_ids) for pair in pairs]
-    completions = [(list(pair.chosen_ids), list(pair.rejected_ids)) for pair in pairs]
+    prompts = [list(pair.prompt_ids) for pair in dataset]
+    completions = [(list(pair.chosen_ids), list(pair.rejected_ids)) for pair in dataset]
     key = hashlib.sha256(repr((prompts, completions)).encode())
     for name, tensor in ref.state_dict().items():
         key.update(name.encode() + tensor.cpu().flatten().view(torch.uint8).numpy().tobytes())
@@ -178,10 +154,10 @@ def reference_logprobs(ref, pairs: list[Pair], max_tokens: int, cache: Path) -> 
     if file.exists():
         return torch.load(file, weights_only=True)
     longest = max(len(ids) for pair in completions for ids in pair)
-    logprobs = torch.zeros(2 * len(pairs), longest)
-    for start in tqdm(range(0, len(pairs), 256), desc="reference"):
-        rollout = pair_rollout(pairs[start : start + 256], ref.device)
-        for micro in pair_micro_batches(rollout, max_tokens):
+    logprobs = torch.zeros(2 * len(dataset), longest)
+    for start in tqdm(range(0, len(dataset), 256), desc="reference"):
+        rollout = pairs.pair_rollout(dataset[start : start + 256], ref.device)
+        for micro in pairs.pair_micro_batches(rollout, max_tokens):
             rows = [2 * start + row for row in micro]
             logprobs[rows, : rollout.mask.shape[1]] = common.completion_logprobs(ref, rollout, micro)[0].cpu()
     cache.mkdir(parents=True, exist_ok=True)
@@ -196,27 +172,25 @@ def judge_samples(policy, ref, tokenizer, problems, args: Args) -> tuple[list[fl
     an unbiased estimate because the policy sampled them."""
     rewards, log_ratio, verify = [], 0.0, Verifier()
     for start in range(0, len(problems), args.minibatch_size):
-        chunk, seed = problems[start : start + args.minibatch_size], derive_seed(args.seed, "judge", start)
+        chunk, seed = problems[start : start + args.minibatch_size], common.derive_seed(args.seed, "judge", start)
         prompts = [problem.prompt_ids for problem in chunk]
         rollout = common.sample_groups(policy, prompts, 1, args.max_new_tokens, seed=seed)
         texts = decode(tokenizer, rollout)
         rewards += verify(texts, chunk)
         if ref is not None:
             budget = args.optimization.micro_batch_tokens
-            logprobs, ref_logprobs = (common.rollout_logprobs(model, rollout, budget) for model in (policy, ref))
-            log_ratio += (logprobs - ref_logprobs).sum().item()
+            logprobs, ref_logprobs = (common.rollout_logprobs(model, rollout, budget)[0] for model in (policy, ref))
+            log_ratio += (logprobs - ref_logprobs)[rollout.trained].sum().item()
     return rewards, log_ratio / len(problems)
 
 
 def main(args: Args) -> None:
     # ------------------------------------------------------------------------------------------------------------ Setup
     simpo, mean = args.loss == "simpo", args.loss == "simpo" or args.length_normalize
-    if simpo and (args.kl_coef > 0 or args.ref_cache):
-        fail("--loss simpo has no reference: --kl-coef and --ref-cache don't go with it")
+    if simpo and args.kl_coef > 0:
+        flags.fail("--loss simpo has no reference: --kl-coef doesn't go with it")
     if args.label_smoothing >= 0.5 or (args.label_smoothing and args.loss == "ipo"):
-        fail(f"--label-smoothing {args.label_smoothing}: must be under 0.5, and 0 with --loss ipo")
-    if args.ref_cache:
-        check_folder("--ref-cache", args.ref_cache)
+        flags.fail(f"--label-smoothing {args.label_smoothing}: must be under 0.5, and 0 with --loss ipo")
     beta = args.beta or {"sigmoid": 5.0 if mean else 1.0, "ipo": 0.1, "simpo": 2.0}[args.loss]
 
     device = common.resolve_device(args.setup.device)
@@ -224,19 +198,22 @@ def main(args: Args) -> None:
     tokenizer, config = common.load_tokenizer(args.model), common.load_config(args.model)
     eval_problems = load_eval_problems(args.problems, args.setup.eval_data, args.run.eval_problems)
     eval_problems = encode_problems(tokenizer, eval_problems, args.setup.system_prompt, config, args.max_new_tokens)
-    evaluation = tokenizer, eval_problems, args.max_new_tokens, args.format_style, args.minibatch_size, args.seed
+    limits = args.max_new_tokens, args.format_style, args.minibatch_size, args.seed
+    held_out = evaluation.HeldOut(tokenizer, eval_problems, *limits)
     if args.data == "arithmetic-pairs" and not args.problems.startswith("arithmetic"):
-        fail(f"--data arithmetic-pairs: its pairs are no training data for --problems {args.problems}; set --data")
-    pairs = load_preference_pairs(args.data, args.seed, args.pairs)
-    pairs = encode_pairs(tokenizer, pairs, args.setup.system_prompt, common.context_length(config))
-    held_out = [i for i, pair in enumerate(pairs) if is_held_out(pair.question)][: args.run.eval_problems]
-    train = [i for i, pair in enumerate(pairs) if not is_held_out(pair.question)]
+        flags.fail(
+            f"--data arithmetic-pairs: its pairs are no training data for --problems {args.problems}; set --data"
+        )
+    dataset = pairs.load_preference_pairs(args.data, args.seed, args.selection)
+    dataset = pairs.encode_pairs(tokenizer, dataset, args.setup.system_prompt, common.context_length(config))
+    held_out_pairs = [i for i, pair in enumerate(dataset) if is_held_out(pair.question)][: args.run.eval_problems]
+    train = [i for i, pair in enumerate(dataset) if not is_held_out(pair.question)]
     if len(train) < args.minibatch_size:
-        fail(f"--minibatch-size {args.minibatch_size}: only {len(train)} pairs are left to train on; lower it")
+        flags.fail(f"--minibatch-size {args.minibatch_size}: only {len(train)} pairs are left to train on; lower it")
     sampler = ProblemSampler(train, seed=args.seed)
 
-    run = Run(args, tokenizer)
-    policy = common.load_policy(run.start_from, device, dtype, tokenizer.eos_token_id)
+    run = runs.Run(args, tokenizer)
+    policy = common.load_policy(run.start_from, tokenizer, device, dtype)
     if args.optimization.gradient_checkpointing:
         common.checkpoint_layers(policy)
     options = {"offload": args.optimization.offload_optimizer, "weight_decay": args.weight_decay}
@@ -244,15 +221,14 @@ def main(args: Args) -> None:
     run.restore(optimizer=optimizer, sampler=sampler)  # checkpointed together with the policy
     budget, ref_logprobs = args.optimization.micro_batch_tokens, None
     if not simpo:  # in a new run the policy is still the reference
-        ref = policy if run.start_from == args.model else common.load_policy(args.model, device, dtype)
-        cache = Path(args.ref_cache or run.dir / "ref_logprobs")
-        ref_logprobs = reference_logprobs(ref, pairs, budget, cache)
+        ref = policy if run.start_from == args.model else common.load_policy(args.model, tokenizer, device, dtype)
+        ref_logprobs = reference_logprobs(ref, dataset, budget, run.dir / "ref_logprobs")
         del ref
 
     def make_batch(indices: list[int]) -> tuple[common.Rollout, Tensor | None, Tensor]:
         """The pairs as a Rollout, the reference's logprobs of its tokens (2B, T), and the pairs' weights (B,)."""
-        rollout = pair_rollout([pairs[i] for i in indices], device)  # rows chosen, rejected, chosen, ...
-        row_weights = torch.tensor([pairs[i].weight / len(indices) for i in indices], device=device)
+        rollout = pairs.pair_rollout([dataset[i] for i in indices], device)  # rows chosen, rejected, chosen, ...
+        row_weights = torch.tensor([dataset[i].weight / len(indices) for i in indices], device=device)
         if simpo:
             return rollout, None, row_weights
         rows = [2 * i + side for i in indices for side in (0, 1)]
@@ -260,8 +236,8 @@ def main(args: Args) -> None:
 
     def pair_loss(rollout, micro, ref, row_weights, logprobs) -> tuple[Tensor, dict[str, float]]:
         """dpo_loss of the pairs in `micro`, whose rows are chosen, rejected, chosen, ..."""
-        logps = sequence_logps(logprobs, rollout.mask[micro], mean)  # (R,)
-        ref_logps = None if ref is None else sequence_logps(ref[micro], rollout.mask[micro], mean)
+        logps = sequence_logps(logprobs, rollout.trained[micro], mean)  # (R,)
+        ref_logps = None if ref is None else sequence_logps(ref[micro], rollout.trained[micro], mean)
         sides = (None, None) if ref is None else (ref_logps[0::2], ref_logps[1::2])
         weights = row_weights[[row // 2 for row in micro[0::2]]]
         options = beta, args.loss, args.gamma, args.label_smoothing, weights
@@ -269,14 +245,15 @@ def main(args: Args) -> None:
 
     @torch.no_grad()
     def evaluate_now() -> dict[str, float]:
-        scores = evaluate_policy(policy, *evaluation)
-        ref = None if simpo else common.load_policy(args.model, device, dtype)  # for eval/kl; freed on return
+        scores = held_out.evaluate(policy)
+        # the reference, for eval/kl; its memory is freed on return
+        ref = None if simpo else common.load_policy(args.model, tokenizer, device, dtype)
         rewards, kl = judge_samples(policy, ref, tokenizer, eval_problems, args)
         wins = [(1 + ours - theirs) / 2 for ours, theirs in zip(rewards, start_rewards, strict=True)]  # a tie: 0.5
         scores |= {"eval/win_rate": sum(wins) / len(wins)} | ({} if simpo else {"eval/kl": kl})
-        if held_out:
-            held, (rollout, ref_held, row_weights) = Metrics(), make_batch(held_out)
-            for micro in pair_micro_batches(rollout, budget):
+        if held_out_pairs:
+            held, (rollout, ref_held, row_weights) = logs.Metrics(), make_batch(held_out_pairs)
+            for micro in pairs.pair_micro_batches(rollout, budget):
                 logprobs, _ = common.completion_logprobs(policy, rollout, micro)
                 loss, values = pair_loss(rollout, micro, ref_held, row_weights, logprobs)
                 share = row_weights[[row // 2 for row in micro[0::2]]].sum().item()
@@ -291,57 +268,59 @@ def main(args: Args) -> None:
     start_rewards = run.progress.get("start_rewards") or judge_samples(policy, None, tokenizer, eval_problems, args)[0]
     if before is None:  # a new run
         before = scores = evaluate_now()
-        log_scalars(run.writer, scores, global_step)
+        logs.log_scalars(run.writer, scores, global_step)
 
     bar = tqdm(total=args.iterations, initial=iteration, desc="DPO", unit="it")
-    health = Health(run.dir, tokenizer, args.optimization.max_bad_updates)
+    health = logs.Health(run.dir, tokenizer, args.optimization.max_bad_updates, dtype)
     while iteration < args.iterations:
-        metrics, clock = Metrics(), Clock(device)
+        metrics, clock = logs.Metrics(), logs.Clock(device)
         # ----------------------------------------------------------------------------------------------------- 1 sample
         rollout, batch_ref_logprobs, row_weights = make_batch(sampler.draw(args.minibatch_size))
         global_step += args.minibatch_size
         clock.lap("sample")
 
-        # ----------------------------------------------------------------------------------------------------- 5 update
+        # ----------------------------------------------------------------------------------------------------- 2 update
         rise = min(1.0, (iteration + 1) / max(1, args.optimization.warmup_iterations))
         learning_rate = args.learning_rate * rise * (0.55 + 0.45 * math.cos(math.pi * iteration / args.iterations))
         common.set_learning_rate(optimizer, learning_rate)
-        kl_weights = common.token_weights(rollout.mask, "token", args.max_new_tokens)
+        kl_weights = common.token_weights(rollout.trained, "token", args.max_new_tokens)
         policy_loss = 0.0
-        for micro in pair_micro_batches(rollout, budget):
+        for micro in pairs.pair_micro_batches(rollout, budget):
             logprobs, entropy = common.completion_logprobs(policy, rollout, micro)  # (R, T)
             loss, loss_metrics = pair_loss(rollout, micro, batch_ref_logprobs, row_weights, logprobs)
-            tokens = rollout.mask[micro].sum().item()
+            trained = rollout.trained[micro]
+            tokens = trained.sum().item()
             if not simpo:
-                k2 = 0.5 * (logprobs - batch_ref_logprobs[micro]) ** 2  # its gradient pulls log pi to log pi_ref
+                log_ratio = (logprobs - batch_ref_logprobs[micro]).masked_fill(~trained, 0.0)
+                k2 = 0.5 * log_ratio**2  # its gradient pulls log pi to log pi_ref
                 metrics.add({"loss/kl": k2.sum().item() / tokens}, weight=tokens)
                 loss = loss + args.kl_coef * (kl_weights[micro] * k2).sum()
             loss.backward()
             policy_loss += loss.item()
             metrics.add(loss_metrics, weight=len(micro))
-            metrics.add(token_metrics(rollout, micro, entropy), weight=tokens)
+            metrics.add(logs.token_metrics(rollout, micro, entropy), weight=tokens)
         grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.masters, args.optimization.max_grad_norm).item()
-        finite = health.is_finite(policy_loss, grad_norm, rollout, range(len(rollout.mask)))
+        finite = health.allows_step(policy_loss, grad_norm, rollout, range(len(rollout.mask)))
         if finite:
             optimizer.step()
         optimizer.zero_grad()
         metrics.add({"loss/policy": policy_loss, "loss/grad_norm": grad_norm, "loss/skipped": not finite})
         clock.lap("update")
 
-        # -------------------------------------------------------------------------------------------------------- 6 log
+        # -------------------------------------------------------------------------------------------------------- 3 log
         iteration += 1
         metrics.add({"loss/learning_rate": learning_rate})
-        health.watch(log_iteration(run.writer, metrics, clock, global_step, bar))
+        health.watch(logs.log_iteration(run.writer, metrics, clock, global_step, bar))
 
-        # ------------------------------------------------------------------------------------------ 7 evaluate and save
+        # ------------------------------------------------------------------------------------------ 4 evaluate and save
         if iteration == args.iterations or (args.run.eval_every and iteration % args.run.eval_every == 0):
             scores = evaluate_now()
-            log_scalars(run.writer, scores, global_step)
+            logs.log_scalars(run.writer, scores, global_step)
         run.checkpoint(policy, iteration, global_step, before=before, scores=scores, start_rewards=start_rewards)
 
-    ranked = pair_table(before, scores, [pairs[i].question for i in held_out])
-    run.finish(policy, f"{comparison_table(before, scores)}\n\n{ranked}")
+    ranked = pairs.pair_table(before, scores, [dataset[i].question for i in held_out_pairs])
+    run.finish(policy, f"{evaluation.comparison_table(before, scores)}\n\n{ranked}")
 
 
 if __name__ == "__main__":
-    main(parse_args(Args))
+    main(flags.parse_args(Args))

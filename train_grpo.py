@@ -7,10 +7,13 @@ reward is the baseline; there is no critic:
     J   = E[ 1/G sum_i 1/|o_i| sum_t {min(rho_it A_i, clip(rho_it, 1-eps_low, 1+eps_high) A_i) - beta k3_it} ]  (eq. 3)
     rho_it = pi(o_it) / pi_old(o_it),   k3_it = pi_ref/pi - log(pi_ref/pi) - 1                          (eq. 4)
 
-Departures from the paper: it has one eps, here eps_low and eps_high, equal by default. beta (--kl-coef) is 0 by
-default, as in most reproductions of R1, and no reference is loaded; with a beta, the reference is always the starting
-policy. std has Bessel's correction; 1e-4 damps groups whose rewards hardly differ. There is no process supervision
-(section 4.1.3). Gradients are clipped, and the policy term's log-ratio at +-20; the learning rate is warmed up.
+Departures from the paper:
+1. It has one eps, here eps_low and eps_high, equal by default.
+2. beta (--kl-coef) is 0 by default, as in most reproductions of R1, and no reference is loaded. With a beta, the
+   reference is always the starting policy.
+3. std has Bessel's correction; 1e-4 damps groups whose rewards hardly differ.
+4. There is no process supervision (section 4.1.3).
+5. Gradients are clipped, and the policy term's log-ratio at +-20; the learning rate is warmed up.
 
 Variants, all off by default. In a batch's first update every ratio is 1, and by default there is no second. The
 variants that need ratio and clip set --minibatch-size 64, four updates on the 256 completions. DAPO scores answers 1 or
@@ -49,36 +52,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import common
-from common import derive_seed
 from data import ProblemSampler, decode, encode_problems, load_eval_problems, load_train_problems
-from plumbing.evaluation import comparison_table, evaluate_policy
-from plumbing.flags import (
-    AtLeast0,
-    AtLeast1,
-    AtLeast2,
-    Group,
-    NonNegative,
-    OptimizationFlags,
-    Positive,
-    RunFlags,
-    SamplingFlags,
-    SetupFlags,
-    check_minibatch,
-    parse_args,
-)
-from plumbing.metrics import (
-    Clock,
-    Health,
-    Metrics,
-    add_rollout_metrics,
-    log_iteration,
-    log_samples,
-    log_scalars,
-    ratio_metrics,
-    token_metrics,
-)
-from plumbing.runs import Run
-from rewards import RewardFlags, Verifier, check_rewards, reward_weights, score_completions
+from plumbing import evaluation, flags, logs, runs
+from rewards import RewardFlags, Verifier, check_rewards, reward_weights, score_completions, success_rates, sum_rewards
 
 
 @dataclass
@@ -89,35 +65,35 @@ class Args:
     """training problems: "arithmetic", "countdown", a .jsonl file (question, answer), or a hub dataset (name:config)"""
     seed: int = 1
     """random seed"""
-    iterations: AtLeast0 = 200
+    iterations: flags.AtLeast0 = 200
     """number of iterations; each samples a batch and trains on it"""
-    prompts_per_step: AtLeast1 = 32
+    prompts_per_step: flags.AtLeast1 = 32
     """P, prompts per iteration"""
-    group_size: AtLeast2 = 8
+    group_size: flags.AtLeast2 = 8
     """G, completions sampled per prompt"""
-    max_new_tokens: AtLeast1 = 40
+    max_new_tokens: flags.AtLeast1 = 40
     """maximum length of a completion, in tokens; use e.g. 512 for real models"""
-    learning_rate: Positive = 1e-4
+    learning_rate: flags.Positive = 1e-4
     """AdamW's learning rate; the default is for the embedded model, use 1e-6 to 5e-6 for real models"""
-    update_epochs: AtLeast1 = 1
+    update_epochs: flags.AtLeast1 = 1
     """passes over each iteration's completions"""
-    minibatch_size: AtLeast1 | None = None
+    minibatch_size: flags.AtLeast1 | None = None
     """completions per optimizer step, a multiple of --group-size; None: all, so with one epoch nothing is clipped"""
     loss_norm: Literal["sequence", "token", "constant"] = "sequence"
     """mean per completion, then over completions (paper) | over all tokens (DAPO) | sum / max_new_tokens (Dr. GRPO)"""
-    setup: Group[SetupFlags] = field(default_factory=SetupFlags)
-    sampling: Group[SamplingFlags] = field(default_factory=SamplingFlags)
-    rewards: Group[RewardFlags] = field(default_factory=RewardFlags)
-    optimization: Group[OptimizationFlags] = field(default_factory=OptimizationFlags)
-    run: Group[RunFlags] = field(default_factory=RunFlags)
+    setup: flags.Group[flags.SetupFlags] = field(default_factory=flags.SetupFlags)
+    sampling: flags.Group[flags.SamplingFlags] = field(default_factory=flags.SamplingFlags)
+    rewards: flags.Group[RewardFlags] = field(default_factory=RewardFlags)
+    optimization: flags.Group[flags.OptimizationFlags] = field(default_factory=flags.OptimizationFlags)
+    run: flags.Group[flags.RunFlags] = field(default_factory=flags.RunFlags)
 
     normalize_std: bool = True
     """divide the advantages by the group's standard deviation (Dr. GRPO: --no-normalize-std)"""
-    clip_low: Positive = 0.2
+    clip_low: flags.Positive = 0.2
     """eps_low: the ratio is clipped at 1 - eps_low (gspo: 3e-4)"""
-    clip_high: Positive = 0.2
+    clip_high: flags.Positive = 0.2
     """eps_high: the ratio is clipped at 1 + eps_high (DAPO's clip-higher: 0.28; gspo: 4e-4)"""
-    kl_coef: NonNegative = 0.0
+    kl_coef: flags.NonNegative = 0.0
     """beta, weight of the KL penalty to the starting policy; 0 loads no reference model"""
     unbiased_kl: bool = False
     """multiply k3 by the ratio, so that its gradient is that of KL(pi || ref)"""
@@ -125,24 +101,37 @@ class Args:
     """ratio per token (paper) | per completion, the product over tokens | per completion, the geometric mean (GSPO)"""
     dynamic_sampling: bool = False
     """drop groups whose rewards by rule are all equal, and sample others (DAPO)"""
-    max_sampling_rounds: AtLeast1 = 4
+    max_sampling_rounds: flags.AtLeast1 = 4
     """with --dynamic-sampling: maximum number of batches per iteration; training then uses the groups found so far"""
 
 
-def group_advantages(rewards: Tensor, normalize_std: bool) -> Tensor:
+def group_advantages(rewards: Tensor, normalize_std: bool, scored: Tensor | None = None) -> Tensor:
     """(P, G) rewards -> (P, G) advantages, DeepSeekMath section 4.1.2, or Dr. GRPO's without the division.
 
-    A group whose rewards are all equal gets exactly 0, not rounding noise.
+    scored: (P, G) bool, where the reward is known; None: everywhere. Other completions are not in the mean and the std,
+    and their advantage is 0. A group whose rewards are all equal gets exactly 0, not rounding noise.
     """
-    advantages = rewards - rewards.mean(1, keepdim=True)
+    scored = torch.ones_like(rewards, dtype=torch.bool) if scored is None else scored
+    n, uniform = scored.sum(1, keepdim=True).to(rewards.dtype), is_uniform(rewards, scored)
+    mean = (rewards * scored).sum(1, keepdim=True) / n.clamp(min=1)
+    rewards = rewards.where(scored, mean)  # adds nothing to the sum of squares
+    advantages = rewards - mean
     if normalize_std:
-        advantages = advantages / (rewards.std(1, keepdim=True) + 1e-4)
-    return advantages.masked_fill(is_uniform(rewards)[:, None], 0.0)
+        std = rewards.std(1, keepdim=True) * ((rewards.shape[1] - 1) / (n - 1).clamp(min=1)).sqrt()
+        advantages = advantages / (std + 1e-4)
+    return advantages.masked_fill(uniform[:, None], 0.0)
 
 
-def is_uniform(rewards: Tensor) -> Tensor:
-    """(P,) bool: all rewards of the group are equal, so its advantages are all 0."""
-    return rewards.amax(1) == rewards.amin(1)
+def is_uniform(rewards: Tensor, scored: Tensor) -> Tensor:
+    """(P,) bool: all known rewards of the group are equal, or none is known: its advantages are all 0. Both (P, G)."""
+    return rewards.masked_fill(~scored, -torch.inf).amax(1) <= rewards.masked_fill(~scored, torch.inf).amin(1)
+
+
+def mixed_groups(components: dict[str, Tensor], weights: dict[str, float], scored: Tensor) -> list[int]:
+    """DAPO section 3.2: the groups worth training on, whose rewards by rule (not a reward model's) are not all equal.
+    components by name and scored: (P, G)."""
+    rewards = sum(weights[name] * values for name, values in components.items() if name != "model")
+    return (~is_uniform(rewards, scored)).nonzero()[:, 0].tolist()
 
 
 def grpo_loss(
@@ -150,6 +139,7 @@ def grpo_loss(
     old_logprobs: Tensor,
     ref_logprobs: Tensor | None,
     advantages: Tensor,
+    mask: Tensor,
     weights: Tensor,
     clip_low: float,
     clip_high: float,
@@ -157,11 +147,10 @@ def grpo_loss(
     ratio_level: str = "token",
     unbiased_kl: bool = False,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Minus DeepSeekMath's eq. 3. Logprobs and weights are (B, T), advantages (B,) or (B, T). The weights, made by
-    common.token_weights, are eq. 3's 1/G 1/|o_i| and the mean over prompts. On padding they are 0, and logprobs are
-    ignored. Returns the loss and token metrics. If you add a term, see `trains` in main."""
-    mask = weights > 0
-    A = advantages if advantages.dim() == 2 else advantages[:, None]  # (B, 1): the same at all of a row's tokens
+    """Minus DeepSeekMath's eq. 3. Tensors are (B, T). mask: the tokens that the policy wrote; the others are ignored.
+    weights, made by common.token_weights, are eq. 3's 1/G 1/|o_i| and the mean over prompts; a weight may be 0.
+    Returns the loss and metrics, means over the mask's tokens. If you add a term, see `trains` in main."""
+    A = advantages
     token_log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0)  # masked before exp: inf * 0 would be NaN
     log_ratio = token_log_ratio
     if ratio_level == "sequence":  # product over the completion
@@ -171,7 +160,7 @@ def grpo_loss(
     ratio = log_ratio.clamp(-20.0, 20.0).exp()  # a product over hundreds of tokens must not overflow
 
     per_token = -torch.min(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)  # eq. 3, as a loss
-    metrics = ratio_metrics(ratio, A, mask, clip_low, clip_high)
+    metrics = logs.ratio_metrics(ratio, A, mask, clip_low, clip_high)
     if ref_logprobs is not None:
         ref_log_ratio = (ref_logprobs - logprobs).masked_fill(~mask, 0.0)
         k3 = torch.expm1(ref_log_ratio) - ref_log_ratio  # eq. 4
@@ -184,40 +173,44 @@ def main(args: Args) -> None:
     # ------------------------------------------------------------------------------------------------------------ Setup
     batch_size = args.prompts_per_step * args.group_size
     minibatch_size = args.minibatch_size or batch_size
-    check_minibatch(minibatch_size, args.group_size, batch_size)
-    check_rewards(args.rewards, args.max_new_tokens, args.model)
+    flags.check_minibatch(minibatch_size, args.group_size, batch_size)
+    budget, temperature = args.optimization.micro_batch_tokens, args.sampling.temperature
 
     device = common.resolve_device(args.setup.device)
     dtype = common.resolve_dtype(args.setup.dtype, device)
     tokenizer, config = common.load_tokenizer(args.model), common.load_config(args.model)
+    check_rewards(args.rewards, args.max_new_tokens, tokenizer)
     problems = load_train_problems(args.problems, args.setup.eval_data)
     problems = encode_problems(tokenizer, problems, args.setup.system_prompt, config, args.max_new_tokens)
-    eval_problems = load_eval_problems(args.problems, args.setup.eval_data, args.run.eval_problems)
-    eval_problems = encode_problems(tokenizer, eval_problems, args.setup.system_prompt, config, args.max_new_tokens)
     draws = args.iterations * args.prompts_per_step
     sampler = ProblemSampler(problems, args.sampling.problem_sampling, args.seed, args.sampling.priority_floor, draws)
-    verify = Verifier(args.rewards, device, dtype)
-    evaluation = tokenizer, eval_problems, args.max_new_tokens, args.rewards.format_style, batch_size, args.seed, verify
+    verify, path = Verifier(args.rewards, device, dtype, budget), args.rewards.reward_model
+    reward_model = common.load_reward_model(path, tokenizer, device, dtype) if path else None
+    eval_problems = load_eval_problems(args.problems, args.setup.eval_data, args.run.eval_problems)
+    eval_problems = encode_problems(tokenizer, eval_problems, args.setup.system_prompt, config, args.max_new_tokens)
+    limits = args.max_new_tokens, args.rewards.format_style, batch_size, args.seed
+    held_out = evaluation.HeldOut(tokenizer, eval_problems, *limits, verify)
 
-    run = Run(args, tokenizer)
-    policy = common.load_policy(run.start_from, device, dtype, tokenizer.eos_token_id)
+    run = runs.Run(args, tokenizer)
+    policy = common.load_policy(run.start_from, tokenizer, device, dtype)
     if args.optimization.gradient_checkpointing:
         common.checkpoint_layers(policy)
-    ref = common.load_policy(args.model, device, dtype).requires_grad_(False) if args.kl_coef else None
+    ref = common.load_policy(args.model, tokenizer, device, dtype).requires_grad_(False) if args.kl_coef else None
     optimizer = common.MasterAdamW(policy, args.learning_rate, args.optimization.offload_optimizer)
     run.restore(optimizer=optimizer, sampler=sampler)  # checkpointed together with the policy
     iteration, global_step = run.progress["iteration"], run.progress["global_step"]  # global_step: completions sampled
     before, scores = run.progress.get("before"), run.progress.get("scores")
     if before is None:  # a new run
-        before = scores = evaluate_policy(policy, *evaluation)
-        log_scalars(run.writer, scores, global_step)
+        before = scores = held_out.evaluate(policy)
+        logs.log_scalars(run.writer, scores, global_step)
     one_update = args.update_epochs == 1 and minibatch_size == batch_size
     if one_update:
         print("note: one update per batch: every ratio is 1, no clip acts, a loss near 0 is normal (docs/curves.md)")
 
     bar = tqdm(total=args.iterations, initial=iteration, unit="it")
-    health = Health(run.dir, tokenizer, args.optimization.max_bad_updates)
-    metrics, clock, kept = Metrics(), Clock(device), []  # kept: this iteration's batches with --dynamic-sampling
+    health = logs.Health(run.dir, tokenizer, args.optimization.max_bad_updates, dtype)
+    metrics, clock = logs.Metrics(), logs.Clock(device)
+    kept = []  # with --dynamic-sampling: this iteration's batches so far
     while iteration < args.iterations:
         # ----------------------------------------------------------------------------------------------------- 1 sample
         batch = sampler.draw(args.prompts_per_step)
@@ -226,58 +219,59 @@ def main(args: Args) -> None:
             [problem.prompt_ids for problem in batch],
             args.group_size,
             args.max_new_tokens,
-            args.sampling.temperature,
-            derive_seed(args.seed, "sample", global_step),
+            temperature,
+            common.derive_seed(args.seed, "sample", global_step),
         )
         global_step += batch_size
         clock.lap("sample")
 
         # ----------------------------------------------------------------------------------------------------- 2 reward
         texts = decode(tokenizer, rollout)
-        components = score_completions(texts, batch, rollout, args.rewards, args.max_new_tokens, verify)  # name: (P, G)
-        weights = reward_weights(args.rewards, iteration)  # name: float; a new component needs a weight too
-        rewards = sum(weights[name] * values for name, values in components.items())  # (P, G)
-        sampler.record(batch, components["accuracy"].mean(1).tolist())
-        add_rollout_metrics(metrics, rollout, rewards, components)
-        samples = rollout, texts, components
+        scoring = args.rewards, args.max_new_tokens, verify, reward_model, budget
+        components = score_completions(texts, batch, rollout, *scoring)  # by name
+        component_weights = reward_weights(args.rewards, iteration)  # by name; a component of your own needs one too
+        rewards, scored = sum_rewards(components, component_weights, texts, batch)  # (P, G) each, like the components
+        sampler.record(batch, success_rates(components["accuracy"], scored))
+        logs.add_rollout_metrics(metrics, rollout, rewards, components, scored)
+        rollout = rollout.without(~scored)  # no loss where a reward is unknown (None)
         clock.lap("reward")
-        if args.dynamic_sampling:  # DAPO section 3.2: sample until P groups have rewards by rule that are not all equal
-            by_rule = sum(weights[name] * values for name, values in components.items() if name != "model")
-            kept.append((rollout, rewards, (~is_uniform(by_rule)).nonzero()[:, 0].tolist()))
-            found = sum(len(groups) for _, _, groups in kept)
+        if args.dynamic_sampling:  # sample until P groups are mixed; what belongs to a batch is joined together
+            mixed = mixed_groups(components, component_weights, scored)
+            kept.append((mixed, rollout, batch, texts, components, rewards, scored))
+            found = sum(len(groups) for groups, *_ in kept)
             if found < args.prompts_per_step and len(kept) < args.max_sampling_rounds:
                 continue
             if found:  # can be fewer than P after the last round; if 0, train on the last batch as it is
-                rollout, rewards = common.join_groups(kept, args.prompts_per_step)
+                rollout, batch, texts, components, rewards, scored = common.join_groups(kept, args.prompts_per_step)
 
         # --------------------------------------------------------------------------------------------------- 3 logprobs
-        budget, temperature = args.optimization.micro_batch_tokens, args.sampling.temperature
         old_logprobs = ref_logprobs = None  # (B, T) each, if needed
         if not one_update:  # else the policy is still the one that sampled: section 5 detaches its own logprobs
-            old_logprobs = common.rollout_logprobs(policy, rollout, budget, temperature)
+            old_logprobs, _ = common.rollout_logprobs(policy, rollout, budget, temperature)  # and the entropy
         if ref is not None:
-            ref_logprobs = common.rollout_logprobs(ref, rollout, budget, temperature)
+            ref_logprobs, _ = common.rollout_logprobs(ref, rollout, budget, temperature)
         clock.lap("logprobs")
 
         # ------------------------------------------------------------------------------------------------- 4 advantages
-        advantages = group_advantages(rewards, args.normalize_std).flatten().to(device)  # (B,)
+        advantages = group_advantages(rewards, args.normalize_std, scored).flatten().to(device)  # (B,)
         if args.rewards.truncated == "mask":
             advantages = advantages.where(rollout.finished, 0.0)
         advantages = advantages[:, None].expand_as(rollout.mask)  # (B, T)
-        # Rows whose loss has a gradient; the others get a forward pass only, for the metrics. If you add a loss term,
-        # write [True] * len(advantages), or your term is ignored where the advantage is 0.
+        # Rows whose loss has a gradient; the others get a forward pass only, for the metrics. If you add a loss term
+        # that has a gradient where the advantage is 0, write [True] * len(advantages).
         trains = ((advantages != 0).any(1) | (args.kl_coef != 0)).tolist()
 
         # ----------------------------------------------------------------------------------------------------- 5 update
         learning_rate = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.optimization.warmup_iterations))
         common.set_learning_rate(optimizer, learning_rate)
         for epoch in range(args.update_epochs):
-            seed = derive_seed(args.seed, "update", global_step, epoch)
+            seed = common.derive_seed(args.seed, "update", global_step, epoch)
             for minibatch in common.minibatches(rollout, minibatch_size, seed):
+                weights = torch.zeros_like(rollout.sampler_logprobs)  # (B, T), indexed by row like the others
                 trained = rollout.trained[minibatch]
-                token_weights = torch.zeros_like(rollout.sampler_logprobs)  # (B, T), indexed by row like the others
-                token_weights[minibatch] = common.token_weights(trained, args.loss_norm, args.max_new_tokens)
+                weights[minibatch] = common.token_weights(trained, args.loss_norm, args.max_new_tokens)
                 policy_loss = 0.0
+                # A micro-batch is an arbitrary part of the minibatch: statistics over rows or tokens belong above here.
                 for micro in common.micro_batches(rollout, minibatch, budget, trains):
                     with torch.set_grad_enabled(trains[micro[0]]):  # a micro-batch's rows all train, or none does
                         logprobs, entropy = common.completion_logprobs(policy, rollout, micro, temperature)  # (R, T)
@@ -287,21 +281,21 @@ def main(args: Args) -> None:
                         old,
                         ref_logprobs[micro] if ref is not None else None,
                         advantages[micro],
-                        token_weights[micro],
+                        rollout.trained[micro],
+                        weights[micro],
                         clip_low=args.clip_low,
                         clip_high=args.clip_high,
                         kl_coef=args.kl_coef,
                         ratio_level=args.ratio_level,
                         unbiased_kl=args.unbiased_kl,
                     )
-                    if loss.requires_grad:  # if no row has a gradient, .grad stays None and Adam skips the update
-                        loss.backward()
+                    common.backward(loss)
                     policy_loss += loss.item()
                     loss_metrics = {f"loss/{name}": value for name, value in loss_metrics.items()}
-                    loss_metrics |= token_metrics(rollout, micro, entropy, old)
+                    loss_metrics |= logs.token_metrics(rollout, micro, entropy, old)
                     metrics.add(loss_metrics, weight=rollout.trained[micro].sum().item())
                 grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.masters, args.optimization.max_grad_norm).item()
-                finite = health.is_finite(policy_loss, grad_norm, rollout, minibatch, advantages=advantages)
+                finite = health.allows_step(policy_loss, grad_norm, rollout, minibatch, advantages=advantages)
                 if finite:
                     optimizer.step()
                 optimizer.zero_grad()
@@ -311,18 +305,18 @@ def main(args: Args) -> None:
         # -------------------------------------------------------------------------------------------------------- 6 log
         iteration += 1
         metrics.add({"loss/learning_rate": learning_rate} | sampler.summary() | verify.summary())
-        health.watch(log_iteration(run.writer, metrics, clock, global_step, bar))
+        health.watch(logs.log_iteration(run.writer, metrics, clock, global_step, bar), rollout.filtered)
 
         # ------------------------------------------------------------------------------------------ 7 evaluate and save
         if iteration == args.iterations or (args.run.eval_every and iteration % args.run.eval_every == 0):
-            scores = evaluate_policy(policy, *evaluation)
-            log_scalars(run.writer, scores, global_step)
-            log_samples(run.writer, tokenizer, *samples, global_step)
+            scores = held_out.evaluate(policy)
+            logs.log_scalars(run.writer, scores, global_step)
+            logs.log_samples(run.writer, tokenizer, rollout, texts, components, global_step)
         run.checkpoint(policy, iteration, global_step, before=before, scores=scores)
-        metrics, clock, kept = Metrics(), Clock(device), []
+        metrics, clock, kept = logs.Metrics(), logs.Clock(device), []
 
-    run.finish(policy, comparison_table(before, scores))
+    run.finish(policy, evaluation.comparison_table(before, scores))
 
 
 if __name__ == "__main__":
-    main(parse_args(Args))
+    main(flags.parse_args(Args))

@@ -14,14 +14,18 @@ and dropping A^2 / (2 tau), which has no gradient, leaves
 Its gradient is minus the report's eq. 3, (1/k) sum_i [(r_i - mean(r)) grad log pi - tau/2 grad d_i^2]. The baseline
 estimates tau log Z: by default the group's mean reward, which the report uses in eq. 3; with --baseline log-z the
 report's other estimate, tau log(1/k sum_j exp(r_j / tau)). There is no clip of the ratio, no critic, no division by a
-standard deviation. Gradients are clipped, and the learning rate is warmed up.
+standard deviation.
 
 The tau term has no gradient while policy = anchor, so it acts from an iteration's second update on. By default there
 are four, each on a quarter of the batch (--minibatch-size). The next iteration anchors at the updated policy. That is a
 new problem, so the optimizer's state is reset.
 
 Also from the report: the length reward (--length-weight; start it late, with --length-reward-start), curriculum and
-prioritized sampling (--problem-sampling). Departure: the report gives no tau; the default is for the embedded model.
+prioritized sampling (--problem-sampling).
+
+Departures from the report:
+1. It gives no tau; the default is for the embedded model.
+2. Gradients are clipped, and the learning rate is warmed up.
 
     python train_kimi.py                                                # the embedded model, no GPU needed
     python train_kimi.py --model Qwen/Qwen2.5-0.5B-Instruct --problems openai/gsm8k:main --learning-rate 1e-6 \
@@ -32,7 +36,6 @@ What you should see from the first command, in 60 s on 2 cores (AMD EPYC): held-
 over an iteration's updates, stays well below 0.1.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -41,36 +44,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import common
-from common import derive_seed
 from data import ProblemSampler, decode, encode_problems, load_eval_problems, load_train_problems
-from plumbing.evaluation import comparison_table, evaluate_policy
-from plumbing.flags import (
-    AtLeast0,
-    AtLeast1,
-    AtLeast2,
-    Group,
-    NonNegative,
-    OptimizationFlags,
-    Positive,
-    RunFlags,
-    SamplingFlags,
-    SetupFlags,
-    check_minibatch,
-    fail,
-    parse_args,
-)
-from plumbing.metrics import (
-    Clock,
-    Health,
-    Metrics,
-    add_rollout_metrics,
-    log_iteration,
-    log_samples,
-    log_scalars,
-    token_metrics,
-)
-from plumbing.runs import Run
-from rewards import RewardFlags, Verifier, check_rewards, reward_weights, score_completions
+from plumbing import evaluation, flags, logs, runs
+from rewards import RewardFlags, Verifier, check_rewards, reward_weights, score_completions, success_rates, sum_rewards
 
 
 @dataclass
@@ -81,48 +57,49 @@ class Args:
     """training problems: "arithmetic", "countdown", a .jsonl file (question, answer), or a hub dataset (name:config)"""
     seed: int = 1
     """random seed"""
-    iterations: AtLeast0 = 100
+    iterations: flags.AtLeast0 = 100
     """number of iterations; each samples a batch and trains on it"""
-    prompts_per_step: AtLeast1 = 32
+    prompts_per_step: flags.AtLeast1 = 32
     """P, prompts per iteration"""
-    group_size: AtLeast2 = 8
+    group_size: flags.AtLeast2 = 8
     """G, completions sampled per prompt"""
-    max_new_tokens: AtLeast1 = 40
+    max_new_tokens: flags.AtLeast1 = 40
     """maximum length of a completion, in tokens; use e.g. 512 for real models"""
-    learning_rate: Positive = 5e-5
+    learning_rate: flags.Positive = 5e-5
     """AdamW's learning rate; the default is for the embedded model, use 1e-6 to 5e-6 for real models"""
-    update_epochs: AtLeast1 = 1
+    update_epochs: flags.AtLeast1 = 1
     """passes over each iteration's completions"""
-    minibatch_size: AtLeast1 | None = None
+    minibatch_size: flags.AtLeast1 | None = None
     """completions per optimizer step, a multiple of --group-size; None: a quarter of the iteration's batch"""
-    setup: Group[SetupFlags] = field(default_factory=SetupFlags)
-    sampling: Group[SamplingFlags] = field(default_factory=SamplingFlags)
-    rewards: Group[RewardFlags] = field(default_factory=RewardFlags)
-    optimization: Group[OptimizationFlags] = field(default_factory=OptimizationFlags)
-    run: Group[RunFlags] = field(default_factory=RunFlags)
+    setup: flags.Group[flags.SetupFlags] = field(default_factory=flags.SetupFlags)
+    sampling: flags.Group[flags.SamplingFlags] = field(default_factory=flags.SamplingFlags)
+    rewards: flags.Group[RewardFlags] = field(default_factory=RewardFlags)
+    optimization: flags.Group[flags.OptimizationFlags] = field(default_factory=flags.OptimizationFlags)
+    run: flags.Group[flags.RunFlags] = field(default_factory=flags.RunFlags)
 
-    tau: NonNegative = 0.05
+    tau: flags.NonNegative = 0.05
     """weight of the KL penalty to the anchor, the policy at the iteration's start"""
     baseline: Literal["mean", "log-z"] = "mean"
     """baseline of the advantages: the group's mean reward | tau log Z estimated from the group"""
-    keep_optimizer: bool = False
-    """keep the optimizer's state from one iteration to the next (the report resets it)"""
 
 
-def group_advantages(rewards: Tensor, tau: float, baseline: str) -> Tensor:
+def group_advantages(rewards: Tensor, tau: float, baseline: str, scored: Tensor | None = None) -> Tensor:
     """(P, G) rewards -> (P, G) advantages: r - mean(r), or r - tau log Z with Z = mean(exp(r / tau)).
 
-    A group whose rewards are all equal gets exactly 0, not rounding noise.
+    scored: (P, G) bool, where the reward is known; None: everywhere. Other completions are not in the mean, and their
+    advantage is 0. A group whose rewards are all equal gets exactly 0, not rounding noise.
     """
-    advantages = rewards - rewards.mean(1, keepdim=True)
+    scored = torch.ones_like(rewards, dtype=torch.bool) if scored is None else scored
+    n = scored.sum(1, keepdim=True).clamp(min=1).to(rewards.dtype)
+    mean = (rewards * scored).sum(1, keepdim=True) / n
     if baseline == "log-z":
-        advantages = rewards - tau * ((rewards / tau).logsumexp(1, keepdim=True) - math.log(rewards.shape[1]))
-    return advantages.masked_fill(is_uniform(rewards)[:, None], 0.0)
+        mean = tau * ((rewards / tau).masked_fill(~scored, -torch.inf).logsumexp(1, keepdim=True) - n.log())
+    return (rewards - mean).masked_fill(is_uniform(rewards, scored)[:, None] | ~scored, 0.0)
 
 
-def is_uniform(rewards: Tensor) -> Tensor:
-    """(P,) bool: all rewards of the group are equal, so its advantages are all 0."""
-    return rewards.amax(1) == rewards.amin(1)
+def is_uniform(rewards: Tensor, scored: Tensor) -> Tensor:
+    """(P,) bool: all known rewards of the group are equal, or none is known: its advantages are all 0. Both (P, G)."""
+    return rewards.masked_fill(~scored, -torch.inf).amax(1) <= rewards.masked_fill(~scored, torch.inf).amin(1)
 
 
 def kimi_loss(
@@ -150,27 +127,32 @@ def main(args: Args) -> None:
     # ------------------------------------------------------------------------------------------------------------ Setup
     batch_size = args.prompts_per_step * args.group_size
     minibatch_size = args.minibatch_size or max(1, args.prompts_per_step // 4) * args.group_size
-    check_minibatch(minibatch_size, args.group_size, batch_size)
-    check_rewards(args.rewards, args.max_new_tokens, args.model)
+    flags.check_minibatch(minibatch_size, args.group_size, batch_size)
+    budget, temperature = args.optimization.micro_batch_tokens, args.sampling.temperature
     if args.update_epochs == 1 and minibatch_size == batch_size:
-        fail(f"--minibatch-size {minibatch_size}: one update per iteration, but tau acts from the 2nd on; lower it")
+        flags.fail(
+            f"--minibatch-size {minibatch_size}: one update per iteration, but tau acts from the 2nd on; lower it"
+        )
     if args.baseline == "log-z" and args.tau == 0:
-        fail("--baseline log-z: needs --tau above 0")
+        flags.fail("--baseline log-z: needs --tau above 0")
 
     device = common.resolve_device(args.setup.device)
     dtype = common.resolve_dtype(args.setup.dtype, device)
     tokenizer, config = common.load_tokenizer(args.model), common.load_config(args.model)
+    check_rewards(args.rewards, args.max_new_tokens, tokenizer)
     problems = load_train_problems(args.problems, args.setup.eval_data)
     problems = encode_problems(tokenizer, problems, args.setup.system_prompt, config, args.max_new_tokens)
-    eval_problems = load_eval_problems(args.problems, args.setup.eval_data, args.run.eval_problems)
-    eval_problems = encode_problems(tokenizer, eval_problems, args.setup.system_prompt, config, args.max_new_tokens)
     draws = args.iterations * args.prompts_per_step
     sampler = ProblemSampler(problems, args.sampling.problem_sampling, args.seed, args.sampling.priority_floor, draws)
-    verify = Verifier(args.rewards, device, dtype)
-    evaluation = tokenizer, eval_problems, args.max_new_tokens, args.rewards.format_style, batch_size, args.seed, verify
+    verify, path = Verifier(args.rewards, device, dtype, budget), args.rewards.reward_model
+    reward_model = common.load_reward_model(path, tokenizer, device, dtype) if path else None
+    eval_problems = load_eval_problems(args.problems, args.setup.eval_data, args.run.eval_problems)
+    eval_problems = encode_problems(tokenizer, eval_problems, args.setup.system_prompt, config, args.max_new_tokens)
+    limits = args.max_new_tokens, args.rewards.format_style, batch_size, args.seed
+    held_out = evaluation.HeldOut(tokenizer, eval_problems, *limits, verify)
 
-    run = Run(args, tokenizer)
-    policy = common.load_policy(run.start_from, device, dtype, tokenizer.eos_token_id)
+    run = runs.Run(args, tokenizer)
+    policy = common.load_policy(run.start_from, tokenizer, device, dtype)
     if args.optimization.gradient_checkpointing:
         common.checkpoint_layers(policy)
     optimizer = common.MasterAdamW(policy, args.learning_rate, args.optimization.offload_optimizer)
@@ -178,12 +160,12 @@ def main(args: Args) -> None:
     iteration, global_step = run.progress["iteration"], run.progress["global_step"]  # global_step: completions sampled
     before, scores = run.progress.get("before"), run.progress.get("scores")
     if before is None:  # a new run
-        before = scores = evaluate_policy(policy, *evaluation)
-        log_scalars(run.writer, scores, global_step)
+        before = scores = held_out.evaluate(policy)
+        logs.log_scalars(run.writer, scores, global_step)
 
     bar = tqdm(total=args.iterations, initial=iteration, unit="it")
-    health = Health(run.dir, tokenizer, args.optimization.max_bad_updates)
-    metrics, clock = Metrics(), Clock(device)
+    health = logs.Health(run.dir, tokenizer, args.optimization.max_bad_updates, dtype)
+    metrics, clock = logs.Metrics(), logs.Clock(device)
     while iteration < args.iterations:
         # ----------------------------------------------------------------------------------------------------- 1 sample
         batch = sampler.draw(args.prompts_per_step)
@@ -192,41 +174,41 @@ def main(args: Args) -> None:
             [problem.prompt_ids for problem in batch],
             args.group_size,
             args.max_new_tokens,
-            args.sampling.temperature,
-            derive_seed(args.seed, "sample", global_step),
+            temperature,
+            common.derive_seed(args.seed, "sample", global_step),
         )
         global_step += batch_size
         clock.lap("sample")
 
         # ----------------------------------------------------------------------------------------------------- 2 reward
         texts = decode(tokenizer, rollout)
-        components = score_completions(texts, batch, rollout, args.rewards, args.max_new_tokens, verify)  # name: (P, G)
-        weights = reward_weights(args.rewards, iteration)  # name: float; a new component needs a weight too
-        rewards = sum(weights[name] * values for name, values in components.items())  # (P, G)
-        sampler.record(batch, components["accuracy"].mean(1).tolist())
-        add_rollout_metrics(metrics, rollout, rewards, components)
-        samples = rollout, texts, components
+        scoring = args.rewards, args.max_new_tokens, verify, reward_model, budget
+        components = score_completions(texts, batch, rollout, *scoring)  # by name
+        component_weights = reward_weights(args.rewards, iteration)  # by name; a component of your own needs one too
+        rewards, scored = sum_rewards(components, component_weights, texts, batch)  # (P, G) each, like the components
+        sampler.record(batch, success_rates(components["accuracy"], scored))
+        logs.add_rollout_metrics(metrics, rollout, rewards, components, scored)
+        rollout = rollout.without(~scored)  # no loss where a reward is unknown (None)
         clock.lap("reward")
 
         # --------------------------------------------------------------------------------------------------- 3 logprobs
-        budget, temperature = args.optimization.micro_batch_tokens, args.sampling.temperature
-        anchor_logprobs = common.rollout_logprobs(policy, rollout, budget, temperature)  # (B, T)
+        anchor_logprobs, _ = common.rollout_logprobs(policy, rollout, budget, temperature)  # (B, T)
         clock.lap("logprobs")
 
         # ------------------------------------------------------------------------------------------------- 4 advantages
-        advantages = group_advantages(rewards, args.tau, args.baseline).flatten().to(device)  # (B,)
+        advantages = group_advantages(rewards, args.tau, args.baseline, scored).flatten().to(device)  # (B,)
         if args.rewards.truncated == "mask":
             advantages = advantages.where(rollout.finished, 0.0)
 
         # ----------------------------------------------------------------------------------------------------- 5 update
         learning_rate = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.optimization.warmup_iterations))
         common.set_learning_rate(optimizer, learning_rate)
-        if not args.keep_optimizer:  # a new anchor is a new optimization problem
-            optimizer.state.clear()
+        optimizer.state.clear()  # a new anchor is a new optimization problem
         for epoch in range(args.update_epochs):
-            seed = derive_seed(args.seed, "update", global_step, epoch)
+            seed = common.derive_seed(args.seed, "update", global_step, epoch)
             for minibatch in common.minibatches(rollout, minibatch_size, seed):
-                row_weights = torch.full_like(advantages, 1 / len(minibatch))  # (B,)
+                written = rollout.trained.any(1)  # (B,): rows with a token that gets a loss
+                row_weights = written / written[minibatch].sum().clamp(min=1)  # (B,)
                 policy_loss = 0.0
                 for micro in common.micro_batches(rollout, minibatch, budget):
                     logprobs, entropy = common.completion_logprobs(policy, rollout, micro, temperature)  # (R, T)
@@ -240,11 +222,11 @@ def main(args: Args) -> None:
                     )
                     loss.backward()
                     policy_loss += loss.item()
-                    values = token_metrics(rollout, micro, entropy, anchor_logprobs[micro])
-                    metrics.add(values, weight=rollout.trained[micro].sum().item())
+                    tokens = rollout.trained[micro].sum().item()
+                    metrics.add(logs.token_metrics(rollout, micro, entropy, anchor_logprobs[micro]), weight=tokens)
                     metrics.add({f"loss/{name}": value for name, value in loss_metrics.items()}, weight=len(micro))
                 grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.masters, args.optimization.max_grad_norm).item()
-                finite = health.is_finite(policy_loss, grad_norm, rollout, minibatch, advantages=advantages)
+                finite = health.allows_step(policy_loss, grad_norm, rollout, minibatch, advantages=advantages)
                 if finite:
                     optimizer.step()
                 optimizer.zero_grad()
@@ -254,18 +236,18 @@ def main(args: Args) -> None:
         # -------------------------------------------------------------------------------------------------------- 6 log
         iteration += 1
         metrics.add({"loss/learning_rate": learning_rate} | sampler.summary() | verify.summary())
-        health.watch(log_iteration(run.writer, metrics, clock, global_step, bar))
+        health.watch(logs.log_iteration(run.writer, metrics, clock, global_step, bar), rollout.filtered)
 
         # ------------------------------------------------------------------------------------------ 7 evaluate and save
         if iteration == args.iterations or (args.run.eval_every and iteration % args.run.eval_every == 0):
-            scores = evaluate_policy(policy, *evaluation)
-            log_scalars(run.writer, scores, global_step)
-            log_samples(run.writer, tokenizer, *samples, global_step)
+            scores = held_out.evaluate(policy)
+            logs.log_scalars(run.writer, scores, global_step)
+            logs.log_samples(run.writer, tokenizer, rollout, texts, components, global_step)
         run.checkpoint(policy, iteration, global_step, before=before, scores=scores)
-        metrics, clock = Metrics(), Clock(device)
+        metrics, clock = logs.Metrics(), logs.Clock(device)
 
-    run.finish(policy, comparison_table(before, scores))
+    run.finish(policy, evaluation.comparison_table(before, scores))
 
 
 if __name__ == "__main__":
-    main(parse_args(Args))
+    main(flags.parse_args(Args))

@@ -11,10 +11,12 @@ policy, the critic, and the frozen reference (none with --kl-coef 0). No copy of
 are computed before the first update. (The sampler's own differ by rounding.) There is no value coefficient: the critic
 has its own optimizer, and Adam would cancel it. There is no entropy bonus.
 
-Departures from Schulman et al., as is usual in RLHF: clipped values, whitened advantages, clipped gradients, a warm-up
-of the policy's learning rate, V = 0 after the last token even if the length limit cut the completion. r_t is the reward
-(theirs is the ratio, here rho). The critic starts from the policy's backbone with V = 0 (Stiennon et al.: from the
-reward model). Groups only share the prompt's computation; advantages don't use them.
+Departures from Schulman et al., as is usual in RLHF:
+1. Values are clipped, advantages whitened, gradients clipped; the policy's learning rate is warmed up.
+2. V = 0 after the last token, even if the length limit cut the completion.
+3. The critic starts from the policy's backbone with V = 0 (Stiennon et al.: from the reward model).
+4. Groups only share the prompt's computation; advantages don't use them.
+r_t is the reward; theirs is the ratio, here rho.
 
     python train_ppo.py                                                 # the embedded model, no GPU needed
     python train_ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --problems openai/gsm8k:main --learning-rate 1e-6 \
@@ -33,36 +35,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import common
-from common import derive_seed
 from data import ProblemSampler, decode, encode_problems, load_eval_problems, load_train_problems
-from plumbing.evaluation import comparison_table, evaluate_policy
-from plumbing.flags import (
-    AtLeast0,
-    AtLeast1,
-    Group,
-    NonNegative,
-    OptimizationFlags,
-    Positive,
-    RunFlags,
-    SamplingFlags,
-    SetupFlags,
-    Share,
-    check_minibatch,
-    parse_args,
-)
-from plumbing.metrics import (
-    Clock,
-    Health,
-    Metrics,
-    add_rollout_metrics,
-    log_iteration,
-    log_samples,
-    log_scalars,
-    ratio_metrics,
-    token_metrics,
-)
-from plumbing.runs import Run
-from rewards import RewardFlags, Verifier, check_rewards, reward_weights, score_completions
+from plumbing import evaluation, flags, logs, runs
+from rewards import RewardFlags, Verifier, check_rewards, reward_weights, score_completions, success_rates, sum_rewards
 
 
 @dataclass
@@ -73,132 +48,145 @@ class Args:
     """training problems: "arithmetic", "countdown", a .jsonl file (question, answer), or a hub dataset (name:config)"""
     seed: int = 1
     """random seed"""
-    iterations: AtLeast0 = 80
+    iterations: flags.AtLeast0 = 80
     """number of iterations; each samples a batch and trains on it"""
-    prompts_per_step: AtLeast1 = 32
+    prompts_per_step: flags.AtLeast1 = 32
     """P, prompts per iteration"""
-    group_size: AtLeast1 = 8
+    group_size: flags.AtLeast1 = 8
     """G, completions sampled per prompt"""
-    max_new_tokens: AtLeast1 = 40
+    max_new_tokens: flags.AtLeast1 = 40
     """maximum length of a completion, in tokens; use e.g. 512 for real models"""
-    learning_rate: Positive = 5e-5
+    learning_rate: flags.Positive = 5e-5
     """AdamW's learning rate; the default is for the embedded model, use 1e-6 to 5e-6 for real models"""
-    update_epochs: AtLeast1 = 4
+    update_epochs: flags.AtLeast1 = 4
     """passes over each iteration's completions, by the policy and by the critic"""
-    minibatch_size: AtLeast1 | None = None
+    minibatch_size: flags.AtLeast1 | None = None
     """completions per optimizer step, a multiple of --group-size; None: a quarter of the iteration's batch"""
     loss_norm: Literal["sequence", "token", "constant"] = "token"
     """mean per completion, then over completions | over all tokens | sum / max_new_tokens, mean over completions"""
-    setup: Group[SetupFlags] = field(default_factory=SetupFlags)
-    sampling: Group[SamplingFlags] = field(default_factory=SamplingFlags)
-    rewards: Group[RewardFlags] = field(default_factory=RewardFlags)
-    optimization: Group[OptimizationFlags] = field(default_factory=OptimizationFlags)
-    run: Group[RunFlags] = field(default_factory=RunFlags)
+    setup: flags.Group[flags.SetupFlags] = field(default_factory=flags.SetupFlags)
+    sampling: flags.Group[flags.SamplingFlags] = field(default_factory=flags.SamplingFlags)
+    rewards: flags.Group[RewardFlags] = field(default_factory=RewardFlags)
+    optimization: flags.Group[flags.OptimizationFlags] = field(default_factory=flags.OptimizationFlags)
+    run: flags.Group[flags.RunFlags] = field(default_factory=flags.RunFlags)
 
-    clip_low: Positive = 0.2
+    clip_low: flags.Positive = 0.2
     """the ratio is clipped at 1 - clip_low"""
-    clip_high: Positive = 0.2
+    clip_high: flags.Positive = 0.2
     """the ratio is clipped at 1 + clip_high"""
-    kl_coef: NonNegative = 0.05
+    kl_coef: flags.NonNegative = 0.05
     """beta, weight of the KL penalty to the starting policy in each token's reward; 0 loads no reference model"""
-    value_clip: Positive = 0.2
+    value_clip: flags.Positive = 0.2
     """c: a value further than this from V_old gets no gradient if its error is smaller than that of V_old +- c"""
     missing_eos_score: float | None = None
     """score that replaces the reward of a completion without EOS; None: such a completion keeps its reward"""
-    value_learning_rate: Positive = 3e-4
+    value_learning_rate: flags.Positive = 3e-4
     """AdamW's learning rate for the critic; the default is for the embedded model, use 1e-5 for real models"""
-    gamma: Share = 1.0
+    gamma: flags.Share = 1.0
     """discount factor per token"""
-    gae_lambda: Share = 0.95
+    gae_lambda: flags.Share = 0.95
     """GAE's lambda: 1 relies on the sampled return, 0 on the critic"""
 
 
 def shape_rewards(
     scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor | None, mask: Tensor, kl_coef: float
 ) -> Tensor:
-    """(B,) scores -> (B, T) rewards: the score at each completion's last token, minus kl_coef times the log-ratio of
-    policy and reference at every token. No gradient flows through the KL: it is part of the reward."""
+    """(B,) scores -> (B, T) rewards: the score at each completion's last token in `mask`, the tokens that the policy
+    wrote, minus kl_coef times the log-ratio of policy and reference at each of them. No gradient flows through the KL:
+    it is part of the reward."""
     rewards = torch.zeros_like(logprobs)
     if ref_logprobs is not None:
         rewards = (-kl_coef * (logprobs - ref_logprobs)).detach().masked_fill(~mask, 0.0)
-    rewards[torch.arange(len(scores)), mask.sum(1) - 1] += scores
-    return rewards
+    rewards[torch.arange(len(scores)), common.last_true(mask)] += scores
+    return rewards.masked_fill(~mask, 0.0)  # a completion may have no token of the policy's
 
 
 def compute_gae(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float
 ) -> tuple[Tensor, Tensor]:
-    """Generalized advantage estimation, Schulman et al. 2016, arXiv:1506.02438, eq. 16. All (B, T), 0 on padding.
+    """Generalized advantage estimation, Schulman et al. 2016, arXiv:1506.02438, eq. 16. All (B, T), 0 outside of the
+    mask. t counts only the tokens in `mask`, which the policy wrote: a tool's output between two of them takes no step.
 
         delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lambda A_{t+1},   V after the last token = 0
 
     Returns the advantages A and the critic's targets A + V, both before whitening.
     """
-    rewards, values = rewards * mask, values * mask  # values on padding must not leak into the real tokens
     advantages = torch.zeros_like(rewards)
     next_advantage = next_value = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantages[:, t] = next_advantage = (delta + gamma * gae_lambda * next_advantage) * mask[:, t]
-        next_value = values[:, t]
-    return advantages, advantages + values
+        next_advantage = torch.where(mask[:, t], delta + gamma * gae_lambda * next_advantage, next_advantage)
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
+        advantages[:, t] = next_advantage
+    advantages = advantages.masked_fill(~mask, 0.0)
+    return advantages, (advantages + values).masked_fill(~mask, 0.0)
 
 
 def whiten(advantages: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0 and standard deviation 1 over the real tokens of the whole batch."""
-    real = advantages[mask]
-    return ((advantages - real.mean()) / (real.std() + 1e-8)).masked_fill(~mask, 0.0)
+    """Mean 0 and standard deviation 1 over the mask's tokens of the whole batch, which the policy wrote."""
+    written = advantages[mask]
+    return ((advantages - written.mean()) / (written.std() + 1e-8)).masked_fill(~mask, 0.0)
 
 
 def ppo_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor, clip_low: float, clip_high: float
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    weights: Tensor,
+    clip_low: float,
+    clip_high: float,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The clipped surrogate, eq. 7, as a loss. All (B, T); weights are 0 on padding. Metrics are means over tokens."""
-    mask = weights > 0
+    """The clipped surrogate, eq. 7, as a loss. All (B, T). mask: the tokens that the policy wrote; the others are
+    ignored. weights: see common.token_weights; one may be 0. Metrics are means over the mask's tokens."""
     ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0).exp()  # masked before exp: inf * 0 would be NaN
     A = advantages.masked_fill(~mask, 0.0)
     per_token = torch.max(-A * ratio, -A * ratio.clamp(1 - clip_low, 1 + clip_high))
-    return (weights * per_token).sum(), ratio_metrics(ratio, A, mask, clip_low, clip_high)
+    return (weights * per_token).sum(), logs.ratio_metrics(ratio, A, mask, clip_low, clip_high)
 
 
 def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, value_clip: float
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, weights: Tensor, value_clip: float
 ) -> tuple[Tensor, dict[str, float]]:
     """Half the larger of the squared errors of V and of V clipped to V_old +- value_clip. With the larger one,
-    clipping can only remove gradient. All (B, T); weights are 0 on padding. The metric is the mean over tokens."""
+    clipping can only remove gradient. All (B, T), mask and weights as in ppo_loss. The metric is the mean over the
+    mask's tokens."""
     clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
-    errors = (0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)).masked_fill(weights == 0, 0.0)
-    return (weights * errors).sum(), {"value": (errors.sum() / (weights > 0).sum().clamp(min=1)).item()}
+    errors = (0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)).masked_fill(~mask, 0.0)
+    return (weights * errors).sum(), {"value": (errors.sum() / mask.sum().clamp(min=1)).item()}
 
 
 def main(args: Args) -> None:
     # ------------------------------------------------------------------------------------------------------------ Setup
     batch_size = args.prompts_per_step * args.group_size
     minibatch_size = args.minibatch_size or max(1, args.prompts_per_step // 4) * args.group_size
-    check_minibatch(minibatch_size, args.group_size, batch_size)
-    check_rewards(args.rewards, args.max_new_tokens, args.model)
+    flags.check_minibatch(minibatch_size, args.group_size, batch_size)
+    budget, temperature = args.optimization.micro_batch_tokens, args.sampling.temperature
     if args.rewards.reward_model and args.rewards.accuracy_weight:
         print("note: the model's score adds to the rules' rewards; --accuracy-weight 0 --format-weight 0 drops them")
 
     device = common.resolve_device(args.setup.device)
     dtype = common.resolve_dtype(args.setup.dtype, device)
     tokenizer, config = common.load_tokenizer(args.model), common.load_config(args.model)
+    check_rewards(args.rewards, args.max_new_tokens, tokenizer)
     problems = load_train_problems(args.problems, args.setup.eval_data)
     problems = encode_problems(tokenizer, problems, args.setup.system_prompt, config, args.max_new_tokens)
-    eval_problems = load_eval_problems(args.problems, args.setup.eval_data, args.run.eval_problems)
-    eval_problems = encode_problems(tokenizer, eval_problems, args.setup.system_prompt, config, args.max_new_tokens)
     draws = args.iterations * args.prompts_per_step
     sampler = ProblemSampler(problems, args.sampling.problem_sampling, args.seed, args.sampling.priority_floor, draws)
-    verify = Verifier(args.rewards, device, dtype)
-    evaluation = tokenizer, eval_problems, args.max_new_tokens, args.rewards.format_style, batch_size, args.seed, verify
+    verify, path = Verifier(args.rewards, device, dtype, budget), args.rewards.reward_model
+    reward_model = common.load_reward_model(path, tokenizer, device, dtype) if path else None
+    eval_problems = load_eval_problems(args.problems, args.setup.eval_data, args.run.eval_problems)
+    eval_problems = encode_problems(tokenizer, eval_problems, args.setup.system_prompt, config, args.max_new_tokens)
+    limits = args.max_new_tokens, args.rewards.format_style, batch_size, args.seed
+    held_out = evaluation.HeldOut(tokenizer, eval_problems, *limits, verify)
 
-    run = Run(args, tokenizer)
-    policy = common.load_policy(run.start_from, device, dtype, tokenizer.eos_token_id)
-    value_model = common.load_value_model(args.model, device, dtype)
+    run = runs.Run(args, tokenizer)
+    policy = common.load_policy(run.start_from, tokenizer, device, dtype)
+    value_model = common.load_value_model(args.model, tokenizer, device, dtype)
     if args.optimization.gradient_checkpointing:
         common.checkpoint_layers(policy)
         common.checkpoint_layers(value_model)
-    ref = common.load_policy(args.model, device, dtype).requires_grad_(False) if args.kl_coef > 0 else None
+    ref = common.load_policy(args.model, tokenizer, device, dtype).requires_grad_(False) if args.kl_coef > 0 else None
     offload = args.optimization.offload_optimizer
     optimizer = common.MasterAdamW(policy, args.learning_rate, offload, eps=1e-5)  # Adam's eps as in most PPO code
     value_optimizer = common.MasterAdamW(value_model, args.value_learning_rate, offload, eps=1e-5)
@@ -207,12 +195,12 @@ def main(args: Args) -> None:
     iteration, global_step = run.progress["iteration"], run.progress["global_step"]  # global_step: completions sampled
     before, scores = run.progress.get("before"), run.progress.get("scores")
     if before is None:  # a new run
-        before = scores = evaluate_policy(policy, *evaluation)
-        log_scalars(run.writer, scores, global_step)
+        before = scores = held_out.evaluate(policy)
+        logs.log_scalars(run.writer, scores, global_step)
 
     bar = tqdm(total=args.iterations, initial=iteration, unit="it")
-    health = Health(run.dir, tokenizer, args.optimization.max_bad_updates)
-    metrics, clock = Metrics(), Clock(device)
+    health = logs.Health(run.dir, tokenizer, args.optimization.max_bad_updates, dtype)
+    metrics, clock = logs.Metrics(), logs.Clock(device)
     while iteration < args.iterations:
         # ----------------------------------------------------------------------------------------------------- 1 sample
         batch = sampler.draw(args.prompts_per_step)
@@ -221,52 +209,54 @@ def main(args: Args) -> None:
             [problem.prompt_ids for problem in batch],
             args.group_size,
             args.max_new_tokens,
-            args.sampling.temperature,
-            derive_seed(args.seed, "sample", global_step),
+            temperature,
+            common.derive_seed(args.seed, "sample", global_step),
         )
         global_step += batch_size
         clock.lap("sample")
 
         # ----------------------------------------------------------------------------------------------------- 2 reward
         texts = decode(tokenizer, rollout)
-        components = score_completions(texts, batch, rollout, args.rewards, args.max_new_tokens, verify)  # name: (P, G)
-        weights = reward_weights(args.rewards, iteration)  # name: float; a new component needs a weight too
-        rewards = sum(weights[name] * values for name, values in components.items())  # (P, G)
-        sampler.record(batch, components["accuracy"].mean(1).tolist())
-        add_rollout_metrics(metrics, rollout, rewards, components)
-        samples = rollout, texts, components
+        scoring = args.rewards, args.max_new_tokens, verify, reward_model, budget
+        components = score_completions(texts, batch, rollout, *scoring)  # by name
+        component_weights = reward_weights(args.rewards, iteration)  # by name; a component of your own needs one too
+        rewards, scored = sum_rewards(components, component_weights, texts, batch)  # (P, G) each, like the components
+        sampler.record(batch, success_rates(components["accuracy"], scored))
+        logs.add_rollout_metrics(metrics, rollout, rewards, components, scored)
+        rollout = rollout.without(~scored)  # no loss where a reward is unknown (None)
         clock.lap("reward")
 
         # --------------------------------------------------------------------------------------------------- 3 logprobs
-        budget, temperature = args.optimization.micro_batch_tokens, args.sampling.temperature
-        old_logprobs = common.rollout_logprobs(policy, rollout, budget, temperature)  # (B, T)
+        old_logprobs, _ = common.rollout_logprobs(policy, rollout, budget, temperature)  # (B, T)
         old_values = common.rollout_values(value_model, rollout, budget)  # (B, T)
-        ref_logprobs = common.rollout_logprobs(ref, rollout, budget, temperature) if ref is not None else None
+        ref_logprobs = None
+        if ref is not None:
+            ref_logprobs, _ = common.rollout_logprobs(ref, rollout, budget, temperature)
         clock.lap("logprobs")
 
         # ------------------------------------------------------------------------------------------------- 4 advantages
         eos_scores = rewards.flatten().to(device)  # (B,)
         if args.missing_eos_score is not None:
             eos_scores = eos_scores.where(rollout.finished, args.missing_eos_score)
-        token_rewards = shape_rewards(eos_scores, old_logprobs, ref_logprobs, rollout.mask, args.kl_coef)  # (B, T)
-        advantages, returns = compute_gae(token_rewards, old_values, rollout.mask, args.gamma, args.gae_lambda)
-        advantages = whiten(advantages, rollout.mask)
+        trained = rollout.trained  # (B, T): a tool's tokens, which the policy did not write, are no steps
+        token_rewards = shape_rewards(eos_scores, old_logprobs, ref_logprobs, trained, args.kl_coef)  # (B, T)
+        advantages, returns = compute_gae(token_rewards, old_values, trained, args.gamma, args.gae_lambda)
+        advantages = whiten(advantages, trained)
         if args.rewards.truncated == "mask":
             advantages = advantages.where(rollout.finished[:, None], 0.0)
-        explained = 1 - (returns - old_values)[rollout.mask].var() / returns[rollout.mask].var()
+        explained = 1 - (returns - old_values)[trained].var() / returns[trained].var()
         metrics.add({"loss/explained_variance": explained.nan_to_num(0.0, neginf=0.0).item()})
         if ref is not None:  # the KL in the reward, mean per token
-            metrics.add({"loss/kl": (old_logprobs - ref_logprobs)[rollout.mask].mean().item()})
+            metrics.add({"loss/kl": (old_logprobs - ref_logprobs)[trained].mean().item()})
 
         # ----------------------------------------------------------------------------------------------------- 5 update
         learning_rate = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.optimization.warmup_iterations))
         common.set_learning_rate(optimizer, learning_rate)
         for epoch in range(args.update_epochs):
-            seed = derive_seed(args.seed, "update", global_step, epoch)
+            seed = common.derive_seed(args.seed, "update", global_step, epoch)
             for minibatch in common.minibatches(rollout, minibatch_size, seed):
-                trained = rollout.trained[minibatch]
-                token_weights = torch.zeros_like(old_logprobs)  # (B, T), indexed by row like the others
-                token_weights[minibatch] = common.token_weights(trained, args.loss_norm, args.max_new_tokens)
+                weights = torch.zeros_like(old_logprobs)  # (B, T), indexed by row like the others
+                weights[minibatch] = common.token_weights(trained[minibatch], args.loss_norm, args.max_new_tokens)
                 policy_loss = 0.0
                 for micro in common.micro_batches(rollout, minibatch, budget):
                     logprobs, entropy = common.completion_logprobs(policy, rollout, micro, temperature)  # (R, T)
@@ -274,7 +264,8 @@ def main(args: Args) -> None:
                         logprobs,
                         old_logprobs[micro],
                         advantages[micro],
-                        token_weights[micro],
+                        trained[micro],
+                        weights[micro],
                         clip_low=args.clip_low,
                         clip_high=args.clip_high,
                     )
@@ -282,17 +273,17 @@ def main(args: Args) -> None:
                     policy_loss += loss.item()
                     values = common.completion_values(value_model, rollout, micro)  # (R, T)
                     loss, value_metrics = value_loss(
-                        values, old_values[micro], returns[micro], token_weights[micro], args.value_clip
+                        values, old_values[micro], returns[micro], trained[micro], weights[micro], args.value_clip
                     )
                     loss.backward()
                     loss_metrics = {f"loss/{name}": value for name, value in (loss_metrics | value_metrics).items()}
-                    loss_metrics |= token_metrics(rollout, micro, entropy, old_logprobs[micro])
-                    metrics.add(loss_metrics, weight=rollout.trained[micro].sum().item())
+                    loss_metrics |= logs.token_metrics(rollout, micro, entropy, old_logprobs[micro])
+                    metrics.add(loss_metrics, weight=trained[micro].sum().item())
                 max_norm = args.optimization.max_grad_norm
                 grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.masters, max_norm).item()
                 value_norm = torch.nn.utils.clip_grad_norm_(value_optimizer.masters, max_norm).item()
                 norms = grad_norm + value_norm
-                finite = health.is_finite(policy_loss, norms, rollout, minibatch, advantages=advantages)
+                finite = health.allows_step(policy_loss, norms, rollout, minibatch, advantages=advantages)
                 if finite:
                     optimizer.step()
                     value_optimizer.step()
@@ -304,18 +295,18 @@ def main(args: Args) -> None:
         # -------------------------------------------------------------------------------------------------------- 6 log
         iteration += 1
         metrics.add({"loss/learning_rate": learning_rate} | sampler.summary() | verify.summary())
-        health.watch(log_iteration(run.writer, metrics, clock, global_step, bar))
+        health.watch(logs.log_iteration(run.writer, metrics, clock, global_step, bar), rollout.filtered)
 
         # ------------------------------------------------------------------------------------------ 7 evaluate and save
         if iteration == args.iterations or (args.run.eval_every and iteration % args.run.eval_every == 0):
-            scores = evaluate_policy(policy, *evaluation)
-            log_scalars(run.writer, scores, global_step)
-            log_samples(run.writer, tokenizer, *samples, global_step)
+            scores = held_out.evaluate(policy)
+            logs.log_scalars(run.writer, scores, global_step)
+            logs.log_samples(run.writer, tokenizer, rollout, texts, components, global_step)
         run.checkpoint(policy, iteration, global_step, before=before, scores=scores)
-        metrics, clock = Metrics(), Clock(device)
+        metrics, clock = logs.Metrics(), logs.Clock(device)
 
-    run.finish(policy, comparison_table(before, scores))
+    run.finish(policy, evaluation.comparison_table(before, scores))
 
 
 if __name__ == "__main__":
-    main(parse_args(Args))
+    main(flags.parse_args(Args))

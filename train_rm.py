@@ -8,9 +8,12 @@ first loss is log 2. The score is read at the completion's last token, its EOS. 
 the level of the scores is arbitrary: their mean over 1,024 training pairs is saved in the config as `score_mean`, and
 `common.completion_scores` subtracts it (InstructGPT shifts a bias so that demonstrations have mean 0).
 
-Departure from the papers: pairs are drawn one by one, and a prompt has at most --max-pairs-per-prompt; InstructGPT puts
-all pairs of a prompt into one batch element. The trained model is an ordinary sequence classifier with one label, which
-transformers loads.
+The trained model is an ordinary sequence classifier with one label, which transformers loads.
+
+Departures from the papers:
+1. Pairs are drawn one by one, and a prompt has at most --max-pairs-per-prompt; InstructGPT puts all pairs of a prompt
+   into one batch element.
+2. The optimizer is AdamW; its learning rate decays as a cosine to a tenth, and gradients are clipped.
 
     python train_rm.py                                    # pairs of the embedded model's samples
     python evaluate.py --split all --num-samples 8 --output samples.jsonl && python train_rm.py --data samples.jsonl
@@ -34,30 +37,7 @@ from tqdm import tqdm
 
 import common
 from data import ProblemSampler, is_held_out
-from plumbing.flags import (
-    SYSTEM_PROMPT,
-    AtLeast0,
-    AtLeast1,
-    Group,
-    NonNegative,
-    OptimizationFlags,
-    Positive,
-    RunFlags,
-    fail,
-    parse_args,
-)
-from plumbing.metrics import Clock, Health, Metrics, log_iteration, log_scalars
-from plumbing.pairs import (
-    Pair,
-    PairFlags,
-    encode_pairs,
-    load_preference_pairs,
-    pair_micro_batches,
-    pair_rollout,
-    pair_table,
-    ranked_right,
-)
-from plumbing.runs import Run
+from plumbing import flags, logs, pairs, runs
 
 
 @dataclass
@@ -68,27 +48,27 @@ class Args:
     """pairs: "arithmetic-pairs", a .jsonl file (prompt, chosen, rejected), or a samples file; a tenth is held out"""
     seed: int = 1
     """random seed"""
-    iterations: AtLeast0 = 200
+    iterations: flags.AtLeast0 = 200
     """optimizer steps; also the length of the learning rate's cosine: changing it on --resume changes the schedule"""
-    minibatch_size: AtLeast1 = 64
+    minibatch_size: flags.AtLeast1 = 64
     """pairs per optimizer step"""
-    learning_rate: Positive = 3e-4
+    learning_rate: flags.Positive = 3e-4
     """AdamW's peak learning rate; the default is for the embedded model, use 1e-5 for real models"""
-    weight_decay: NonNegative = 0.0
+    weight_decay: flags.NonNegative = 0.0
     """AdamW's weight decay, on all weights"""
-    system_prompt: str = SYSTEM_PROMPT
+    system_prompt: str = flags.SYSTEM_PROMPT
     """system turn of the chat template ('' for none); the embedded model's template ignores it"""
     device: str = "auto"
     """auto | cpu | cuda | cuda:1 ..."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """dtype of the weights; auto: bfloat16 on a GPU (with fp32 master weights), float32 on a CPU"""
-    pairs: Group[PairFlags] = field(default_factory=PairFlags)
-    optimization: Group[OptimizationFlags] = field(
-        default_factory=lambda: OptimizationFlags(warmup_iterations=20, micro_batch_tokens=4096)
+    selection: flags.Group[pairs.PairFlags] = field(default_factory=pairs.PairFlags)
+    optimization: flags.Group[flags.OptimizationFlags] = field(
+        default_factory=lambda: flags.OptimizationFlags(warmup_iterations=20, micro_batch_tokens=4096)
     )
-    run: Group[RunFlags] = field(default_factory=lambda: RunFlags(eval_every=0, save_every=0))
+    run: flags.Group[flags.RunFlags] = field(default_factory=lambda: flags.RunFlags(eval_every=0, save_every=0))
 
-    margin: NonNegative = 0.0
+    margin: flags.NonNegative = 0.0
     """subtracted from the difference of a pair's scores in the loss"""
 
 
@@ -105,7 +85,7 @@ def reward_model_loss(
         "rewards/chosen": chosen_scores.mean().item(),
         "rewards/rejected": rejected_scores.mean().item(),
         "rewards/margin": margins.mean().item(),
-        "rewards/accuracy": ranked_right(margins).mean().item(),
+        "rewards/accuracy": pairs.ranked_right(margins).mean().item(),
     }
     return (row_weights * per_row).sum(), metrics
 
@@ -113,17 +93,17 @@ def reward_model_loss(
 def calibration_error(margins: Tensor, bins: int = 10) -> float:
     """Expected calibration error of (N,) margins. sigmoid(|margin|) is the confidence in the preferred side. Over equal
     bins of 0.5 to 1: |accuracy - mean confidence| of each bin, averaged with its share of the pairs as the weight."""
-    confidence, right = margins.abs().sigmoid(), ranked_right(margins)
+    confidence, right = margins.abs().sigmoid(), pairs.ranked_right(margins)
     index = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
     gaps = torch.zeros(bins, dtype=margins.dtype, device=margins.device).index_add(0, index, right - confidence)
     return gaps.abs().sum().item() / len(margins)
 
 
-def pair_scores(reward_model, pairs: list[Pair], max_tokens: int) -> Tensor:
+def pair_scores(reward_model, dataset: list[pairs.Pair], max_tokens: int) -> Tensor:
     """(N, 2) scores of N pairs: chosen, rejected."""
     scores = []
-    for start in range(0, len(pairs), 256):
-        rollout = pair_rollout(pairs[start : start + 256], reward_model.device)
+    for start in range(0, len(dataset), 256):
+        rollout = pairs.pair_rollout(dataset[start : start + 256], reward_model.device)
         scores.append(common.rollout_scores(reward_model, rollout, max_tokens).cpu())
     return torch.cat(scores).view(-1, 2)
 
@@ -133,16 +113,16 @@ def main(args: Args) -> None:
     device = common.resolve_device(args.device)
     dtype = common.resolve_dtype(args.dtype, device)
     tokenizer, config = common.load_tokenizer(args.model), common.load_config(args.model)
-    pairs = load_preference_pairs(args.data, args.seed, args.pairs)
-    pairs = encode_pairs(tokenizer, pairs, args.system_prompt, common.context_length(config))
-    held_out = [pair for pair in pairs if is_held_out(pair.question)][: args.run.eval_problems]
-    train = [pair for pair in pairs if not is_held_out(pair.question)]
+    dataset = pairs.load_preference_pairs(args.data, args.seed, args.selection)
+    dataset = pairs.encode_pairs(tokenizer, dataset, args.system_prompt, common.context_length(config))
+    held_out_pairs = [pair for pair in dataset if is_held_out(pair.question)][: args.run.eval_problems]
+    train = [pair for pair in dataset if not is_held_out(pair.question)]
     if len(train) < args.minibatch_size:
-        fail(f"--minibatch-size {args.minibatch_size}: only {len(train)} pairs are left to train on; lower it")
+        flags.fail(f"--minibatch-size {args.minibatch_size}: only {len(train)} pairs are left to train on; lower it")
     sampler = ProblemSampler(train, seed=args.seed)
 
-    run = Run(args, tokenizer)
-    rm = common.load_reward_model(run.start_from, device, dtype, new_head=run.start_from == args.model)
+    run = runs.Run(args, tokenizer)
+    rm = common.load_reward_model(run.start_from, tokenizer, device, dtype, new_head=run.start_from == args.model)
     rm.config.pad_token_id = tokenizer.pad_token_id  # transformers' own forward uses it to find the last token
     rm.config.score_mean = 0.0  # set after training
     if args.optimization.gradient_checkpointing:
@@ -152,9 +132,9 @@ def main(args: Args) -> None:
     run.restore(optimizer=optimizer, sampler=sampler)  # checkpointed together with the model
 
     def evaluate_now() -> dict[str, float]:
-        if not held_out:
+        if not held_out_pairs:
             return {}
-        chosen, rejected = pair_scores(rm, held_out, args.optimization.micro_batch_tokens).unbind(1)
+        chosen, rejected = pair_scores(rm, held_out_pairs, args.optimization.micro_batch_tokens).unbind(1)
         loss, values = reward_model_loss(chosen, rejected, args.margin)
         values = {name: values[f"rewards/{name}"] for name in ("accuracy", "margin")} | {"loss": loss.item()}
         scores = {f"eval/pair_{name}": value for name, value in values.items()}
@@ -164,54 +144,54 @@ def main(args: Args) -> None:
     before, scores = run.progress.get("before"), run.progress.get("scores")
     if before is None:  # a new run
         before = scores = evaluate_now()
-        log_scalars(run.writer, scores, global_step)
+        logs.log_scalars(run.writer, scores, global_step)
 
     bar = tqdm(total=args.iterations, initial=iteration, desc="RM", unit="it")
-    health = Health(run.dir, tokenizer, args.optimization.max_bad_updates)
+    health = logs.Health(run.dir, tokenizer, args.optimization.max_bad_updates, dtype)
     while iteration < args.iterations:
-        metrics, clock = Metrics(), Clock(device)
+        metrics, clock = logs.Metrics(), logs.Clock(device)
         # ----------------------------------------------------------------------------------------------------- 1 sample
         batch = sampler.draw(args.minibatch_size)
-        rollout = pair_rollout(batch, device)  # rows chosen, rejected, chosen, ...
+        rollout = pairs.pair_rollout(batch, device)  # rows chosen, rejected, chosen, ...
         row_weights = torch.tensor([pair.weight / len(batch) for pair in batch], device=device)  # (B,), one per pair
         global_step += len(batch)
         clock.lap("sample")
 
-        # ----------------------------------------------------------------------------------------------------- 5 update
+        # ----------------------------------------------------------------------------------------------------- 2 update
         rise = min(1.0, (iteration + 1) / max(1, args.optimization.warmup_iterations))
         learning_rate = args.learning_rate * rise * (0.55 + 0.45 * math.cos(math.pi * iteration / args.iterations))
         common.set_learning_rate(optimizer, learning_rate)
-        policy_loss = 0.0
-        for micro in pair_micro_batches(rollout, args.optimization.micro_batch_tokens):
-            pair = common.completion_scores(rm, rollout, micro)  # chosen, rejected, chosen, ...
+        minibatch_loss = 0.0
+        for micro in pairs.pair_micro_batches(rollout, args.optimization.micro_batch_tokens):
+            scored = common.completion_scores(rm, rollout, micro)  # chosen, rejected, chosen, ...
             weights = row_weights[[row // 2 for row in micro[0::2]]]
-            loss, loss_metrics = reward_model_loss(pair[0::2], pair[1::2], args.margin, weights)
+            loss, loss_metrics = reward_model_loss(scored[0::2], scored[1::2], args.margin, weights)
             loss.backward()
-            policy_loss += loss.item()
+            minibatch_loss += loss.item()
             metrics.add(loss_metrics, weight=len(micro))
         grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.masters, args.optimization.max_grad_norm).item()
-        finite = health.is_finite(policy_loss, grad_norm, rollout, range(len(rollout.mask)))
+        finite = health.allows_step(minibatch_loss, grad_norm, rollout, range(len(rollout.mask)))
         if finite:
             optimizer.step()
         optimizer.zero_grad()
-        metrics.add({"loss/policy": policy_loss, "loss/grad_norm": grad_norm, "loss/skipped": not finite})
+        metrics.add({"loss/pair": minibatch_loss, "loss/grad_norm": grad_norm, "loss/skipped": not finite})
         clock.lap("update")
 
-        # -------------------------------------------------------------------------------------------------------- 6 log
+        # -------------------------------------------------------------------------------------------------------- 3 log
         iteration += 1
         metrics.add({"loss/learning_rate": learning_rate})
-        health.watch(log_iteration(run.writer, metrics, clock, global_step, bar))
+        health.watch(logs.log_iteration(run.writer, metrics, clock, global_step, bar))
 
-        # ------------------------------------------------------------------------------------------ 7 evaluate and save
+        # ------------------------------------------------------------------------------------------ 4 evaluate and save
         if iteration == args.iterations or (args.run.eval_every and iteration % args.run.eval_every == 0):
             scores = evaluate_now()
-            log_scalars(run.writer, scores, global_step)
+            logs.log_scalars(run.writer, scores, global_step)
         run.checkpoint(rm, iteration, global_step, before=before, scores=scores)
 
     some = random.Random(args.seed).sample(train, min(1024, len(train)))  # enough for the mean
     rm.config.score_mean = pair_scores(rm, some, args.optimization.micro_batch_tokens).mean().item()
-    run.finish(rm, pair_table(before, scores, [pair.question for pair in held_out]))
+    run.finish(rm, pairs.pair_table(before, scores, [pair.question for pair in held_out_pairs]))
 
 
 if __name__ == "__main__":
-    main(parse_args(Args))
+    main(flags.parse_args(Args))

@@ -25,23 +25,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import common
-from curate import Demonstration, encode_demonstrations, mix_demonstrations
-from data import ProblemSampler, encode_problems, is_held_out, load_eval_problems
-from plumbing.evaluation import comparison_table, evaluate_policy
-from plumbing.flags import (
-    AtLeast0,
-    AtLeast1,
-    Group,
-    NonNegative,
-    OptimizationFlags,
-    Positive,
-    RunFlags,
-    SetupFlags,
-    fail,
-    parse_args,
-)
-from plumbing.metrics import Clock, Health, Metrics, log_iteration, log_scalars, token_metrics
-from plumbing.runs import Run
+import data
+from plumbing import evaluation, flags, logs, runs
 
 
 @dataclass
@@ -53,7 +38,7 @@ class Args:
     data: tuple[str, ...] = ("arithmetic-demonstrations",)
     """any of: NAME-demonstrations (from a task's teacher), .jsonl files (prompt, completion), samples files; a tenth is
     held out. FILE:COUNT draws COUNT demonstrations of FILE at random, to mix files"""
-    demonstrations: AtLeast1 = 20000
+    demonstrations: flags.AtLeast1 = 20000
     """number of demonstrations that a task's teacher generates"""
     keep: Literal["correct", "best"] = "correct"
     """completions used from a samples file: every right one | the best right one of each problem"""
@@ -61,41 +46,41 @@ class Args:
     """problems whose held-out part is evaluated: "arithmetic", "countdown", a .jsonl file, or a hub dataset"""
     seed: int = 1
     """random seed"""
-    iterations: AtLeast0 = 200
+    iterations: flags.AtLeast0 = 200
     """optimizer steps; also the length of the learning rate's cosine: changing it on --resume changes the schedule"""
-    minibatch_size: AtLeast1 = 128
+    minibatch_size: flags.AtLeast1 = 128
     """demonstrations per optimizer step"""
-    max_new_tokens: AtLeast1 = 40
+    max_new_tokens: flags.AtLeast1 = 40
     """maximum length of a completion in evaluations, in tokens; use e.g. 512 for real models"""
     format_style: Literal["answer-tags", "think"] = "answer-tags"
     """<think>..</think><answer>..</answer> | <think>..</think>, then \\boxed{} or ####; set --system-prompt to match"""
-    learning_rate: Positive = 3e-4
+    learning_rate: flags.Positive = 3e-4
     """AdamW's peak learning rate; the default is for the embedded model, use 1e-5 for real models"""
-    weight_decay: NonNegative = 0.1
+    weight_decay: flags.NonNegative = 0.1
     """AdamW's weight decay, on all weights"""
     loss_norm: Literal["sequence", "token", "constant"] = "token"
     """mean per completion, then over completions | over all tokens | sum / max_new_tokens, mean over completions"""
-    setup: Group[SetupFlags] = field(default_factory=SetupFlags)
-    optimization: Group[OptimizationFlags] = field(
-        default_factory=lambda: OptimizationFlags(warmup_iterations=20, micro_batch_tokens=4096)
+    setup: flags.Group[flags.SetupFlags] = field(default_factory=flags.SetupFlags)
+    optimization: flags.Group[flags.OptimizationFlags] = field(
+        default_factory=lambda: flags.OptimizationFlags(warmup_iterations=20, micro_batch_tokens=4096)
     )
-    run: Group[RunFlags] = field(default_factory=lambda: RunFlags(eval_every=0, save_every=0))
+    run: flags.Group[flags.RunFlags] = field(default_factory=lambda: flags.RunFlags(eval_every=0, save_every=0))
 
 
-def sft_loss(logprobs: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Cross-entropy. logprobs, weights: (B, T), weights 0 on padding."""
-    return -(weights * logprobs).sum(), {}
+def sft_loss(logprobs: Tensor, mask: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Cross-entropy. All (B, T). mask: the tokens to learn, the others are ignored; weights: common.token_weights."""
+    return -(weights * logprobs.masked_fill(~mask, 0.0)).sum(), {}
 
 
-def demonstration_rollout(demonstrations: list[Demonstration], device) -> common.Rollout:
+def demonstration_rollout(demonstrations: list[data.Demonstration], device) -> common.Rollout:
     prompts, completions = zip(*((d.prompt_ids, d.completion_ids) for d in demonstrations), strict=True)
     return common.make_rollout(prompts, completions, device=device)
 
 
-def held_out_loss(policy, demonstrations: list[Demonstration], max_tokens: int) -> float:
+def held_out_loss(policy, demonstrations: list[data.Demonstration], max_tokens: int) -> float:
     """Mean cross-entropy per token of held-out demonstrations."""
     rollout = demonstration_rollout(demonstrations, policy.device)
-    return -common.rollout_logprobs(policy, rollout, max_tokens).sum().item() / rollout.mask.sum().item()
+    return -common.rollout_logprobs(policy, rollout, max_tokens)[0].sum().item() / rollout.mask.sum().item()
 
 
 def main(args: Args) -> None:
@@ -103,22 +88,27 @@ def main(args: Args) -> None:
     device = common.resolve_device(args.setup.device)
     dtype = common.resolve_dtype(args.setup.dtype, device)
     tokenizer, config = common.load_tokenizer(args.model), common.load_config(args.model)
-    demonstrations = mix_demonstrations(args.data, args.demonstrations, args.keep)
+    demonstrations = data.mix_demonstrations(args.data, args.demonstrations, args.keep)
     context = common.context_length(config)
-    demonstrations = encode_demonstrations(tokenizer, demonstrations, args.setup.system_prompt, context)
-    held_out = [d for d in demonstrations if is_held_out(d.question)][: args.run.eval_problems]
-    train = [d for d in demonstrations if not is_held_out(d.question)]
+    demonstrations = data.encode_demonstrations(tokenizer, demonstrations, args.setup.system_prompt, context)
+    held_out_demonstrations = [d for d in demonstrations if data.is_held_out(d.question)][: args.run.eval_problems]
+    train = [d for d in demonstrations if not data.is_held_out(d.question)]
     if len(train) < args.minibatch_size:
-        fail(f"--minibatch-size {args.minibatch_size}: only {len(train)} demonstrations are left to train on; lower it")
-    sampler = ProblemSampler(train, seed=args.seed)
-    eval_problems = load_eval_problems(args.problems, args.setup.eval_data, args.run.eval_problems)
-    eval_problems = encode_problems(tokenizer, eval_problems, args.setup.system_prompt, config, args.max_new_tokens)
-    evaluation = tokenizer, eval_problems, args.max_new_tokens, args.format_style, args.minibatch_size, args.seed
+        flags.fail(
+            f"--minibatch-size {args.minibatch_size}: only {len(train)} demonstrations are left to train on; lower it"
+        )
+    sampler = data.ProblemSampler(train, seed=args.seed)
+    eval_problems = data.load_eval_problems(args.problems, args.setup.eval_data, args.run.eval_problems)
+    eval_problems = data.encode_problems(
+        tokenizer, eval_problems, args.setup.system_prompt, config, args.max_new_tokens
+    )
+    limits = args.max_new_tokens, args.format_style, args.minibatch_size, args.seed
+    held_out = evaluation.HeldOut(tokenizer, eval_problems, *limits)
 
-    run = Run(args, tokenizer)
+    run = runs.Run(args, tokenizer)
     torch.manual_seed(args.seed % 2**63)  # for --from-scratch
     from_scratch = args.from_scratch and run.start_from == args.model
-    policy = common.load_policy(run.start_from, device, dtype, tokenizer.eos_token_id, from_scratch)
+    policy = common.load_policy(run.start_from, tokenizer, device, dtype, from_scratch)
     if args.optimization.gradient_checkpointing:
         common.checkpoint_layers(policy)
     options = {"offload": args.optimization.offload_optimizer, "weight_decay": args.weight_decay}
@@ -126,59 +116,60 @@ def main(args: Args) -> None:
     run.restore(optimizer=optimizer, sampler=sampler)  # checkpointed together with the policy
 
     def evaluate_now() -> dict[str, float]:
-        scores = evaluate_policy(policy, *evaluation)
-        if held_out:
-            scores["eval/loss"] = held_out_loss(policy, held_out, args.optimization.micro_batch_tokens)
+        scores = held_out.evaluate(policy)
+        if held_out_demonstrations:
+            budget = args.optimization.micro_batch_tokens
+            scores["eval/loss"] = held_out_loss(policy, held_out_demonstrations, budget)
         return scores
 
     iteration, global_step = run.progress["iteration"], run.progress["global_step"]  # global_step: demonstrations seen
     before, scores = run.progress.get("before"), run.progress.get("scores")
     if before is None:  # a new run
         before = scores = evaluate_now()
-        log_scalars(run.writer, scores, global_step)
+        logs.log_scalars(run.writer, scores, global_step)
 
     bar = tqdm(total=args.iterations, initial=iteration, desc="SFT", unit="it")
-    health = Health(run.dir, tokenizer, args.optimization.max_bad_updates)
+    health = logs.Health(run.dir, tokenizer, args.optimization.max_bad_updates, dtype)
     while iteration < args.iterations:
-        metrics, clock = Metrics(), Clock(device)
+        metrics, clock = logs.Metrics(), logs.Clock(device)
         # ----------------------------------------------------------------------------------------------------- 1 sample
         rollout = demonstration_rollout(sampler.draw(args.minibatch_size), device)
         global_step += args.minibatch_size
         clock.lap("sample")
 
-        # ----------------------------------------------------------------------------------------------------- 5 update
+        # ----------------------------------------------------------------------------------------------------- 2 update
         rise = min(1.0, (iteration + 1) / max(1, args.optimization.warmup_iterations))
         learning_rate = args.learning_rate * rise * (0.55 + 0.45 * math.cos(math.pi * iteration / args.iterations))
         common.set_learning_rate(optimizer, learning_rate)
-        weights = common.token_weights(rollout.mask, args.loss_norm, args.max_new_tokens)  # (B, T)
+        weights = common.token_weights(rollout.trained, args.loss_norm, args.max_new_tokens)  # (B, T)
         policy_loss = 0.0
         for micro in common.micro_batches(rollout, list(range(len(weights))), args.optimization.micro_batch_tokens):
             logprobs, entropy = common.completion_logprobs(policy, rollout, micro)  # (R, T)
-            loss, _ = sft_loss(logprobs, weights[micro])
+            loss, _ = sft_loss(logprobs, rollout.trained[micro], weights[micro])
             loss.backward()
             policy_loss += loss.item()
-            metrics.add(token_metrics(rollout, micro, entropy), weight=rollout.mask[micro].sum().item())
+            metrics.add(logs.token_metrics(rollout, micro, entropy), weight=rollout.trained[micro].sum().item())
         grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.masters, args.optimization.max_grad_norm).item()
-        finite = health.is_finite(policy_loss, grad_norm, rollout, range(len(rollout.mask)))
+        finite = health.allows_step(policy_loss, grad_norm, rollout, range(len(rollout.mask)))
         if finite:
             optimizer.step()
         optimizer.zero_grad()
         metrics.add({"loss/policy": policy_loss, "loss/grad_norm": grad_norm, "loss/skipped": not finite})
         clock.lap("update")
 
-        # -------------------------------------------------------------------------------------------------------- 6 log
+        # -------------------------------------------------------------------------------------------------------- 3 log
         iteration += 1
         metrics.add({"loss/learning_rate": learning_rate})
-        health.watch(log_iteration(run.writer, metrics, clock, global_step, bar))
+        health.watch(logs.log_iteration(run.writer, metrics, clock, global_step, bar))
 
-        # ------------------------------------------------------------------------------------------ 7 evaluate and save
+        # ------------------------------------------------------------------------------------------ 4 evaluate and save
         if iteration == args.iterations or (args.run.eval_every and iteration % args.run.eval_every == 0):
             scores = evaluate_now()
-            log_scalars(run.writer, scores, global_step)
+            logs.log_scalars(run.writer, scores, global_step)
         run.checkpoint(policy, iteration, global_step, before=before, scores=scores)
 
-    run.finish(policy, comparison_table(before, scores))
+    run.finish(policy, evaluation.comparison_table(before, scores))
 
 
 if __name__ == "__main__":
-    main(parse_args(Args))
+    main(flags.parse_args(Args))

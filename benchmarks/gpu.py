@@ -30,9 +30,9 @@ import train_grpo  # noqa: E402
 from benchmarks import memory  # noqa: E402
 from benchmarks.learning import machine, read_scalars  # noqa: E402
 from benchmarks.speed import bandwidth_floor, sampling_speeds  # noqa: E402
-from plumbing.engine import GroupDecoder, decoder_class, takes_groups  # noqa: E402
-from plumbing.evaluation import format_table  # noqa: E402
+from plumbing.engine import TAKES_GROUPS, GroupDecoder, decoder_class, takes_groups  # noqa: E402
 from plumbing.flags import from_flat  # noqa: E402
+from plumbing.statistics import format_table  # noqa: E402
 
 # hidden size, width of the MLP, layers, vocabulary; 14 query heads (1.5B: 12) and 2 key-value heads
 SHAPES = {"mini": (224, 304, 2, 512), "0.5B": (896, 4864, 24, 151_936), "1.5B": (1536, 8960, 28, 151_936)}
@@ -93,7 +93,7 @@ def make_prompts(count: int, length: int = 200) -> list[list[int]]:
 
 def check_fast_path(mini: str, device) -> Iterator[Row]:
     for dtype in (torch.float32, torch.bfloat16):
-        model = common.load_policy(mini, device, dtype)
+        model = common.load_policy(mini, None, device, dtype)
         meaning = "sampling and training take the slow path; the note on stderr says why"
         yield Row(f"fast path, {str(dtype)[6:]}", str(takes_groups(model)), "True", takes_groups(model), meaning)
     yield Row("decoder", decoder_class(model).__name__)
@@ -101,7 +101,7 @@ def check_fast_path(mini: str, device) -> Iterator[Row]:
 
 def check_gap(mini: str, device) -> Iterator[Row]:
     """The gap between sampler and trainer in bf16, against bf16's own error: the trainer in bf16 and in float32."""
-    model = common.load_policy(mini, device, torch.bfloat16, 1)
+    model = common.load_policy(mini, None, device, torch.bfloat16)
     rollout = common.sample_groups(model, make_prompts(8, 60), 4, 60, seed=3)
     with torch.no_grad():
         trained, _ = common.completion_logprobs(model, rollout, list(range(32)))
@@ -114,9 +114,9 @@ def check_gap(mini: str, device) -> Iterator[Row]:
 def check_gradients(mini: str, device) -> Iterator[Row]:
     gradients = []
     for packed in (False, True):
-        model = common.load_policy(mini, device, torch.float32, 1)
+        model = common.load_policy(mini, None, device, torch.float32)
         takes_groups(model)
-        model.takes_groups = packed
+        TAKES_GROUPS[model] = packed
         rollout = common.make_rollout(make_prompts(6, 40), [[*range(5, 9 + i), 1] for i in range(24)], 4, device)
         common.completion_logprobs(model, rollout, list(range(24)))[0].sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
@@ -126,7 +126,7 @@ def check_gradients(mini: str, device) -> Iterator[Row]:
 
 def check_graphs(mini: str, device) -> Iterator[Row]:
     """Compares greedy completions with and without CUDA graphs; the weights change in place before the second batch."""
-    model, before = common.load_policy(mini, device, torch.float32, 1), common.decoder_class
+    model, before = common.load_policy(mini, None, device, torch.float32), common.decoder_class
     takes_groups(model)
     for batch in ("first", "second"):
         texts = []
@@ -146,7 +146,7 @@ def check_graphs(mini: str, device) -> Iterator[Row]:
 
 def check_release(mini: str, device) -> Iterator[Row]:
     gc.collect()
-    model = common.load_policy(mini, device, torch.bfloat16, 1)
+    model = common.load_policy(mini, None, device, torch.bfloat16)
     common.sample_groups(model, make_prompts(4, 30), 4, 10)
     dropped = weakref.ref(model)
     del model
@@ -158,7 +158,7 @@ def check_release(mini: str, device) -> Iterator[Row]:
 
 
 def check_speed(path: str, size: str, args: Args, device, dtype) -> Iterator[Row]:
-    ours = common.load_policy(path, device, dtype, 1)
+    ours = common.load_policy(path, None, device, dtype)
     stock = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
     for rows in args.rows:
         prompts = make_prompts(rows // 8)

@@ -111,7 +111,7 @@ def save_figure(figure, path: Path) -> None:
 
 
 def main(args: Args) -> None:
-    from plumbing.evaluation import format_table
+    from plumbing.statistics import format_table
 
     costs, runs = {}, list(args.runs)
     if not runs:

@@ -25,11 +25,10 @@ import common  # noqa: E402
 import train_grpo  # noqa: E402
 import train_pg  # noqa: E402
 from benchmarks.learning import machine, read_scalars, run_script  # noqa: E402
-from curate import encode_demonstrations, mix_demonstrations  # noqa: E402
-from data import encode_problems, load_train_problems  # noqa: E402
-from plumbing.evaluation import format_table  # noqa: E402
+from data import encode_demonstrations, encode_problems, load_train_problems, mix_demonstrations  # noqa: E402
 from plumbing.flags import as_flag, fail, from_flat, parse_args, reason, to_flat  # noqa: E402
 from plumbing.pairs import encode_pairs, load_preference_pairs  # noqa: E402
+from plumbing.statistics import format_table  # noqa: E402
 
 RL = "train_pg", "train_ppo", "train_grpo", "train_kimi"
 SCRIPTS = *RL, "train_sft", "train_dpo", "train_rm"
@@ -114,7 +113,8 @@ def longest_row(script: str, args, tokenizer, config) -> tuple[int, int]:
         demonstrations = encode_demonstrations(tokenizer, demonstrations, args.setup.system_prompt, context)
         return max(((len(d.prompt_ids), len(d.completion_ids)) for d in demonstrations), key=sum)
     system_prompt = args.system_prompt if script == "train_rm" else args.setup.system_prompt
-    flags = replace(args.pairs, pair_problems=min(40, args.pairs.pair_problems))  # 40 of them suffice: they are alike
+    few = min(40, args.selection.pair_problems)  # they suffice: problems are alike
+    flags = replace(args.selection, pair_problems=few)
     pairs = encode_pairs(tokenizer, load_preference_pairs(args.data, args.seed, flags), system_prompt, context)
     return max(((len(p.prompt_ids), max(len(p.chosen_ids), len(p.rejected_ids))) for p in pairs), key=sum)
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
 from data import Problem, decode, encode_problems  # noqa: E402
-from rewards import RewardFlags, reward_weights, score_completions  # noqa: E402
+from rewards import RewardFlags, reward_weights, score_completions, sum_rewards  # noqa: E402
 from train_grpo import Args as GRPO  # noqa: E402
 from train_grpo import group_advantages, grpo_loss  # noqa: E402
 
@@ -135,7 +135,7 @@ def main(args: Args) -> None:
     defaults = GRPO()
     G, limit, clip_low, clip_high = defaults.group_size, defaults.max_new_tokens, defaults.clip_low, defaults.clip_high
     tokenizer = common.load_tokenizer(defaults.model)
-    policy = common.load_policy(defaults.model, eos_token_id=tokenizer.eos_token_id)
+    policy = common.load_policy(defaults.model, tokenizer)
     optimizer = common.MasterAdamW(policy, defaults.learning_rate)
     batch = encode_problems(tokenizer, [PROBLEM], "", policy.config, limit)
 
@@ -143,21 +143,22 @@ def main(args: Args) -> None:
     texts = decode(tokenizer, rollout)
     components = score_completions(texts, batch, rollout, RewardFlags(), limit)
     weights = reward_weights(RewardFlags(), 0)
-    rewards = sum(weights[name] * values for name, values in components.items())
-    advantages = group_advantages(rewards, normalize_std=True).flatten()
+    rewards, scored = sum_rewards(components, weights, texts, batch)
+    advantages = group_advantages(rewards, True, scored).flatten()
+    wide = advantages[:, None].expand_as(rollout.mask)
     token_weights = common.token_weights(rollout.mask, defaults.loss_norm, limit)
     rows = list(range(G))
-    old = common.rollout_logprobs(policy, rollout, 4096)
+    old, _ = common.rollout_logprobs(policy, rollout, 4096)
     target_ids = tokenizer(RIGHT, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     target = common.make_rollout([batch[0].prompt_ids], [target_ids])
 
     def loss_of(logprobs, weights):
-        return grpo_loss(logprobs, old, None, advantages, weights, clip_low, clip_high, 0.0)[0]
+        return grpo_loss(logprobs, old, None, wide, rollout.mask, weights, clip_low, clip_high, 0.0)[0]
 
     row = next(i for i in rows if advantages[i] > 0)
     n, updates, probabilities = rollout.lengths[row].item(), [], []
     for _ in range(2):
-        probabilities.append(common.rollout_logprobs(policy, target, 4096).sum().exp().item())
+        probabilities.append(common.rollout_logprobs(policy, target, 4096)[0].sum().exp().item())
         logprobs, _ = common.completion_logprobs(policy, rollout, rows, 1.0)
         loss = loss_of(logprobs, token_weights)
         loss.backward()
@@ -171,9 +172,8 @@ def main(args: Args) -> None:
         ratios = (logprobs.detach() - old).exp()  # in the end, those of the second update
         optimizer.step()
         optimizer.zero_grad()
-    probabilities.append(common.rollout_logprobs(policy, target, 4096).sum().exp().item())
+    probabilities.append(common.rollout_logprobs(policy, target, 4096)[0].sum().exp().item())
 
-    wide = advantages[:, None].expand_as(ratios)
     stopped = ((wide > 0) & (ratios > 1 + clip_high)) | ((wide < 0) & (ratios < 1 - clip_low))
     clipped = (rollout.mask & stopped).nonzero().tolist()
     i, t = clipped[0]

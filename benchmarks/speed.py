@@ -8,7 +8,7 @@
 
 sampling: `sample_groups` against Hugging Face's `generate`, tokens per second on the same prompts, group size and
 limits. Tokens that a row computes after its EOS don't count. `generate` runs twice: with its defaults, and with the
-float32 matmul precision that our code sets on a CPU (see common.load_weights), so that this effect can be told apart.
+float32 matmul precision that our code sets on a CPU (see common.resolve_device), so that this effect can be told apart.
 The three take turns; a first round warms up, and the median of the others counts.
 
 logprobs: time and peak memory of completion logprobs and their gradient, in two ways: ours (each prompt once for its
@@ -45,9 +45,9 @@ import train_grpo  # noqa: E402
 from benchmarks.learning import machine, read_scalars  # noqa: E402
 from benchmarks.memory import cache_bytes  # noqa: E402
 from data import as_dicts, encode_prompts, load_problems  # noqa: E402
-from plumbing.evaluation import format_table  # noqa: E402
 from plumbing.flags import SYSTEM_PROMPT, from_flat  # noqa: E402
-from plumbing.metrics import peak_memory_gb  # noqa: E402
+from plumbing.logs import peak_memory_gb  # noqa: E402
+from plumbing.statistics import format_table  # noqa: E402
 
 CHECKPOINTING = "gradient checkpointing"
 WAYS = "ours", "trl", "trl, our precision", f"trl, no {CHECKPOINTING}", f"ours, {CHECKPOINTING}"
@@ -114,7 +114,7 @@ def load(args: Sampling | Logprobs):
     problems = load_problems(args.problems, "train")[: args.prompts]
     prompts = encode_prompts(tokenizer, [p.messages or p.question for p in problems])
     device, dtype = common.resolve_device(args.device), getattr(torch, args.dtype)
-    return tokenizer, common.load_policy(args.model, device, dtype, tokenizer.eos_token_id), prompts
+    return tokenizer, common.load_policy(args.model, tokenizer, device, dtype), prompts
 
 
 def timed(run, device: torch.device) -> tuple:
@@ -309,7 +309,7 @@ def steps_of_trl(args: Step, directory: str) -> list[list[float]]:
     system = ("system", SYSTEM_PROMPT)
     rows = [{"prompt": as_dicts(m if m[0][0] == "system" else (system, *m))} for m in turns]
     if "our precision" in args.way:
-        common.load_policy("models/tiny-arithmetic")  # sets the precision
+        common.resolve_device("auto")  # sets the precision
     config = GRPOConfig(
         output_dir=directory,
         per_device_train_batch_size=args.prompts * args.group_size,

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
 from benchmarks.learning import curve, machine, new_figure, read_scalars, run_script, save_figure  # noqa: E402
 from data import encode_problems, load_problems  # noqa: E402
-from plumbing.evaluation import evaluate, format_table, summarize  # noqa: E402
+from plumbing.evaluation import evaluate  # noqa: E402
+from plumbing.statistics import format_table, summarize  # noqa: E402
 from tasks.countdown import tries_in  # noqa: E402
 
 FLAGS = "--model models/tiny-countdown --problems countdown --max-new-tokens 120 --iterations 150"
@@ -43,7 +44,8 @@ class Args:
 
 def left_over(path: str, problems: str, count: int = 200, samples: int = 4) -> tuple[list, list[dict]]:
     """A row of the second table and the records behind it: held-out problems, sampled at temperature 1."""
-    tokenizer, policy = common.load_tokenizer(path), common.load_policy(path)
+    tokenizer = common.load_tokenizer(path)
+    policy = common.load_policy(path, tokenizer)
     encoded = encode_problems(tokenizer, load_problems(problems, "eval", count), "", policy.config, 120)
     records = evaluate(policy, tokenizer, encoded, samples, 120)
     completions = [completion for record in records for completion in record["completions"]]
@@ -85,6 +87,7 @@ def main(args: Args) -> None:
     print(format_table([*header, "length", "longest", "after", "waits", "most", "after"], rows))
     if args.plot:
         plot(curves, args.plot)
+    common.resolve_device("cpu")  # left_over's
     first, rows = json.loads((runs[0] / "args.json").read_text())["model"], []
     examples = {}
     for problems in ("countdown", "countdown:4"):

@@ -23,8 +23,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.learning import ROOT, machine, run_script  # noqa: E402
-from evaluate import interval  # noqa: E402
-from plumbing.evaluation import format_table  # noqa: E402
+from plumbing.statistics import format_table, interval  # noqa: E402
 
 
 @dataclass

@@ -40,10 +40,9 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.learning import curve, machine, new_figure, read_scalars, save_figure  # noqa: E402
 from data import Problem  # noqa: E402
-from evaluate import diversity, majority_accuracy  # noqa: E402
-from plumbing.evaluation import format_table, pass_at_k, summarize  # noqa: E402
 from plumbing.flags import fail  # noqa: E402
 from plumbing.runs import git_commit  # noqa: E402
+from plumbing.statistics import diversity, format_table, majority_accuracy, pass_at_k, summarize  # noqa: E402
 from rewards import language_reward  # noqa: E402
 from tasks.arithmetic import steps_are_right  # noqa: E402
 

@@ -50,27 +50,29 @@ def gradient(policy, rollout: Rollout, rows: list[int], advantages: Tensor) -> T
     """Of the loss of these rows, all weights in one vector. Each completion's tokens count the same, as in a sum."""
     policy.zero_grad()
     logprobs, _ = common.completion_logprobs(policy, rollout, rows)
-    pg_loss(logprobs, advantages[rows], rollout.mask[rows].float() / len(rollout.mask))[0].backward()
+    mask = rollout.mask[rows]
+    pg_loss(logprobs, advantages[rows], mask, mask / len(rollout.mask))[0].backward()
     return torch.cat([p.grad.flatten() for p in policy.parameters()]).clone()
 
 
-def fit_critic(sample, model: str):
+def fit_critic(sample, model: str, tokenizer):
     """A value model of the policy's expected accuracy at every token."""
-    critic = common.load_value_model(model)
+    critic = common.load_value_model(model, tokenizer)
     optimizer = common.MasterAdamW(critic, lr=3e-4)
     for step in range(CRITIC_BATCHES):
         rollout, rewards = sample("critic", step)
         returns = rewards.flatten()[:, None].expand(rollout.mask.shape)
         values = common.completion_values(critic, rollout, list(range(P * G)))
         optimizer.zero_grad()
-        value_loss(values, returns, rollout.mask / rollout.mask.sum())[0].backward()
+        value_loss(values, returns, rollout.mask, rollout.mask / rollout.mask.sum())[0].backward()
         optimizer.step()
     return critic
 
 
 def main(args: Args) -> None:
+    common.resolve_device("cpu")
     tokenizer = common.load_tokenizer(args.model)
-    policy = common.load_policy(args.model, eos_token_id=tokenizer.eos_token_id)
+    policy = common.load_policy(args.model, tokenizer)
     problems = encode_problems(tokenizer, load_train_problems("arithmetic", None), "", policy.config, TOKENS)
     sampler, verify = ProblemSampler(problems, seed=args.seed), Verifier()
 
@@ -81,7 +83,7 @@ def main(args: Args) -> None:
         right = verify(decode(tokenizer, rollout), [problem for problem in batch for _ in range(G)])
         return rollout, torch.tensor(right, dtype=torch.float32).view(P, G)
 
-    critic = fit_critic(sample, args.model)
+    critic = fit_critic(sample, args.model, tokenizer)
     sums: dict[str, list] = {}  # of each baseline: sum of the gradients, sum of their squared norms
     shares: dict[str, list[float]] = {"with std": [], "without": []}
     scores: dict[bool, list[float]] = {True: [], False: []}  # squared, of right and of wrong completions

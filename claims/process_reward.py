@@ -8,8 +8,6 @@ import itertools
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train_grpo  # noqa: E402
@@ -31,11 +29,8 @@ def main() -> None:
     by_rules = train_grpo.score_completions
 
     def score_completions(texts, problems, rollout, *rest):
-        components = by_rules(texts, problems, rollout, *rest)
-        G = rollout.group_size
-        process = [process_reward(text, problems[i // G]) for i, text in enumerate(texts)]
-        components["accuracy"] = torch.tensor(process, device=components["accuracy"].device).view(-1, G)
-        return components
+        process = [process_reward(text, problems[i // rollout.group_size]) for i, text in enumerate(texts)]
+        return by_rules(texts, problems, rollout, *rest) | {"accuracy": process}
 
     train_grpo.score_completions = score_completions
     train_grpo.main(parse_args(train_grpo.Args))

@@ -10,6 +10,7 @@ in total, V vocabulary; H query heads, KVH key/value heads, D width of a head.
 """
 
 import sys
+import weakref
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-BLOCK = 16  # a decoder's buffers grow by this many completion tokens
+GROWTH = 16  # a decoder's buffers grow by this many completion tokens
 PREFILL_TOKENS = 2**15  # prompt tokens per prefill pass
 
 
@@ -125,7 +126,8 @@ class PackedGroups:
                 at, bias = completion_at[rows, :T], (prompt_bias[group[rows], None].to(device), causal_bias(T, device))
                 bias = torch.cat([part.expand(len(rows), T, -1) for part in bias], 2)  # (R / 2, T, L + T)
                 self.parts.append((at.to(device), torch.cat([prompt_at[group[rows]], at], 1).to(device), bias))
-                place[rows, :T] = torch.arange(done, done := done + at.numel()).view_as(at)
+                place[rows, :T] = torch.arange(at.numel()).view_as(at) + done
+                done += at.numel()
         # index of each of the N tokens in the concatenated attention outputs (padded prompts, then the two halves)
         source = torch.cat([prompt_mask.flatten().nonzero()[:, 0], place[mask]])
         self.ids, self.positions, self.prompt_at = ids.to(device), positions.to(device), prompt_at.to(device)
@@ -181,11 +183,14 @@ def gather_rows(t: Tensor, index: Tensor) -> Tensor:
     return nn.functional.embedding(index, t.flatten(1)).view(*index.shape, *t.shape[1:])
 
 
+TAKES_GROUPS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> takes_groups
+
+
 @torch.no_grad()
 def takes_groups(model: PreTrainedModel) -> bool:
     """Whether our attention can replace the model's, which must be plain causal softmax attention. Tested once per
     model: the hidden states of packed groups must match those of each row computed alone."""
-    if not hasattr(model, "takes_groups"):
+    if model not in TAKES_GROUPS:
         device, base, config = model.device, model.base_model, model.config.get_text_config()
         before = config._attn_implementation
         a, b, c, d = range(config.vocab_size // 3, config.vocab_size // 3 + 4)  # special ids are chaotic in bf16
@@ -201,17 +206,17 @@ def takes_groups(model: PreTrainedModel) -> bool:
             packed = PackedGroups(prompts, completions, mask, torch.tensor([0, 0, 1], device=device))
             error = (packed.run(base)[packed.ends] - expected).norm(dim=1) / expected.norm(dim=1)
             limit = 0.05 if model.dtype.itemsize == 2 else 1e-3
-            model.takes_groups = error.max().item() < limit
+            TAKES_GROUPS[model] = error.max().item() < limit
             why = f"its hidden states differ by {error.max().item():.2g}, more than {limit:g}"
         except (torch.OutOfMemoryError, torch.AcceleratorError):  # the device failed, not the model
             raise
         except Exception as error:  # an unsupported model may raise anything
-            model.takes_groups, why = False, (str(error).strip() or type(error).__name__).splitlines()[0]
-        if not model.takes_groups:
+            TAKES_GROUPS[model], why = False, (str(error).strip() or type(error).__name__).splitlines()[0]
+        if not TAKES_GROUPS[model]:
             model.set_attn_implementation(before)
             slow = "sampling and training take the slow path"
             print(f"note: this model's attention can't be replaced: {slow} ({why})", file=sys.stderr)
-    return model.takes_groups
+    return TAKES_GROUPS[model]
 
 
 # ---- Decoding ------------------------------------------------------------------------------------------------------
@@ -265,7 +270,7 @@ class PlainDecoder:
 
 class GroupDecoder:
     """Decoder that stores and reads a prompt's keys and values once for all rows of its group. Those of completions
-    are in buffers that grow by BLOCK tokens and shrink when ended rows are dropped."""
+    are in buffers that grow by GROWTH tokens and shrink when ended rows are dropped."""
 
     check_every = 1  # steps between checks for rows that have ended
 
@@ -273,7 +278,7 @@ class GroupDecoder:
         self.model, self.prompts, self.group_size = model, prompts, group_size
         self.group = torch.arange(len(prompts), device=model.device).repeat_interleave(group_size)  # (R,), ascending
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)[self.group]  # (R,)
-        self.width, self.capacity = max(map(len, prompts)), BLOCK  # L, and columns for completion tokens
+        self.width, self.capacity = max(map(len, prompts)), GROWTH  # L, and columns for completion tokens
         self.done = 0  # completion tokens computed
         self.keys = self.values = None  # (R, KVH, capacity, D) per layer
 
@@ -331,10 +336,10 @@ class GroupDecoder:
     def step(self, tokens: Tensor) -> Tensor:
         """Logits (R, V) after one more token in each row of the batch."""
         if self.done == self.capacity:
-            self.capacity += BLOCK
-            self.keys = [nn.functional.pad(t, (0, 0, 0, BLOCK)) for t in self.keys]
-            self.values = [nn.functional.pad(t, (0, 0, 0, BLOCK)) for t in self.values]
-            self.bias = nn.functional.pad(self.bias, (0, BLOCK), value=-torch.inf)
+            self.capacity += GROWTH
+            self.keys = [nn.functional.pad(t, (0, 0, 0, GROWTH)) for t in self.keys]
+            self.values = [nn.functional.pad(t, (0, 0, 0, GROWTH)) for t in self.values]
+            self.bias = nn.functional.pad(self.bias, (0, GROWTH), value=-torch.inf)
         self.column.fill_(self.done)
         self.bias[:, self.width + self.done] = 0.0
         self.done += 1
@@ -382,10 +387,13 @@ class GraphDecoder(GroupDecoder):
 
     check_every = 8  # each check synchronizes with the GPU
     stream = None  # shared by all captures: libraries keep one workspace per stream
+    # model -> state for its next batch of the same shape. Not the decoder, which refers to the model: that reference
+    # cycle would keep the model's memory long after its last use.
+    kept: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
     def __init__(self, model: PreTrainedModel, prompts: list[list[int]], group_size: int, max_new_tokens: int):
         super().__init__(model, prompts, group_size, max_new_tokens)
-        last = getattr(model, "graph_decoder", None)
+        last = self.kept.get(model)
         if last is not None and last["shape"][:2] == (len(prompts), group_size):
             self.width = max(self.width, last["shape"][2])  # never narrower, so that graphs can be reused
         self.width, self.capacity = (-(-n // 64) * 64 for n in (self.width, max_new_tokens))  # so shapes rarely change
@@ -393,12 +401,13 @@ class GraphDecoder(GroupDecoder):
         self.graphs: dict[int, tuple] = {}  # number of rows -> (graph, its logits)
 
     def prefill(self) -> Tensor:
-        last = getattr(self.model, "graph_decoder", None)
+        last = self.kept.get(self.model)
         reusable = last is not None and last["shape"] == self.shape
         if reusable:
             self.keys, self.values, self.graphs = last["keys"], last["values"], last["graphs"]
         else:
-            self.model.graph_decoder = last = None  # frees its memory before the new buffers are made
+            last = None
+            self.kept.pop(self.model, None)  # frees its memory before the new buffers are made
         logits = super().prefill()
         self.tokens, self.positions = torch.zeros_like(self.lengths), torch.zeros_like(self.lengths)
         names = "tokens", "positions", "bias", "column", "slot", "rows", "prompt_keys", "prompt_values"
@@ -407,10 +416,7 @@ class GraphDecoder(GroupDecoder):
             for target, source in [(old, new)] if torch.is_tensor(old) else zip(old, new, strict=True):
                 target.copy_(source)
             setattr(self, name, old)
-        # State for the next batch of this shape. Not the decoder, which refers to the model: that reference cycle
-        # would keep the model's memory long after its last use.
-        kept = "shape", "keys", "values", "graphs", *names
-        self.model.graph_decoder = {name: getattr(self, name) for name in kept}
+        self.kept[self.model] = {name: getattr(self, name) for name in ("shape", "keys", "values", "graphs", *names)}
         return logits
 
     def store(self, buffer: Tensor, new: Tensor) -> None:

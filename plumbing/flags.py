@@ -65,7 +65,7 @@ def ranges(hint) -> list[Range]:
 
 
 def check_ranges(args) -> None:
-    """Ends the program with one line if a number is not finite or out of its range."""
+    """Fails if a number is not finite or out of its range."""
     hints = get_type_hints(type(args), include_extras=True)
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
@@ -99,6 +99,14 @@ def check_folder(flag: str, folder: str) -> None:
     nearest = next(place for place in (path, *path.parents) if place.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         fail(f"{flag} {folder}: can't be written ({nearest} is not a writable directory)")
+
+
+def check_output(path: str | None) -> None:
+    """Fails unless --output is a file that can be written."""
+    if path and Path(path).is_dir():
+        fail(f"--output {path}: is a directory, a file's name is expected")
+    if path and not os.access(Path(path).resolve().parent, os.W_OK):
+        fail(f"--output {path}: its directory is not there or not writable")
 
 
 def named_directory(run_root: str, run_name: str) -> Path:
@@ -208,20 +216,20 @@ RESUME_MAY_CHANGE = (
 def parse_args(Args, argv: list[str] | None = None):
     """tyro.cli(Args) with every range checked. With `--resume RUN`, the run's saved arguments are the defaults and only
     the flags in RESUME_MAY_CHANGE may differ from them."""
-    argv = sys.argv[1:] if argv is None else argv
-    run = next((a.partition("=")[2] for a in argv if a.startswith("--resume=")), None)
-    if "--resume" in argv[:-1]:
-        run = argv[argv.index("--resume") + 1]
-    if run is None:
-        args = tyro.cli(Args, args=argv)
-        check_ranges(args)
-        if hasattr(args, "run"):
-            check_run_directory(args.run)
-        return args
+    check_names(Args)
+    args = tyro.cli(Args, args=argv)
+    if (run := to_flat(args).get("resume")) is not None:
+        args = resumed_args(Args, argv, run)
+    check_ranges(args)
+    if hasattr(args, "run") and args.run.resume is None:
+        check_run_directory(args.run)
+    return args
+
+
+def resumed_args(Args, argv: list[str] | None, run: str):
     file = Path(run) / "args.json"
     try:
-        saved = json.loads(file.read_text())
-        default = from_flat(Args(), saved | {"resume": run})
+        default = from_flat(Args(), json.loads(file.read_text()) | {"resume": run})
     except OSError:
         fail(f"--resume {run}: no run directory ({file} can't be read)")
     except (ValueError, TypeError, AttributeError) as error:
@@ -233,8 +241,22 @@ def parse_args(Args, argv: list[str] | None = None):
             *allowed, flag = map(as_flag, (*RESUME_MAY_CHANGE, name))
             started = f"the run was started with {before[name]}"
             fail(f"{flag} {value}: {started}; on --resume only {', '.join(allowed)} may differ")
-    check_ranges(args)
     return args
+
+
+def check_names(Args) -> None:
+    """Fails if two fields have one name: flags of a group have no prefix, so both would be the same flag."""
+    owners: dict[str, str] = {}
+
+    def visit(kind: type, group: str) -> None:
+        hints = get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            if dataclasses.is_dataclass(hints[field.name]):
+                visit(hints[field.name], f"the group `{field.name}` ({hints[field.name].__name__})")
+            elif (first := owners.setdefault(field.name, group)) != group:
+                fail(f"{as_flag(field.name)}: both {first} and {group} have a flag of this name; rename one of them")
+
+    visit(Args, "Args")
 
 
 def to_flat(args) -> dict:

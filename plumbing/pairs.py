@@ -11,8 +11,7 @@ import common
 from common import Rollout
 from data import (
     add_mode,
-    as_prompt,
-    as_text,
+    completion_field,
     encode_completions,
     encode_problems,
     encode_prompts,
@@ -21,12 +20,12 @@ from data import (
     number_field,
     placed_rows,
     prompt_field,
-    read_messages,
-    text_field,
+    read_samples,
+    split_conversation,
 )
-from evaluate import interval, read_samples
-from plumbing.evaluation import evaluate, format_table
+from plumbing.evaluation import evaluate
 from plumbing.flags import AtLeast1, NonNegative, fail
+from plumbing.statistics import format_table, interval
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def arithmetic_samples(count: int) -> list[dict]:
     run gets the same pairs on any device."""
     model = "models/tiny-arithmetic"
     tokenizer = common.load_tokenizer(model)
-    policy = common.load_policy(model, eos_token_id=tokenizer.eos_token_id)
+    policy = common.load_policy(model, tokenizer)
     problems = load_problems("arithmetic", "all", count)
     problems = encode_problems(tokenizer, problems, "", policy.config, 40)
     records = evaluate(policy, tokenizer, problems, num_samples=8, max_new_tokens=40, progress=True)
@@ -183,24 +182,6 @@ def listed(dropped: Counter) -> str:
     return ", ".join(f"{count} {why}" for why, count in dropped.items() if count) or "none"
 
 
-def completion_field(row: dict, name: str) -> str:
-    """The text of a field: a text, or a list of one message by the assistant."""
-    if not isinstance(row.get(name), list):
-        return text_field(row, (name,))
-    messages = read_messages(name, row[name])
-    if [message["role"] for message in messages] != ["assistant"]:
-        raise ValueError(f"field {name!r}: one turn, the assistant's, is expected")
-    return as_text(name, messages[0]["content"])
-
-
-def split_conversation(name: str, value) -> tuple[str, tuple | None, str]:
-    """Splits a conversation into (question, messages, completion); the completion is its last turn."""
-    messages = read_messages(name, value) if isinstance(value, list) else []
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise ValueError(f"field {name!r}: a list of messages that ends with the assistant's turn is expected")
-    return *as_prompt(name, messages[:-1]), as_text(name, messages[-1]["content"])
-
-
 # ---- Token ids and batches -----------------------------------------------------------------------------------------
 
 
@@ -243,7 +224,7 @@ def pair_rollout(pairs: list[Pair], device) -> Rollout:
 def pair_micro_batches(rollout: Rollout, max_tokens: int) -> list[list[int]]:
     """All rows of a Rollout of pairs in micro-batches of whole pairs, because a pair's loss needs both rows, ordered
     chosen, rejected, chosen, ... If the largest pair exceeds max_tokens, its size is the limit."""
-    G, lengths = rollout.group_size, rollout.lengths.view(-1, rollout.group_size).sum(1).tolist()
+    G, lengths = rollout.group_size, rollout.mask.sum(1).view(-1, rollout.group_size).sum(1).tolist()
     largest = max(G * len(prompt) + length for prompt, length in zip(rollout.prompt_ids, lengths, strict=True))
     batches = common.micro_batches(rollout, list(range(len(rollout.mask))), max(max_tokens, largest))
     return [sorted(rows) for rows in batches]  # restore chosen/rejected order, which sorting by length changed

@@ -35,26 +35,29 @@ class Run:
         self.start_from, self._saved = state.get("model", args.model), state.get("stateful")
         if self.progress["iteration"] > args.iterations:
             fail(f"--iterations {args.iterations}: the run has done {self.progress['iteration']} already")
-        self.dir = run_directory(args)
-        source = Path(getfile(type(args)))
         try:
-            (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-            (self.dir / "args.json.tmp").write_text(json.dumps(to_flat(args) | {"resume": None}, indent=2) + "\n")
-            os.replace(self.dir / "args.json.tmp", self.dir / "args.json")
-            keep_source(source, self.dir, self.progress["iteration"])
-            # purge events that the interrupted run wrote after its last checkpoint
-            purge = self.progress["global_step"] + bool(state) if args.run.resume else None
-            self.writer = SummaryWriter(str(self.dir), purge_step=purge)
+            self.dir = run_directory(args)
+            self.writer = self._write_beginning(resumed=bool(state))
         except OSError as error:
-            fail(f"--run-root {args.run.run_root}: {self.dir} can't be written ({error.strerror})")
-        sys.excepthook = explain
-        if not state:
+            fail(f"--run-root {args.run.run_root}: {error.filename or self.dir} can't be written ({error.strerror})")
+        print(f"run directory: {self.dir}")
+        self._stop = take_over_process()
+
+    def _write_beginning(self, resumed: bool) -> SummaryWriter:
+        """Writes what a run writes before it learns: flags and source. Returns the open event writer."""
+        args, source = self._args, Path(getfile(type(self._args)))
+        (self.dir / "checkpoints").mkdir(exist_ok=True)
+        (self.dir / "args.json.tmp").write_text(json.dumps(to_flat(args) | {"resume": None}, indent=2) + "\n")
+        os.replace(self.dir / "args.json.tmp", self.dir / "args.json")
+        keep_source(source, self.dir, self.progress["iteration"])
+        # purge events that the interrupted run wrote after its last checkpoint
+        purge = self.progress["global_step"] + resumed if args.run.resume else None
+        writer = SummaryWriter(str(self.dir), purge_step=purge)
+        if not resumed:
             rows = "\n".join(f"| {name} | {value} |" for name, value in to_flat(args).items())
             table = f"| flag | value |\n|---|---|\n{rows}\n\ngit commit: {git_commit(source.parent)}"
-            self.writer.add_text("hyperparameters", table, 0)
-        print(f"run directory: {self.dir}")
-        self._stop = StopSignal()
-        gc.freeze()  # the libraries' million objects stay alive: garbage collection can skip them
+            writer.add_text("hyperparameters", table, 0)
+        return writer
 
     def restore(self, **stateful) -> None:
         """Registers what checkpoints hold besides the model, and restores it if the run is resumed. stateful: named
@@ -91,24 +94,31 @@ class Run:
 
 
 def run_directory(args) -> Path:
-    """The resumed run's directory, or a new one under --run-root; its name is --run-name, or made of script, data,
-    model, seed and time."""
+    """The resumed run's directory, or a new one under --run-root, made here; its name is --run-name, or made of script,
+    data, model, seed and time. No other run has it, even if it starts at the same moment."""
     flags = args.run
     if flags.resume:
         return Path(flags.resume)
     check_run_directory(flags)
     if flags.run_name is not None:
-        return named_directory(flags.run_root, flags.run_name)
-    model, script = Path(args.model), Path(getfile(type(args))).stem
-    if model.name == "final":  # the result of another run: use that run's script name
-        model = Path(model.resolve().parent.name.partition("__")[0] + "-final")
-    data = getattr(args, "data", None) or args.problems
-    data = "+".join(Path(source).stem for source in (data if isinstance(data, tuple) else [data]))
-    parts = script, data, model.name, f"s{args.seed}", time.strftime("%Y%m%d-%H%M%S")
-    directory = Path(flags.run_root) / re.sub(r"[^\w.-]", "-", "__".join(parts))
-    while directory.exists():
-        directory = directory.with_name(directory.name + "x")
-    return directory
+        directory = named_directory(flags.run_root, flags.run_name)
+    else:
+        model, script = Path(args.model), Path(getfile(type(args))).stem
+        if model.name == "final":  # the result of another run: use that run's script name
+            model = Path(model.resolve().parent.name.partition("__")[0] + "-final")
+        data = getattr(args, "data", None) or args.problems
+        data = "+".join(Path(source).stem for source in (data if isinstance(data, tuple) else [data]))
+        parts = script, data, model.name, f"s{args.seed}", time.strftime("%Y%m%d-%H%M%S")
+        directory = Path(flags.run_root) / re.sub(r"[^\w.-]", "-", "__".join(parts))
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            directory.mkdir()  # fails if it exists: of two runs only one succeeds
+            return directory
+        except FileExistsError:
+            if flags.run_name is not None:
+                fail(f"--run-name {flags.run_name}: {directory} exists; --resume it, or take another name")
+            directory = directory.with_name(directory.name + "x")
 
 
 def keep_source(source: Path, directory: Path, iteration: int) -> None:
@@ -145,6 +155,14 @@ def explain(kind, error, trace) -> None:
         print("stopped at once; go on from the newest checkpoint with --resume", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
+
+
+def take_over_process() -> "StopSignal":
+    """Settings of the process for the run's time: errors in one line, Ctrl-C that saves a checkpoint, and a garbage
+    collector that skips the libraries' million objects, which stay alive."""
+    sys.excepthook = explain
+    gc.freeze()
+    return StopSignal()
 
 
 class StopSignal:
@@ -226,8 +244,6 @@ def load_checkpoint(run: str | None) -> dict:
         except Exception as error:  # json, torch and the file system raise anything on damaged files
             print(f"warning: {directory} is damaged ({reason(error)}); trying the one before it", file=sys.stderr)
             continue
-        if "progress" not in state:
-            fail(f"--resume {run}: written by an older version of this code; resume it with that version")
         return state | {"model": str(directory)}
     if directories:
         fail(f"--resume {run}: none of its checkpoints is whole; start a new run")

@@ -44,7 +44,7 @@ from plumbing.flags import (  # noqa: E402
     reason,
     to_flat,
 )
-from rewards import RewardFlags, Verifier, check_rewards, reward_weights, score_completions  # noqa: E402
+from rewards import RewardFlags, Verifier, check_rewards, reward_weights, score_completions, sum_rewards  # noqa: E402
 
 VERSION = "1.16.0"  # TABLE was read off this version's source
 
@@ -188,39 +188,48 @@ def trl_prompts(tokenizer, problems: list, system_prompt: str) -> list:
 
 class Scores:
     """Our rewards as TRL's reward functions, one per reward, so that TRL logs them by name. score_completions computes
-    them all once per batch. Each process has whole groups."""
+    them all once per batch. Each process has whole groups. If one reward of a completion is unknown (None), so are the
+    others: TRL leaves a completion out of its group's mean only if all are."""
 
     def __init__(self, args: train_grpo.Args, tokenizer, problems: list, stops: list[int], device, dtype):
         self.args, self.tokenizer, self.problems, self.stops, self.device = args, tokenizer, problems, stops, device
-        self.verify = Verifier(args.rewards, device, dtype)
+        self.budget, path = args.optimization.micro_batch_tokens, args.rewards.reward_model
+        self.verify = Verifier(args.rewards, device, dtype, self.budget)
+        self.reward_model = common.load_reward_model(path, tokenizer, device, dtype) if path else None
         self.steps = optimizer_steps(to_flat(args))
         self.count, self.scored, self.components = 0, None, {}  # count: completions scored by this process
-        weights = reward_weights(args.rewards, args.rewards.length_reward_start)
-        used = {name: weight for name, weight in weights.items() if weight or name == "accuracy"}
-        if args.rewards.reward_model is None:
+        self.final_weights = reward_weights(args.rewards, args.rewards.length_reward_start)  # with the length reward
+        used = {name: weight for name, weight in self.final_weights.items() if weight or name == "accuracy"}
+        if self.reward_model is None:
             del used["model"]
         self.weights, self.functions = list(used.values()), [self.function(name) for name in used]
 
     def function(self, name: str):
-        def reward(completion_ids, problem, trainer_state, **_) -> list[float]:
+        def reward(completion_ids, problem, trainer_state, **_) -> list[float | None]:
             if self.scored is not completion_ids:  # the first function called for this batch
                 self.scored, self.components = completion_ids, self.score(completion_ids, problem)
             iteration = trainer_state.global_step // self.steps
             counts = reward_weights(self.args.rewards, iteration)[name] > 0  # no length reward before its start
-            return (self.components[name] * counts).flatten().tolist()
+            return [None if value is None else value * counts for value in self.components[name]]
 
         reward.__name__ = name
         return reward
 
-    def score(self, completion_ids: list[list[int]], indices: list[int]) -> dict:
-        """Each reward (P, G) by name. indices: the problem of each completion."""
+    def score(self, completion_ids: list[list[int]], indices: list[int]) -> dict[str, list[float | None]]:
+        """Each completion's rewards by name. indices: the problem of each completion."""
         G, limit = self.args.group_size, self.args.max_new_tokens
         batch = [self.problems[index] for index in indices[::G]]
         rollout = common.make_rollout([problem.prompt_ids for problem in batch], completion_ids, G, self.device)
         rollout.finished = torch.tensor([ids[-1] in self.stops for ids in completion_ids])
         self.count += len(completion_ids)
         texts = decode(self.tokenizer, rollout)
-        return score_completions(texts, batch, rollout, self.args.rewards, limit, self.verify)
+        scoring = self.args.rewards, limit, self.verify, self.reward_model, self.budget
+        components = score_completions(texts, batch, rollout, *scoring)
+        known = sum_rewards(components, self.final_weights, texts, batch)[1].flatten().tolist()
+        return {
+            name: [value if k else None for value, k in zip(values.flatten().tolist(), known, strict=True)]
+            for name, values in components.items()
+        }
 
 
 # ---- The run --------------------------------------------------------------------------------------------------------
@@ -290,8 +299,8 @@ def prepare(flags: Args, processes: int, gpu: bool):
     if gpu and processes == 1 and torch.cuda.device_count() > 1:
         fail("several GPUs, one process: use accelerate launch --num_processes N, or set CUDA_VISIBLE_DEVICES=0")
     translate(to_flat(args), processes, 1, gpu)  # checks the flags before the problems are read
-    check_rewards(args.rewards, args.max_new_tokens, args.model)
     tokenizer, config = common.load_tokenizer(args.model), common.load_config(args.model)
+    check_rewards(args.rewards, args.max_new_tokens, tokenizer)
     problems = load_train_problems(args.problems, args.setup.eval_data)
     problems = encode_problems(tokenizer, problems, args.setup.system_prompt, config, args.max_new_tokens)
     prompts = trl_prompts(tokenizer, problems, args.setup.system_prompt)
@@ -300,8 +309,7 @@ def prepare(flags: Args, processes: int, gpu: bool):
     sampler = ProblemSampler(problems, args.sampling.problem_sampling, args.seed, total_draws=draws)
     order = []
     for _ in range(args.iterations):
-        sampler.draw(args.prompts_per_step)
-        order += sampler.last_draw
+        order += [sampler.place[problem] for problem in sampler.draw(args.prompts_per_step)]
     return args, fields | {"output_dir": str(output)}, tokenizer, problems, prompts, order
 
 

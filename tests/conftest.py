@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import functools
 import gc
+import importlib.util
 import io
 import shutil
 import signal
@@ -62,7 +63,7 @@ def model(request):
 
 @pytest.fixture(scope="session")
 def embedded():
-    return common.load_policy(EMBEDDED), common.load_tokenizer(EMBEDDED)
+    return common.load_policy(EMBEDDED, None), common.load_tokenizer(EMBEDDED)
 
 
 @pytest.fixture(autouse=True)
@@ -190,6 +191,23 @@ def learned(tmp_path_factory) -> tuple[Path, str]:
     with contextlib.redirect_stdout(printed):
         run_dir = run(train_grpo.main, args)
     return run_dir, printed.getvalue()
+
+
+@pytest.fixture
+def load_script(tmp_path, monkeypatch):
+    """A function: source of a script -> the module train_mine, from a file in another folder."""
+
+    def load(source: str):
+        script = tmp_path / "train_mine.py"
+        script.write_text(source)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        spec = importlib.util.spec_from_file_location("train_mine", script)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "train_mine", module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 def start(*flags: str, **options) -> subprocess.Popen:

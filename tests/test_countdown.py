@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 
 import common
 import evaluate
-from curate import load_demonstrations
-from data import Problem, encode_problems, is_held_out, load_problems, read_problems, write_jsonl
-from plumbing.evaluation import count_reflection_words, summarize
+from data import Problem, encode_problems, is_held_out, load_demonstrations, load_problems, read_problems, write_jsonl
 from plumbing.evaluation import evaluate as evaluate_records
 from plumbing.flags import parse_args
+from plumbing.statistics import count_reflection_words, summarize
 from rewards import Verifier, format_reward, language_reward
 from tasks.countdown import MAX_CHARS, demonstrations, is_right, read_expression, signed_sums
 
@@ -253,7 +252,7 @@ def test_no_majority_where_many_answers_are_right(capsys):
 def test_the_embedded_model_searches_and_gives_up():
     """Catches: a model that can't do the task, does it already, or never tries again."""
     path = "models/tiny-countdown"
-    policy, tokenizer = common.load_policy(path), common.load_tokenizer(path)
+    policy, tokenizer = common.load_policy(path, None), common.load_tokenizer(path)
     problems = encode_problems(tokenizer, load_problems("countdown", "eval", 100), "", policy.config, 120)
     summary = summarize(evaluate_records(policy, tokenizer, problems, 4, 120))
     assert 0.15 < summary["accuracy"] < 0.35 and summary["pass_at_4"] > 0.5

@@ -9,15 +9,22 @@ from test_bad_input import refuse
 
 import curate
 import evaluate
-from curate import (
+from curate import fuse_modes
+from data import (
     Demonstration,
+    Problem,
     chosen_samples,
+    encode_completions,
     encode_demonstrations,
-    fuse_modes,
+    encode_prompts,
+    is_held_out,
     load_demonstrations,
+    load_problems,
+    load_task,
     mix_demonstrations,
+    placed_rows,
+    read_samples,
 )
-from data import Problem, encode_completions, encode_prompts, is_held_out, load_problems, load_task, placed_rows
 from plumbing.flags import parse_args
 from plumbing.pairs import balance, load_preference_pairs
 from rewards import accuracy_reward, format_reward, verifier_prompt
@@ -53,7 +60,7 @@ def sampled(path, rates: dict[str, float], n: int = 4, **fields) -> str:
 
 
 def rates_of(path: str, problems: list[Problem]) -> dict[str, float]:
-    return curate.pass_rates(evaluate.read_samples(placed_rows(path), path), path, problems)
+    return curate.pass_rates(read_samples(placed_rows(path), path), path, problems)
 
 
 def test_the_pass_rate_band(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from conftest import EMBEDDED
 
 import common
-from curate import decontaminate, drop_duplicates, load_demonstrations
+from curate import decontaminate, drop_duplicates
 from data import (
     Problem,
     ProblemSampler,
@@ -19,7 +19,9 @@ from data import (
     encode_completions,
     encode_problems,
     encode_prompts,
+    follow_up_ids,
     is_held_out,
+    load_demonstrations,
     load_eval_problems,
     load_problems,
     load_train_problems,
@@ -27,7 +29,6 @@ from data import (
     write_jsonl,
 )
 from plumbing.pairs import load_preference_pairs
-from plumbing.turns import follow_up_ids
 from rewards import accuracy_reward, format_reward
 from tasks.arithmetic import demonstrations
 
@@ -291,23 +292,6 @@ def test_conversations_are_understood(tmp_path):
     assert [p.messages for p in pairs] == [turns, None, None]
 
 
-def test_turns_as_json_text_in_an_old_file_are_still_turns(tmp_path):
-    """Files of an earlier version hold a conversation as JSON text in `question`; text that only looks like one stays
-    text."""
-    asked = [turn("system", "s"), turn("user", "a"), turn("assistant", "b"), turn("user", "c")]
-    texts = ["[not a list", '[{"role": broken', '["a"]']
-    rows = [{"question": text, "answer": "1"} for text in (json.dumps(asked), json.dumps(asked[1:2]), *texts)]
-    long, short, *others = load_problems(write(tmp_path / "p.jsonl", *rows), "all")
-    assert long.question == "a\n\nb\n\nc" and [list(m) for m in long.messages] == [list(m.values()) for m in asked]
-    assert (short.question, short.messages) == ("a", None)
-    assert [(p.question, p.messages) for p in others] == [(text, None) for text in texts]
-    assert long.to_row()["question"] == asked
-    samples = [{"question": json.dumps(asked), "completions": [{"text": "d", "reward": 1.0, "correct": True}]}]
-    (made,) = load_demonstrations(write(tmp_path / "s.jsonl", *samples), 0)
-    assert (made.question, made.messages, made.completion) == (long.question, long.messages, "d")
-    assert made.to_row() == {"prompt": asked, "completion": "d"}
-
-
 def test_a_mode_stands_at_the_end_of_the_users_last_turn():
     """The mode is added to the text, by which the sample is found again, and to the turn, which the model reads; "" and
     None change nothing."""
@@ -447,22 +431,21 @@ def test_sampler_shows_every_problem_once_an_epoch_and_resumes_exactly():
 
 
 @pytest.mark.parametrize("mode", ["uniform", "curriculum", "prioritized"])
-def test_a_rate_is_recorded_for_the_place_in_the_last_draw(mode):
-    """Catches: a rate recorded for another problem: an equal item, one that a draw holds twice (where an epoch ends, or
-    with fewer items than asked for), or one of the draw before."""
-    problems = [Problem("same", str(i), difficulty=i % 2) for i in range(2)] * 2  # items 0 and 2 are equal, 1 and 3 too
+def test_a_rate_is_recorded_for_its_problem(mode):
+    """Catches: a rate recorded for another problem, also if a draw holds one twice (where an epoch ends, or with fewer
+    items than asked for)."""
+    problems = [Problem("same", str(i), difficulty=i % 2) for i in range(4)]
     sampler = ProblemSampler(problems, mode, seed=3)
     attempts, successes = [0] * 4, [0.0] * 4
     for step in range(6):
         drawn = sampler.draw(6)  # six of four: two or more come twice
-        assert all(item is problems[i] for item, i in zip(drawn, sampler.last_draw, strict=True))
         rates = [(step + place) / 20 for place in range(6)]
-        for i, rate in zip(sampler.last_draw, rates, strict=True):
-            attempts[i] += 1
-            successes[i] += rate
+        for problem, rate in zip(drawn, rates, strict=True):
+            attempts[int(problem.answer)] += 1
+            successes[int(problem.answer)] += rate
         sampler.record(drawn, rates)
         assert sampler.attempts == attempts and sampler.successes == pytest.approx(successes)
-    assert len(set(sampler.last_draw)) == 4 < len(sampler.last_draw) and sum(attempts) == 36
+    assert sum(attempts) == 36
     rates = [s / n for s, n in zip(successes, attempts, strict=True)]
     assert sampler.summary() | {"sampler/unweighted": 0} == pytest.approx(
         {"sampler/seen": 1.0, "sampler/success_rate": sum(rates) / 4, "sampler/unweighted": 0}

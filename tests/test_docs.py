@@ -66,7 +66,8 @@ def test_files_that_are_named_exist():
             own = (
                 name.startswith("ideas/")
                 or "NAME" in name
-                or name.rpartition("/")[2] in ("train_mine.py", "my_rewards.py")
+                or name.rpartition("/")[2].startswith("my_")
+                or name.endswith("train_mine.py")
             )
             places = (
                 Path(name),
@@ -91,6 +92,8 @@ def test_commands_parse(path):
         ]
         if script in ("train_mine.py", "ideas/train_mine.py"):
             script = "train_grpo.py"
+        if script.startswith("my_"):  # a file that the page shows
+            continue
         assert Path(script).exists(), command
         if script.startswith("models/") or script == "claims/process_reward.py" or "--help" in flags:  # no Args
             continue
@@ -143,7 +146,7 @@ def test_a_reward_of_ones_own_is_three_edits():
     for before, added in (
         ("\n\ndef score_completions(", f"\n\n{function}\n"),
         ("    overlong_weight: ", field),
-        ("    if verify.reward_model is not None:\n", lines),
+        ("    if reward_model is not None:\n", lines),
     ):
         assert source.count(before) == 1
         source = source.replace(before, added + before)
@@ -154,7 +157,7 @@ def test_a_reward_of_ones_own_is_three_edits():
     rollout = make_rollout([[1], [2]], [[3], [4], [5], [6]], group_size=2)
     texts = ["", "x" * 50, "x" * 100, "x" * 200]
     components = module.score_completions(texts, [Problem("1+1=", "2"), Problem("1+2=", "3")], rollout, flags, 40)
-    assert components["brevity"].tolist() == [[1.0, 0.5], [0.0, 0.0]]
+    assert components["brevity"] == [1.0, 0.5, 0.0, 0.0]
     assert module.reward_weights(flags, 0)["brevity"] == 0.5
 
 

@@ -300,8 +300,7 @@ def test_bad_pairs_are_refused_by_line(rows, message, tmp_path, capsys, no_model
 
 
 BAD_FLAGS = [
-    ({"loss": "simpo", "kl_coef": 0.1}, "--loss simpo has no reference: --kl-coef and --ref-cache don't go with it"),
-    ({"loss": "simpo", "ref_cache": "x"}, "--loss simpo has no reference"),
+    ({"loss": "simpo", "kl_coef": 0.1}, "--loss simpo has no reference: --kl-coef doesn't go with it"),
     ({"label_smoothing": 0.5}, "--label-smoothing 0.5: must be under 0.5"),
     ({"loss": "ipo", "label_smoothing": 0.1}, "and 0 with --loss ipo"),
     ({"beta": 0.0}, "--beta 0.0: must be more than 0"),
@@ -382,7 +381,7 @@ def test_a_think_tag_in_the_prompt_is_not_repeated(embedded):
 
 def test_the_reference_is_computed_once_for_the_same_weights_and_tokens(embedded, tmp_path, monkeypatch):
     """Catches: a cache that answers for other weights or other tokens."""
-    policy, tokenizer = common.load_policy(EMBEDDED), embedded[1]
+    policy, tokenizer = common.load_policy(EMBEDDED, None), embedded[1]
     pairs = [Pair("1+1=", "<think>2", "3"), Pair("12-5=", "7", "8</answer>")]
     pairs = encode_pairs(tokenizer, pairs, "", 256)
     passes, original = [], common.completion_logprobs
@@ -448,7 +447,7 @@ def test_a_short_run_learns_to_rank(tmp_path, capsys):
     assert values["loss/kl"][-1] > 1e-8
     printed = capsys.readouterr().out
     assert "pair_accuracy" in printed and f"model: {run_dir / 'final'}" in printed
-    common.load_policy(str(run_dir / "final"))
+    common.load_policy(str(run_dir / "final"), None)
 
 
 @pytest.mark.slow

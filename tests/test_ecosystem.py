@@ -48,7 +48,7 @@ def test_final_is_a_model_like_any_other(tmp_path):
     """Plain transformers loads it, and with it the chat pipeline writes what our sampler writes."""
     final = run(train_grpo.main, rl_args(train_grpo, tmp_path, iterations=1)) / "final"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(final), AutoTokenizer.from_pretrained(final)
-    ours = common.load_policy(str(final))
+    ours = common.load_policy(str(final), None)
     prompt = encode_prompts(tokenizer, ["12+7-5="])
     rollout = common.sample_groups(ours, prompt, 1, 30, temperature=0)
     expected = tokenizer.decode(rollout.completion_ids[0][rollout.mask[0]], skip_special_tokens=True)

@@ -16,11 +16,12 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 import common
 import evaluate
 import plumbing.evaluation
-from data import Problem, encode_problems, encode_prompts, load_problems
-from evaluate import interval, majority_accuracy, majority_answer, sample_within_budget
-from plumbing.evaluation import evaluate_policy, group_by, pass_at_k, summarize
+from common import continue_groups
+from data import Problem, encode_problems, encode_prompts, follow_up_ids, load_problems
+from evaluate import sample_within_budget
+from plumbing.evaluation import HeldOut
 from plumbing.runs import save_model
-from plumbing.turns import continue_groups, follow_up_ids
+from plumbing.statistics import diversity, group_by, interval, majority_accuracy, majority_answer, pass_at_k, summarize
 from rewards import Verifier, accuracy_reward, extract_answer, format_reward
 
 
@@ -149,7 +150,8 @@ def test_a_function_says_what_is_right_and_others_are_rewards(embedded):
         return len(text) % 2 == 0
 
     rewards = {"place": lambda text, problem: problem.columns["place"], "tags": lambda text, _: text.count("<") / 2}
-    found = evaluate.evaluate(*embedded, problems, 3, 40, batch_size=10, is_right=is_right, rewards=rewards)
+    verify = Verifier(is_right=is_right)
+    found = evaluate.evaluate(*embedded, problems, 3, 40, batch_size=10, verify=verify, rewards=rewards)
     for i, record in enumerate(found):
         assert {name: record[name] for name in problems[i].to_row()} == problems[i].to_row() and record["place"] == i
         for c in record["completions"]:
@@ -157,9 +159,8 @@ def test_a_function_says_what_is_right_and_others_are_rewards(embedded):
             assert c["place"] == i and c["tags"] == c["text"].count("<") / 2
     assert sorted(seen) == sorted((c["text"], i) for i, record in enumerate(found) for c in record["completions"])
     assert 0 < summarize(found)["accuracy"] < 1
-    verify = Verifier(is_right=is_right)  # the same function in a Verifier
-    again = evaluate.evaluate(*embedded, problems, 3, 40, batch_size=10, is_right=verify, rewards=rewards)
-    assert again == found
+    verify = Verifier(are_right=lambda texts, problems: [len(text) % 2 == 0 for text in texts])
+    assert evaluate.evaluate(*embedded, problems, 3, 40, batch_size=10, verify=verify, rewards=rewards) == found
 
 
 def test_a_samplers_rollout_is_what_is_evaluated(embedded):
@@ -184,15 +185,32 @@ def test_a_samplers_rollout_is_what_is_evaluated(embedded):
         assert completion["length"] == rollout.lengths[row] == len(tokenizer(text).input_ids) - len("1+1=")
 
     calls.clear()
-    evaluation = tokenizer, problems, 20, "answer-tags", 256, 5
-    rewards = {"long": lambda text, problem: len(text)}
-    scores = evaluate_policy(policy, *evaluation, lambda *_: True, sample=two_turns, rewards=rewards)
+    options = {"sample": two_turns, "rewards": {"long": lambda text, problem: len(text)}}
+    always = Verifier(is_right=lambda *_: True)
+    scores = HeldOut(tokenizer, problems, 20, "answer-tags", 256, 5, always, **options).evaluate(policy)
     assert [call[0::2] for call in calls] == [(plumbing.evaluation.SAMPLES, 1.0), (1, 0.0)]
     assert scores["eval/accuracy"] == scores["eval/accuracy_greedy"] == scores["eval/pass_at_k"] == 1.0
     found = evaluate.evaluate(policy, tokenizer, problems, 4, 20, seed=5, sample=two_turns)
     lengths = [len(c["text"]) for record in found for c in record["completions"]]
     assert scores["eval/long"] == pytest.approx(sum(lengths) / 24)
     assert "eval/length_wrong" not in scores and not any(math.isnan(score) for score in scores.values())
+
+
+def test_completions_that_nobody_could_judge_are_left_out(embedded):
+    """Catches: an unknown verdict that counts as wrong, and pass@k of a problem with fewer samples."""
+    policy, tokenizer = embedded
+    problems = arithmetic(embedded, "arithmetic", 6)
+
+    def are_right(texts, asked):
+        return [None if p is problems[0] or i % 4 == 0 else True for i, p in enumerate(asked)]
+
+    verify = Verifier(are_right=are_right)
+    found = evaluate.evaluate(policy, tokenizer, problems, 4, 20, verify=verify)
+    assert [record["question"] for record in found] == [problem.question for problem in problems[1:]]
+    assert all(len(record["completions"]) == 3 for record in found)
+    assert summarize(found)["accuracy"] == summarize(found)["pass_at_2"] == 1.0
+    nobody = Verifier(are_right=lambda texts, _: [None] * len(texts))
+    assert HeldOut(tokenizer, problems, 20, "answer-tags", 256, 5, nobody).evaluate(policy) == {}
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
@@ -228,7 +246,7 @@ def test_a_completion_goes_on_after_inserted_tokens(name):
             [[1]] * 6, [ids[m].tolist() for ids, m in zip(whole.completion_ids, whole.mask, strict=True)]
         ).mask,
     )  # no holes
-    theirs = common.rollout_logprobs(model, whole, 64, temperature=0.7)
+    theirs, _ = common.rollout_logprobs(model, whole, 64, temperature=0.7)
     assert torch.allclose(whole.sampler_logprobs[whole.trained], theirs[whole.trained], atol=1e-4)
     assert (theirs[whole.mask & ~whole.trained] != 0).all()  # given tokens have logprobs, which no loss may use
     assert not whole.trained[~whole.mask].any() and (whole.sampler_logprobs[~whole.trained] == 0).all()
@@ -239,7 +257,7 @@ def test_a_completion_goes_on_after_inserted_tokens(name):
     third = continue_groups(model, whole, [[30]] + [None] * 5, 3, 0.7, seed=6)  # turn after turn
     assert third.lengths[0] == whole.lengths[0] + third.mask[0].sum() - whole.mask[0].sum() - 1
     assert third.lengths[1:].tolist() == whole.lengths[1:].tolist()
-    theirs = common.rollout_logprobs(model, third, 64, temperature=0.7)
+    theirs, _ = common.rollout_logprobs(model, third, 64, temperature=0.7)
     assert torch.allclose(third.sampler_logprobs[third.trained], theirs[third.trained], atol=1e-4)
 
 
@@ -407,11 +425,11 @@ def test_entropy_and_distinct_completions(embedded):
     policy, tokenizer = embedded
     problems = arithmetic(embedded, "arithmetic", 30)
     records = evaluate.evaluate(policy, tokenizer, problems, 16, 40)
-    found = evaluate.diversity(records)
+    found = diversity(records)
     rollout = common.sample_groups(policy, [p.prompt_ids for p in problems], 16, 40, 1.0, 9)
     _, entropy = common.completion_logprobs(policy, rollout, list(range(480)))
     exact = (entropy * rollout.mask).sum() / rollout.mask.sum()
     assert found["entropy"] == pytest.approx(exact.item(), rel=0.1)
     assert found["distinct"] == sum(len({c["text"] for c in r["completions"]}) for r in records) / 30 > 2
-    greedy = evaluate.diversity(evaluate.evaluate(policy, tokenizer, problems[:3], 4, 20, temperature=0.0))
+    greedy = diversity(evaluate.evaluate(policy, tokenizer, problems[:3], 4, 20, temperature=0.0))
     assert greedy["distinct"] == 1.0

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ import train_ppo
 import train_rm
 import train_sft
 from plumbing.flags import parse_args
-from plumbing.metrics import Health
+from plumbing.logs import Health
 from plumbing.runs import Run, load_checkpoint, save_model
 
 LOSSES = {
@@ -312,7 +313,7 @@ def test_a_pickle_in_a_checkpoint_is_refused(saved_run, tmp_path, capsys):
 def test_weights_are_read_from_safetensors_only(tmp_path, capsys):
     """Catches: weights read from a pytorch_model.bin, which is a pickle, for lack of a safetensors file."""
     shutil.copytree(EMBEDDED, tmp_path / "model")
-    state = dict(common.load_policy(EMBEDDED).state_dict())
+    state = dict(common.load_policy(EMBEDDED, None).state_dict())
     torch.save(state, tmp_path / "model" / "pytorch_model.bin")
     (tmp_path / "model" / "model.safetensors").unlink()
     args = rl_args(train_grpo, tmp_path / "runs", model=str(tmp_path / "model"))
@@ -338,27 +339,27 @@ def test_missing_weights_are_refused_in_one_line(tmp_path, capsys):
         == f"error: {broken}: its weights are incomplete: {name} not in its files\n"
     )
     for load in (common.load_value_model, common.load_policy):  # it isn't a critic's new head
-        assert name in refusal(load, broken, capsys)
+        assert name in refusal(partial(load, tokenizer=None), broken, capsys)
     bare = shutil.copytree(EMBEDDED, tmp_path / "bare")
     save_file({}, bare / "model.safetensors", metadata={"format": "pt"})
-    names = common.load_policy(EMBEDDED).state_dict().keys()
-    error = refusal(common.load_policy, str(bare), capsys)
+    names = common.load_policy(EMBEDDED, None).state_dict().keys()
+    error = refusal(partial(common.load_policy, tokenizer=None), str(bare), capsys)
     assert sum(f" {name} and " in error for name in names) == 1 and " more not in its files" in error
 
 
 def test_a_new_head_may_be_missing_but_a_reward_models_own_may_not(tmp_path, capsys, embedded):
     """Catches: a reward model that scores with a random head."""
-    for load in (common.load_value_model, lambda path: common.load_reward_model(path, new_head=True)):
-        model = load(EMBEDDED)
+    for load in (common.load_value_model, partial(common.load_reward_model, new_head=True)):
+        model = load(EMBEDDED, None)
         assert (common.value_head(model).weight == 0).all()
         for (name, ours), theirs in zip(
             model.base_model.named_parameters(), embedded[0].base_model.parameters(), strict=True
         ):
             assert torch.equal(ours, theirs), name
-    save_model(tmp_path / "rm", common.load_reward_model(EMBEDDED, new_head=True), embedded[1])
-    assert common.load_reward_model(str(tmp_path / "rm")).config.num_labels == 1
+    save_model(tmp_path / "rm", common.load_reward_model(EMBEDDED, None, new_head=True), embedded[1])
+    assert common.load_reward_model(str(tmp_path / "rm"), None).config.num_labels == 1
     headless = without("score.weight", tmp_path / "headless", str(tmp_path / "rm"))
-    assert "score.weight" in refusal(common.load_reward_model, headless, capsys)
+    assert "score.weight" in refusal(partial(common.load_reward_model, tokenizer=None), headless, capsys)
 
 
 def test_names_never_become_paths_outside_the_run_root(tmp_path):
@@ -445,12 +446,12 @@ def test_a_critics_bad_updates_in_a_row_end_the_run(how, tmp_path, monkeypatch, 
 
 
 def test_the_rows_to_blame_are_the_ones_written(tmp_path, monkeypatch, capsys):
-    """A NaN reward for one completion spoils its group only, so only that group is written."""
+    """A NaN in one completion's reward spoils its group only, so only that group is written."""
     group_advantages = train_grpo.group_advantages
 
-    def broken(rewards, normalize_std):
+    def broken(rewards, normalize_std, scored):
         rewards[2, 1] = float("nan")
-        return group_advantages(rewards, normalize_std)
+        return group_advantages(rewards, normalize_std, scored)
 
     monkeypatch.setattr(train_grpo, "group_advantages", broken)
     refusal(train_grpo.main, rl_args(train_grpo, tmp_path, max_bad_updates=1), capsys)

@@ -286,8 +286,8 @@ def test_help_shows_every_flag_in_its_box(script, capsys):
         == {
             **dict.fromkeys(RL, {"setup", "sampling", "rewards", "optimization", "run"}),
             **dict.fromkeys([evaluate, curate], set()),
-            train_dpo: {"setup", "pairs", "optimization", "run"},
-            train_rm: {"pairs", "optimization", "run"},
+            train_dpo: {"setup", "selection", "optimization", "run"},
+            train_rm: {"selection", "optimization", "run"},
             train_sft: {"setup", "optimization", "run"},
         }[script]
     )
@@ -369,7 +369,6 @@ PATHS = {  # flags whose value is a path or a name: bad values, and what the err
     "output": [("no-such-folder/samples.jsonl", "not there or not writable"), ("tests", "is a directory")],
     "run_root": [("README.md/runs", "can't be written")],
     "run_name": [("there", "exists; --resume it, or take another name")],
-    "ref_cache": [("README.md/cache", "can't be written")],
 }
 ANY_TEXT = {"system_prompt", "stop_sentence"}
 FILES = ("--problems", "--eval-data", "--data", "--samples", "--guesses", "--decontaminate")  # errors name file, line

@@ -1,10 +1,14 @@
 """The forks of docs/forking.md, as a reader makes them: train_grpo.py copied, the page's blocks applied, the copy run.
 A block that no longer fits the script fails here."""
 
-import importlib.util
+import http.server
+import inspect
+import json
 import re
 import shutil
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,8 +18,10 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import common
-from data import encode_problems, load_eval_problems
-from plumbing.evaluation import SAMPLES, evaluate
+import train_grpo
+import train_sft
+from data import encode_problems, load_eval_problems, load_problems, write_jsonl
+from plumbing.evaluation import SAMPLES, HeldOut, evaluate
 from plumbing.flags import parse_args
 from rewards import Verifier
 
@@ -26,7 +32,8 @@ SECTIONS = {
     for title, body in re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", Path("docs/forking.md").read_text(), re.M | re.S)
     if BLOCK.search(body)
 }
-LEAVE_ONE_OUT, OWN_LOSS, ENTROPY, LION, BEST, OWN_REWARD, OWN_TASK, MOVING_REF, LAYERS, ADAPTERS, SECOND_TURN = SECTIONS
+LEAVE_ONE_OUT, OWN_LOSS, ENTROPY, LION, BEST, OWN_REWARD, OWN_TASK, MOVING_REF, LAYERS, ADAPTERS, *RECENT = SECTIONS
+HIGH_ENTROPY, TOP_P, DISTILLATION, TOOL, JUDGE = RECENT
 FLAGS = {  # that give a section's fork something to resume
     LEAVE_ONE_OUT: {"kl_coef": 0.5},
     OWN_LOSS: {"baseline_shift": -0.1, "ratio_bounds": (0.0, 4.0), "update_epochs": 2},
@@ -34,6 +41,9 @@ FLAGS = {  # that give a section's fork something to resume
     LION: {"dtype": "bfloat16", "learning_rate": 1e-4},
     BEST: {"eval_every": 1},
     MOVING_REF: {"dtype": "bfloat16", "kl_coef": 0.5},
+    HIGH_ENTROPY: {"update_epochs": 2, "minibatch_size": 8},
+    TOP_P: {"top_p": 0.9},
+    DISTILLATION: {"update_epochs": 2, "minibatch_size": 8},
 }
 
 
@@ -77,7 +87,7 @@ def test_the_blocks_fit_the_script(title):
 
 
 @pytest.fixture
-def fork(tmp_path, monkeypatch):
+def fork(tmp_path, monkeypatch, load_script):
     """A function: section's title -> the module train_mine, from a file in another folder."""
 
     def load(title: str, change=lambda source: source):
@@ -86,14 +96,7 @@ def fork(tmp_path, monkeypatch):
                 name = text.partition("\n")[0].removeprefix("# ")
                 (tmp_path / name).write_text(text)
                 monkeypatch.delitem(sys.modules, name.removesuffix(".py"), raising=False)
-        script = tmp_path / "train_mine.py"
-        script.write_text(change(forked(title)))
-        monkeypatch.syspath_prepend(str(tmp_path))
-        spec = importlib.util.spec_from_file_location("train_mine", script)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, "train_mine", module)
-        spec.loader.exec_module(module)
-        return module
+        return load_script(change(forked(title)))
 
     return load
 
@@ -134,12 +137,44 @@ def remember(monkeypatch, owner, name: str) -> list[tuple]:
     return calls
 
 
+@pytest.fixture
+def judge(monkeypatch):
+    """A web server at $JUDGE that says whether the text ends in </answer>, but fails for every fourth length. Returns
+    the numbers of requests that were open at the same time."""
+    open_now, lock = [0], threading.Lock()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            with lock:
+                open_now.append(open_now[-1] + 1)
+            text = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"]
+            time.sleep(0.02)
+            self.send_response(500 if len(text) % 4 == 0 else 200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"right": text.endswith("</answer>")}).encode())
+            with lock:
+                open_now.append(open_now[-1] - 1)
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setattr(http.server.ThreadingHTTPServer, "request_queue_size", 64)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("JUDGE", f"http://127.0.0.1:{server.server_port}")
+    yield open_now
+    server.shutdown()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("title", SECTIONS)
-def test_a_resumed_fork_equals_the_uninterrupted_one(title, fork, tmp_path):
+def test_a_resumed_fork_equals_the_uninterrupted_one(title, fork, tmp_path, judge):
     """Catches: state of a fork's own that a checkpoint misses, and a random draw without a seed."""
     module = fork(title)
-    whole = start(module, tmp_path, save_every=2, **FLAGS.get(title, {}))
+    flags = FLAGS.get(title, {})
+    if title == DISTILLATION:  # another model of the same vocabulary
+        flags |= {"teacher": str(start(train_grpo, tmp_path / "teacher", iterations=1, learning_rate=1e-2) / "final")}
+    whole = start(module, tmp_path, save_every=2, **flags)
     resumed = resume(module, whole)
     assert weights(resumed / "final") == weights(whole / "final") != weights(Path(EMBEDDED))
     assert_same_events(resumed, whole)
@@ -177,9 +212,9 @@ def test_a_loss_with_flags_of_its_own(fork, tmp_path, monkeypatch, capsys):
     module = fork(OWN_LOSS)
     logprobs = torch.tensor([[0.5, 2.0, -1.0]], dtype=torch.float64, requires_grad=True)
     old, w = torch.zeros(1, 3, dtype=torch.float64), torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64)
-    A = torch.tensor([-2.0], dtype=torch.float64)
+    A, mask = torch.full((1, 3), -2.0, dtype=torch.float64), torch.ones(1, 3, dtype=torch.bool)
     clip = {"clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0, "ratio_bounds": (0.5, 4.0)}
-    module.grpo_loss(logprobs, old, None, A, w, **clip)[0].backward()
+    module.grpo_loss(logprobs, old, None, A, mask, w, **clip)[0].backward()
     ratio = torch.tensor([[0.5, 2.0, -1.0]]).double().exp().clamp(0.5, 4.0)  # the second and third are clipped
     assert torch.allclose(logprobs.grad, -w * ratio * A)
 
@@ -206,7 +241,7 @@ def test_a_loss_with_flags_of_its_own(fork, tmp_path, monkeypatch, capsys):
 def test_an_entropy_bonus_moves_the_entropy_without_any_advantage(fork, tmp_path, monkeypatch):
     """Catches: an entropy without a gradient, and rows with advantage 0 that are passed forward only."""
     module = fork(ENTROPY)
-    monkeypatch.setattr(module, "group_advantages", lambda rewards, _: torch.zeros_like(rewards))
+    monkeypatch.setattr(module, "group_advantages", lambda rewards, *_: torch.zeros_like(rewards))
     more = start(module, tmp_path, entropy_coef=1.0)
     less = start(module, tmp_path, entropy_coef=-1.0)
     none = start(module, tmp_path, entropy_coef=0.0)
@@ -249,18 +284,16 @@ def test_the_learning_rate_falls_as_a_cosine(fork, tmp_path):
 def test_the_best_checkpoint_outlives_a_resume(fork, tmp_path, monkeypatch):
     """Catches: a resumed run that forgets how good the best was, and writes a worse one over it."""
     module = fork(BEST)
-    evaluate_policy = module.evaluate_policy
+    held_out_scores = HeldOut.evaluate
 
     def accuracies(*given):
         left = iter(given)
-        monkeypatch.setattr(
-            module, "evaluate_policy", lambda *a, **k: evaluate_policy(*a, **k) | {"eval/accuracy": next(left)}
-        )
+        monkeypatch.setattr(HeldOut, "evaluate", lambda *a: held_out_scores(*a) | {"eval/accuracy": next(left)})
 
     accuracies(0.2, 0.9, 0.5, 0.6, 0.7)  # the first is from before training
     whole = start(module, tmp_path, eval_every=1)
     assert weights(whole / "best") == weights(whole / "checkpoints" / "step_000001") != weights(whole / "final")
-    common.load_policy(str(whole / "best")), common.load_tokenizer(str(whole / "best"))
+    common.load_policy(str(whole / "best"), None), common.load_tokenizer(str(whole / "best"))
     accuracies(0.6, 0.7)
     resumed = resume(module, whole)
     assert weights(resumed / "best") == weights(whole / "best")
@@ -295,7 +328,7 @@ def mean_over(run_dir: Path, embedded, score, problems=None, **options) -> float
     if problems is None:
         config = common.load_config(EMBEDDED)
         problems = encode_problems(tokenizer, load_eval_problems("arithmetic", None, 6), "", config, 40)
-    policy = common.load_policy(str(run_dir / "final"), eos_token_id=tokenizer.eos_token_id)
+    policy = common.load_policy(str(run_dir / "final"), tokenizer)
     records = evaluate(policy, tokenizer, problems, SAMPLES, 40, batch_size=16, seed=1, **options)
     scores = [score(c["text"], p) for record, p in zip(records, problems, strict=True) for c in record["completions"]]
     return sum(map(float, scores)) / len(scores)
@@ -328,16 +361,16 @@ def test_a_moving_reference_loses_no_step_in_bf16(fork, tmp_path):
     """Catches: a moving average in bf16, which never moves, or of the bf16 weights instead of the masters."""
     module = fork(MOVING_REF)
     run_dir = start(module, tmp_path, learning_rate=1e-5, **FLAGS[MOVING_REF])
-    policy = common.load_policy(EMBEDDED, dtype=torch.bfloat16)
+    policy = common.load_policy(EMBEDDED, None, dtype=torch.bfloat16)
     names = [name for name, _ in policy.named_parameters()]
-    ref = {name: p.detach() for name, p in common.load_policy(EMBEDDED).named_parameters()}
+    ref = {name: p.detach() for name, p in common.load_policy(EMBEDDED, None).named_parameters()}
     for iteration in range(1, 5):
         _, state = checkpoint(run_dir, iteration)
         masters = dict(zip(names, state["stateful"]["optimizer"]["masters"], strict=True))
         ref = {name: value.lerp(masters[name], 0.01) for name, value in ref.items()}
         for name, value in ref.items():
             assert torch.equal(state["stateful"]["ref"][name], value), (iteration, name)
-    began = dict(common.load_policy(EMBEDDED).named_parameters())
+    began = dict(common.load_policy(EMBEDDED, None).named_parameters())
     moved = [(ref[n] != began[n]).float().mean().item() for n in names]
     seen_in_bf16 = [(ref[n].bfloat16() != began[n].bfloat16()).float().mean().item() for n in names]
     assert sum(moved) > 10 * sum(seen_in_bf16)
@@ -359,22 +392,22 @@ def test_adapters_are_merged_into_an_ordinary_model(fork, tmp_path, monkeypatch,
     module, tokenizer = fork(ADAPTERS), embedded[1]
     config, texts = common.load_config(EMBEDDED), []
     problems = encode_problems(tokenizer, load_eval_problems("arithmetic", None, 60), "", config, 40)
-    evaluate_policy = module.evaluate_policy
+    held_out_scores = HeldOut.evaluate
 
     def greedy(policy) -> list[str]:
         records = evaluate(policy, tokenizer, problems, 1, 40, temperature=0.0)
         return [record["completions"][0]["text"] for record in records]
 
-    def remembering(policy, *args, **kwargs):
+    def remembering(held_out, policy):
         texts.append(greedy(policy))
-        return evaluate_policy(policy, *args, **kwargs)
+        return held_out_scores(held_out, policy)
 
-    monkeypatch.setattr(module, "evaluate_policy", remembering)
+    monkeypatch.setattr(HeldOut, "evaluate", remembering)
     run_dir = start(module, tmp_path, iterations=10, learning_rate=1e-2, prompts_per_step=8)
     began, (frozen, state) = load_file(f"{EMBEDDED}/model.safetensors"), checkpoint(run_dir, 10)
     assert all(torch.equal(frozen[name], began[name]) for name in began)  # the policy's own weights
     before, after = texts
-    merged = common.load_policy(str(run_dir / "final"), eos_token_id=tokenizer.eos_token_id)
+    merged = common.load_policy(str(run_dir / "final"), tokenizer)
     assert greedy(merged) == after != before
     final = load_file(run_dir / "final" / "model.safetensors")
     assert final.keys() == began.keys()
@@ -384,24 +417,82 @@ def test_adapters_are_merged_into_an_ordinary_model(fork, tmp_path, monkeypatch,
 
 
 @pytest.mark.slow
-def test_the_users_second_turn_is_not_trained(fork, tmp_path, monkeypatch, embedded):
-    """Catches: a loss on the user's tokens, logprobs shifted after them, and an evaluation with one turn only."""
-    module, tokenizer = fork(SECOND_TURN), embedded[1]
-    turns = remember(monkeypatch, module, "continue_groups")
-    scored = remember(monkeypatch, module, "score_completions")
+def test_the_threshold_is_over_the_minibatch(fork, tmp_path, monkeypatch):
+    """Catches: a quantile over a micro-batch (the gradient then depends on a memory flag), or over padding."""
+    module = fork(HIGH_ENTROPY)
+    calls = remember(monkeypatch, module, "grpo_loss")
+    norms = []
+    for budget in (8192, 64):
+        run_dir = start(module, tmp_path / str(budget), iterations=1, micro_batch_tokens=budget, loss_norm="token")
+        norms.append(values(run_dir, "loss/grad_norm")[0])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    names = inspect.signature(train_grpo.grpo_loss)
+    arguments = [names.bind(*args, **kwargs).arguments for args, kwargs, _ in calls]
+    kept, written = (sum(a[name].gt(0).sum().item() for a in arguments) for name in ("weights", "mask"))
+    assert kept / written == pytest.approx(0.2, abs=0.02)
+
+
+@pytest.mark.slow
+def test_the_correction_is_of_the_filtered_distribution(fork, tmp_path, monkeypatch, capsys):
+    """Catches: sampler_logprobs of the full softmax, whose correction is 1 at every token."""
+    module = fork(TOP_P)
+    logits = torch.tensor([[3.0, 1.0, 2.0, -5.0]])
+    kept = module.keep_top_p(logits, 0.9)
+    assert kept.isfinite().tolist() == [[True, False, True, False]] and torch.equal(kept[0, 0], logits[0, 0])
+    assert module.keep_top_p(logits, 1e-9).isfinite().tolist() == [[True, False, False, False]]
+    calls = remember(monkeypatch, common, "sample_groups")
+    start(module, tmp_path, iterations=2, top_p=0.5)
+    assert "the sampler's `filter`" in capsys.readouterr().err
+    filtered = [rollout for _, _, rollout in calls if rollout.filtered]
+    policy = common.load_policy(EMBEDDED, None)
+    first = filtered[0]
+    correction = (common.rollout_logprobs(policy, first, 8192)[0] - first.sampler_logprobs)[first.trained].exp()
+    assert len(filtered) == 2 and correction.max() < 1 + 1e-4 and 0.3 < correction.min() < 0.9
+
+
+@pytest.mark.slow
+def test_a_student_comes_nearer_to_its_teacher(fork, tmp_path):
+    """Catches: the advantage with the wrong sign."""
+    teacher = start(train_grpo, tmp_path / "teacher", iterations=8, prompts_per_step=16)
+    flags = {"teacher": str(teacher / "final"), "iterations": 20, "prompts_per_step": 16, "loss_norm": "token"}
+    kl = values(start(fork(DISTILLATION), tmp_path, **flags), "loss/teacher_kl")
+    assert sum(kl[-4:]) < 0.75 * sum(kl[:4]) and kl[0] > 0
+
+
+@pytest.mark.slow
+def test_a_tool_is_called_and_its_result_is_not_trained(fork, tmp_path, monkeypatch, embedded):
+    """Catches: a call that does not stop, results of other rows, a loss on them, a completion over its limit."""
+    module, tokenizer = fork(TOOL), embedded[1]
+    shown = load_problems("arithmetic:1-2", "all", 300)
+    rows = [
+        (p.question, f"<think><calc>{p.question[:-1]}</calc>={p.answer}</think><answer>{p.answer}</answer>")
+        for p in shown
+    ]
+    write_jsonl(str(tmp_path / "calls.jsonl"), [{"prompt": question, "completion": text} for question, text in rows])
+    flags = {"data": (str(tmp_path / "calls.jsonl"),), "iterations": 150, "minibatch_size": 64, "learning_rate": 3e-3}
+    model = run(train_sft.main, short_args(train_sft, tmp_path / "sft", max_new_tokens=60, **flags)) / "final"
     losses = remember(monkeypatch, module, "grpo_loss")
-    run_dir = start(module, tmp_path)
-    question = tokenizer("Are you sure?").input_ids
-    for (_, first, *_), _, both in turns:
-        users = both.mask & ~both.trained
-        for ids, row, ended in zip(both.completion_ids, users, first.finished, strict=True):
-            assert ids[row].tolist() == [tokenizer.eos_token_id] * (not ended) + question
-        assert (both.lengths > first.lengths).all()  # every completion goes on after it
-    assert len(turns) == len(scored) + 2 * 3  # before and after training: two batches sampled, one greedy
-    rollouts = [args[2] for args, _, _ in scored]
-    for iteration, rollout in enumerate(rollouts):
-        length = values(run_dir, "rollout/length_mean")[iteration]
-        assert rollout.lengths.float().mean().item() == pytest.approx(length)
-    weighted = sum((args[4] > 0).sum().item() for args, _, _ in losses)
-    assert weighted == sum(rollout.trained.sum().item() for rollout in rollouts)
-    assert max(values(run_dir, "rollout/logprob_gap_max")) < 1e-3
+    turns = remember(monkeypatch, common, "continue_groups")
+    options = {"model": str(model), "max_new_tokens": 60, "iterations": 2, "problems": "arithmetic:1-2"}
+    start(module, tmp_path, **options)
+    called = 0
+    for _, _, rollout in turns:
+        assert rollout.mask.sum(1).max() <= 60
+        for ids, real, own in zip(rollout.completion_ids, rollout.mask, rollout.trained, strict=True):
+            text, given = tokenizer.decode(ids[real]), tokenizer.decode(ids[real & ~own])
+            calls = re.findall("<calc>([^<>]*)</calc>=", text)[:2]
+            if given:
+                called += 1
+                assert given == "".join(f"={module.my_tool.calculate(call)}" for call in calls)
+    assert called > 20
+    names = inspect.signature(train_grpo.grpo_loss)
+    for args, kwargs, _ in losses:
+        arguments = names.bind(*args, **kwargs).arguments
+        assert (arguments["weights"][~arguments["mask"]] == 0).all()
+
+
+@pytest.mark.slow
+def test_a_judge_is_asked_in_parallel_and_may_fail(fork, tmp_path, judge):
+    run_dir = start(fork(JUDGE), tmp_path, iterations=2)
+    assert max(judge) > 4
+    assert 0 < values(run_dir, "reward/unscored")[0] < 1 and 0 < values(run_dir, "reward/accuracy")[0] <= 1

@@ -8,7 +8,7 @@ import common
 import train_grpo
 from common import completion_logprobs, sample_groups
 from data import decode, encode_prompts, load_problems
-from plumbing.engine import GraphDecoder, PlainDecoder, takes_groups
+from plumbing.engine import TAKES_GROUPS, GraphDecoder, PlainDecoder, takes_groups
 from plumbing.runs import load_checkpoint
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -19,7 +19,7 @@ def test_greedy_completions_are_the_cpus():
     prompts = encode_prompts(tokenizer, [p.question for p in load_problems("arithmetic", "eval", 60)])
     texts = []
     for device in ("cpu", "cuda"):
-        policy = common.load_policy(EMBEDDED, device)
+        policy = common.load_policy(EMBEDDED, None, device)
         torch.set_float32_matmul_precision("highest")
         texts.append(decode(tokenizer, sample_groups(policy, prompts, 1, 40, temperature=0)))
     assert sum(a == b for a, b in zip(*texts, strict=True)) >= 58  # a tie may fall the other way
@@ -27,7 +27,7 @@ def test_greedy_completions_are_the_cpus():
 
 def test_sampler_and_trainer_agree_in_bf16():
     tokenizer = common.load_tokenizer(EMBEDDED)
-    policy = common.load_policy(EMBEDDED, "cuda", torch.bfloat16)
+    policy = common.load_policy(EMBEDDED, None, "cuda", torch.bfloat16)
     prompts = encode_prompts(tokenizer, [p.question for p in load_problems("arithmetic", "eval", 60)])
     rollout = sample_groups(policy, prompts, 8, 40)
     with torch.no_grad():
@@ -49,7 +49,7 @@ def test_the_graph_equals_the_plain_path_and_sees_new_weights(monkeypatch):
     capture = GraphDecoder.capture
     monkeypatch.setattr(GraphDecoder, "capture", lambda self, R: captures.append(R) or capture(self, R))
     tokenizer = common.load_tokenizer(EMBEDDED)
-    policy = common.load_policy(EMBEDDED, "cuda")
+    policy = common.load_policy(EMBEDDED, None, "cuda")
     torch.set_float32_matmul_precision("highest")
     assert takes_groups(policy)
     prompts = encode_prompts(tokenizer, [p.question for p in load_problems("arithmetic", "eval", 80)])
@@ -64,7 +64,7 @@ def test_the_graph_equals_the_plain_path_and_sees_new_weights(monkeypatch):
         with torch.no_grad():
             for parameter in policy.parameters():
                 parameter.mul_(1.02)
-    assert len(captures) == len(set(captures)) == len(policy.graph_decoder["graphs"])  # no size is captured twice
+    assert len(captures) == len(set(captures)) == len(GraphDecoder.kept[policy]["graphs"])  # no size is captured twice
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -78,7 +78,7 @@ def test_packed_gradients_are_the_padded_ones(family, dtype):
     gradients = []
     assert takes_groups(policy)
     for packed in (True, False):
-        policy.takes_groups = packed
+        TAKES_GROUPS[policy] = packed
         policy.zero_grad()
         completion_logprobs(policy, rollout, list(range(32)))[0].sum().backward()
         gradients.append(torch.cat([p.grad.float().flatten() for p in policy.parameters()]))

@@ -37,7 +37,7 @@ def test_advantages_by_hand():
 def test_a_group_without_variance_teaches_exactly_nothing(reward):
     """Catches: NaN from 0/0, or the rounding noise of fp32 (7e-5 for eight rewards of 0.1) divided by 1e-4."""
     rewards = torch.full((1, 8), reward)
-    assert is_uniform(rewards).all()
+    assert is_uniform(rewards, torch.ones(1, 8, dtype=torch.bool)).all()
     assert (group_advantages(rewards, True) == 0).all() and (group_advantages(rewards, False) == 0).all()
 
 
@@ -64,7 +64,7 @@ def test_four_quadrants_of_the_clip():
     for A, ratio in itertools.product((1.0, -1.0), (0.5, 0.75, 0.9, 1.1, 1.25, 1.5)):
         logprobs = torch.tensor([[ratio]], dtype=torch.float64).log().requires_grad_()
         one = torch.ones(1, 1, dtype=torch.float64)
-        loss, metrics = grpo_loss(logprobs, 0 * one, None, A * one[0], one, 0.2, 0.3, kl_coef=0.0)
+        loss, metrics = grpo_loss(logprobs, 0 * one, None, A * one, one > 0, one, 0.2, 0.3, kl_coef=0.0)
         loss.backward()
         clipped = (A > 0 and ratio > 1.3) or (A < 0 and ratio < 0.8)
         expected_ratio = min(max(ratio, 0.8), 1.3) if clipped else ratio
@@ -77,10 +77,11 @@ def test_four_quadrants_of_the_clip():
 def test_on_policy_gradient_is_the_closed_form(loss_norm):
     """At pi = pi_old: -[A + beta (pi_ref/pi - 1)] grad log pi, weighted."""
     logprobs, ref = double(4, 6).requires_grad_(), double(4, 6)
-    advantages, weights = double(4), token_weights(ragged_mask(), loss_norm, 6).double()
-    loss, _ = grpo_loss(logprobs, logprobs.detach(), ref, advantages, weights, **CLIP, kl_coef=0.3)
+    advantages, mask = double(4, 6), ragged_mask()
+    weights = token_weights(mask, loss_norm, 6).double()
+    loss, _ = grpo_loss(logprobs, logprobs.detach(), ref, advantages, mask, weights, **CLIP, kl_coef=0.3)
     loss.backward()
-    expected = -weights * (advantages[:, None] + 0.3 * ((ref - logprobs).exp() - 1))
+    expected = -weights * (advantages + 0.3 * ((ref - logprobs).exp() - 1))
     assert torch.allclose(logprobs.grad, expected)
 
 
@@ -93,7 +94,14 @@ def test_unbiased_kl_has_the_gradient_of_the_reverse_kl():
     (forward,) = torch.autograd.grad((ref.exp() * (ref - logp)).sum(), logits, retain_graph=True)
     weights = logp.detach().exp()[:, None]  # enumeration: every token once, weighted with its probability
     for unbiased, expected in ((True, reverse), (False, forward)):
-        arguments = (logp[:, None], logp.detach()[:, None], ref[:, None], torch.zeros(5).double(), weights)
+        arguments = (
+            logp[:, None],
+            logp.detach()[:, None],
+            ref[:, None],
+            torch.zeros(5, 1).double(),
+            weights > 0,
+            weights,
+        )
         loss, _ = grpo_loss(*arguments, **CLIP, kl_coef=1.0, unbiased_kl=unbiased)
         (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
         assert torch.allclose(gradient, expected)
@@ -113,7 +121,7 @@ def test_expected_k3_is_the_kl():
     probability = lp.sum(1).exp()
     assert probability.sum().item() == pytest.approx(1.0)
     weights = probability[:, None].expand(-1, T).contiguous()
-    loss, _ = grpo_loss(lp, lp, lr, torch.zeros(len(sequences)).double(), weights, **CLIP, kl_coef=1.0)
+    loss, _ = grpo_loss(lp, lp, lr, torch.zeros_like(lp), weights > 0, weights, **CLIP, kl_coef=1.0)
     assert loss.item() == pytest.approx((probability * (lp.sum(1) - lr.sum(1))).sum().item())
 
 
@@ -129,7 +137,8 @@ def test_a_large_kl_coef_moves_the_policy_toward_the_reference():
     for _ in range(50):
         logp = logits.log_softmax(-1)
         weights = logp.detach().exp().T.contiguous()
-        loss, _ = grpo_loss(logp.T, logp.T.detach(), ref.T, torch.zeros(5).double(), weights, **CLIP, kl_coef=10.0)
+        arguments = logp.T, logp.T.detach(), ref.T, torch.zeros(5, 1).double(), weights > 0, weights
+        loss, _ = grpo_loss(*arguments, **CLIP, kl_coef=10.0)
         (gradient,) = torch.autograd.grad(loss, logits)
         logits.data -= 0.02 * gradient
     assert kl() < before / 10
@@ -138,11 +147,11 @@ def test_a_large_kl_coef_moves_the_policy_toward_the_reference():
 def test_first_loss_is_zero_and_its_gradient_is_not():
     """Answers "loss is 0, is it broken?": on policy it is 0 with `sequence` weights and whole groups, not `token`."""
     logprobs = -double(4, 6).abs()
-    advantages = group_advantages(double(2, 2), True).flatten()
+    advantages, mask = group_advantages(double(2, 2), True).flatten()[:, None].expand(4, 6), ragged_mask()
     for loss_norm in ("sequence", "token"):
         leaf = logprobs.clone().requires_grad_()
-        weights = token_weights(ragged_mask(), loss_norm, 6).double()
-        loss, _ = grpo_loss(leaf, leaf.detach(), None, advantages, weights, **CLIP, kl_coef=0.0)
+        weights = token_weights(mask, loss_norm, 6).double()
+        loss, _ = grpo_loss(leaf, leaf.detach(), None, advantages, mask, weights, **CLIP, kl_coef=0.0)
         loss.backward()
         assert (abs(loss.item()) < 1e-7) == (loss_norm == "sequence")
         assert leaf.grad.abs().max() > 0.01
@@ -152,18 +161,18 @@ def test_ratio_levels_by_hand():
     """sequence: the product of the token ratios; gspo: their geometric mean; both over real tokens only."""
     mask = torch.tensor([[True, True, True, False]])
     logprobs = torch.tensor([[0.01, 0.02, -0.06, 9.0]], dtype=torch.float64)
-    weights, A = token_weights(mask, "sequence", 4).double(), torch.ones(1).double()
+    weights, A = token_weights(mask, "sequence", 4).double(), torch.ones(1, 4).double()
     expected = {"token": logprobs[0, :3].exp().mean(), "sequence": logprobs[0, :3].sum().exp()}
     expected["gspo"] = logprobs[0, :3].mean().exp()
     for level, value in expected.items():
-        loss, _ = grpo_loss(logprobs, 0 * logprobs, None, A, weights, **CLIP, kl_coef=0.0, ratio_level=level)
+        loss, _ = grpo_loss(logprobs, 0 * logprobs, None, A, mask, weights, **CLIP, kl_coef=0.0, ratio_level=level)
         assert loss.item() == pytest.approx(-value.item())
 
 
 def test_sequence_ratio_of_a_long_completion_does_not_overflow():
     logprobs = torch.full((1, 4000), 5.0).requires_grad_()
     weights = torch.full((1, 4000), 1 / 4000)
-    arguments = (torch.zeros(1, 4000), None, -torch.ones(1), weights)
+    arguments = (torch.zeros(1, 4000), None, -torch.ones(1, 4000), weights > 0, weights)
     loss, _ = grpo_loss(logprobs, *arguments, **CLIP, kl_coef=0.0, ratio_level="sequence")
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(logprobs.grad).all()
@@ -172,13 +181,13 @@ def test_sequence_ratio_of_a_long_completion_does_not_overflow():
 def test_extreme_logprobs_on_padding_do_no_harm():
     """Catches: a ratio on padding, inf * 0 = NaN."""
     mask = ragged_mask()
-    weights, A = token_weights(mask, "sequence", 6), torch.randn(4)
+    weights, A = token_weights(mask, "sequence", 6), torch.randn(4, 6)
     clean = torch.randn(4, 6)
     losses = []
     for garbage in (0.0, 1e30, -torch.inf, torch.nan):
         leaf = clean.masked_fill(~mask, garbage).requires_grad_()
         old = (clean - 0.1).masked_fill(~mask, -garbage)
-        loss, metrics = grpo_loss(leaf, old, old.clone(), A, weights, **CLIP, kl_coef=0.1)
+        loss, metrics = grpo_loss(leaf, old, old.clone(), A, mask, weights, **CLIP, kl_coef=0.1)
         loss.backward()
         assert torch.isfinite(leaf.grad[mask]).all() and (leaf.grad[~mask] == 0).all()
         losses.append((loss.item(), *metrics.values()))
@@ -188,8 +197,11 @@ def test_extreme_logprobs_on_padding_do_no_harm():
 def test_a_fully_masked_batch_is_a_finite_zero():
     logprobs = torch.randn(2, 3).requires_grad_()
     for loss_norm in ("sequence", "token", "constant"):
-        weights = token_weights(torch.zeros(2, 3, dtype=torch.bool), loss_norm, 3)
-        loss, metrics = grpo_loss(logprobs, logprobs.detach(), None, torch.randn(2), weights, **CLIP, kl_coef=0.0)
+        mask = torch.zeros(2, 3, dtype=torch.bool)
+        weights = token_weights(mask, loss_norm, 3)
+        loss, metrics = grpo_loss(
+            logprobs, logprobs.detach(), None, torch.randn(2, 3), mask, weights, **CLIP, kl_coef=0.0
+        )
         assert loss.item() == 0 and all(value == 0 for value in metrics.values())
 
 
@@ -259,14 +271,14 @@ def test_micro_batches_do_not_change_the_gradient(loss_norm):
     differ, and so do the splits."""
     model, rollout, rows = make_model("llama"), random_batch(3, 3), list(range(9))
     old, ref = completion_logprobs(make_model("llama", seed=1), rollout, rows)[0].detach(), torch.randn(9, 8)
-    advantages, weights = torch.randn(9), token_weights(rollout.mask, loss_norm, 8)
+    advantages, weights = torch.randn(9, 8), token_weights(rollout.mask, loss_norm, 8)
     gradients = []
     splits = [[rows], [[r] for r in rows], [rows[:2], rows[2:4], rows[4:6], rows[6:8], rows[8:]]]
     for split in splits + [micro_batches(rollout, rows, 40)]:
         model.zero_grad()
         for micro in split:
             logprobs, _ = completion_logprobs(model, rollout, micro)
-            arguments = (old[micro], ref[micro], advantages[micro], weights[micro])
+            arguments = (old[micro], ref[micro], advantages[micro], rollout.mask[micro], weights[micro])
             grpo_loss(logprobs, *arguments, **CLIP, kl_coef=0.1)[0].backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert gradients[0].norm() > 0
@@ -285,18 +297,18 @@ def test_tokens_outside_of_the_loss_mask_carry_no_gradient(loss_norm):
     assert 0 < trained.sum() < rollout.mask.sum() and torch.equal(rollout.lengths, trained.sum(1))
     weights = token_weights(trained, loss_norm, 8)
     if loss_norm == "sequence":
-        assert torch.allclose(weights.sum(1), (torch.arange(6) != 4) / 6)
+        assert torch.allclose(weights.sum(1), (torch.arange(6) != 4) / 5)
     if loss_norm == "token":
         assert torch.allclose(weights[trained], 1 / trained.sum())
     logprobs, _ = completion_logprobs(model, rollout, rows)
     logprobs.retain_grad()
-    old, ref, advantages = logprobs.detach() + 0.1 * torch.randn(6, 8), torch.randn(6, 8), torch.randn(6)
+    old, ref, advantages = logprobs.detach() + 0.1 * torch.randn(6, 8), torch.randn(6, 8), torch.randn(6, 8)
     for level in ("token", "sequence", "gspo"):
         logprobs.grad = None
         arguments = {"ratio_level": level, "kl_coef": 0.1} | CLIP
-        loss, metrics = grpo_loss(logprobs, old, ref, advantages, weights, **arguments)
+        loss, metrics = grpo_loss(logprobs, old, ref, advantages, trained, weights, **arguments)
         loss.backward(retain_graph=True)
         assert (logprobs.grad[~trained] == 0).all() and (logprobs.grad[trained] != 0).any()
         old[~trained] = ref[~trained] = torch.nan  # given tokens don't matter otherwise
-        again, again_metrics = grpo_loss(logprobs, old, ref, advantages, weights, **arguments)
+        again, again_metrics = grpo_loss(logprobs, old, ref, advantages, trained, weights, **arguments)
         assert again.item() == loss.item() and again_metrics == metrics

@@ -216,10 +216,10 @@ def test_a_loaded_policy_keeps_nothing_of_a_generation_config_but_where_to_stop(
     save_model(tmp_path / "model", model, common.load_tokenizer(EMBEDDED))
     poisoned = {"temperature": 0.6, "top_p": 0.9, "do_sample": False, "eos_token_id": [7]}
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(poisoned))
-    policy = common.load_policy(str(tmp_path / "model"), eos_token_id=1)
+    policy = common.load_policy(str(tmp_path / "model"), common.load_tokenizer(EMBEDDED))
     assert policy.generation_config.eos_token_id == [1, 7] and policy.generation_config.top_p in (None, 1.0)
     save_model(tmp_path / "again", policy, common.load_tokenizer(EMBEDDED))
-    assert common.load_policy(str(tmp_path / "again")).generation_config.eos_token_id == [1, 7]
+    assert common.load_policy(str(tmp_path / "again"), None).generation_config.eos_token_id == [1, 7]
 
 
 def test_values_are_read_before_the_token(model):
@@ -237,7 +237,7 @@ def test_values_are_read_before_the_token(model):
 
 
 def test_a_critic_starts_at_zero():
-    critic = common.load_value_model(EMBEDDED)
+    critic = common.load_value_model(EMBEDDED, None)
     prompts = [common.load_tokenizer(EMBEDDED)("1+1=").input_ids] * 3
     assert (completion_values(critic, make_rollout(prompts, COMPLETIONS), list(range(3))) == 0).all()
     assert not critic.training and critic.config.num_labels == 1

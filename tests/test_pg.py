@@ -61,7 +61,9 @@ def test_expected_gradient_over_all_completions_is_the_gradient_of_the_expected_
         total = torch.zeros_like(exact)
         for i, p in enumerate(probability.detach()):
             weights = token_weights(model.mask[[i]], loss_norm, T).double() * (T if loss_norm == "constant" else 1)
-            loss, _ = train_pg.pg_loss(model.logprobs()[[i]], model.rewards[[i]][:, None].expand(1, T), weights)
+            loss, _ = train_pg.pg_loss(
+                model.logprobs()[[i]], model.rewards[[i]][:, None].expand(1, T), model.mask[[i]], weights
+            )
             total += p * model.gradient(-loss)
         cosine = torch.nn.functional.cosine_similarity(total, exact, dim=0).item()
         assert torch.allclose(total, exact) == (loss_norm == "constant")
@@ -138,7 +140,10 @@ def test_returns_are_not_those_of_whitened_advantages():
 def test_ppo_at_ratio_one_is_the_policy_gradient():
     mask = ragged_mask()
     logprobs, A, weights = double(4, 6).requires_grad_(), double(4, 6), token_weights(mask, "token", 6).double()
-    losses = [ppo_loss(logprobs, logprobs.detach(), A, weights, 0.2, 0.2)[0], train_pg.pg_loss(logprobs, A, weights)[0]]
+    losses = [
+        ppo_loss(logprobs, logprobs.detach(), A, mask, weights, 0.2, 0.2)[0],
+        train_pg.pg_loss(logprobs, A, mask, weights)[0],
+    ]
     gradients = [torch.autograd.grad(loss, logprobs)[0] for loss in losses]
     assert torch.allclose(*gradients)
 
@@ -148,7 +153,7 @@ def test_four_quadrants_of_the_clip():
     one = torch.ones(1, 1, dtype=torch.float64)
     for A, ratio in itertools.product((1.0, -1.0), (0.5, 0.75, 0.9, 1.1, 1.25, 1.5)):
         logprobs = torch.tensor([[ratio]], dtype=torch.float64).log().requires_grad_()
-        loss, metrics = ppo_loss(logprobs, 0 * one, A * one, one, 0.2, 0.3)
+        loss, metrics = ppo_loss(logprobs, 0 * one, A * one, one > 0, one, 0.2, 0.3)
         loss.backward()
         clipped = (A > 0 and ratio > 1.3) or (A < 0 and ratio < 0.8)
         assert loss.item() == pytest.approx(-A * (min(max(ratio, 0.8), 1.3) if clipped else ratio))
@@ -165,8 +170,8 @@ def test_ppo_with_the_groups_mean_for_a_critic_is_dr_grpo():
     group_A = group_advantages(rewards, normalize_std=False).flatten()
     assert torch.allclose(A, group_A[:, None] * mask)
     logprobs, old, weights = double(4, 6) / 5, double(4, 6) / 5, token_weights(mask, "constant", 6).double()
-    ours, _ = ppo_loss(logprobs, old, A, weights, 0.2, 0.2)
-    theirs, _ = grpo_loss(logprobs, old, None, group_A, weights, 0.2, 0.2, 0.0)
+    ours, _ = ppo_loss(logprobs, old, A, mask, weights, 0.2, 0.2)
+    theirs, _ = grpo_loss(logprobs, old, None, group_A[:, None].expand(4, 6), mask, weights, 0.2, 0.2, 0.0)
     assert ours.item() == pytest.approx(theirs.item())
 
 
@@ -175,12 +180,12 @@ def test_value_loss_by_hand():
     one = torch.ones(1, 1, dtype=torch.float64)
     for value, target, gradient in ((0.5, 1.0, 0.0), (0.5, 0.0, 0.5), (0.1, 1.0, -0.9), (-0.5, -1.0, 0.0)):
         values = (value * one).requires_grad_()
-        loss, _ = train_ppo.value_loss(values, 0 * one, target * one, one, value_clip=0.2)
+        loss, _ = train_ppo.value_loss(values, 0 * one, target * one, one > 0, one, value_clip=0.2)
         loss.backward()
         clipped = min(max(value, -0.2), 0.2)
         assert loss.item() == pytest.approx(0.5 * max((value - target) ** 2, (clipped - target) ** 2))
         assert values.grad.item() == pytest.approx(gradient)
-    plain, metrics = train_pg.value_loss(3 * one, one, one)
+    plain, metrics = train_pg.value_loss(3 * one, one, one > 0, one)
     assert plain.item() == metrics["value"] == 2.0
 
 
@@ -190,10 +195,10 @@ def test_garbage_on_padding_does_no_harm(garbage):
     mask = ragged_mask()
     weights, A, clean = token_weights(mask, "token", 6), torch.randn(4, 6), torch.randn(4, 6)
     functions = {
-        "ppo": lambda x: ppo_loss(x, clean.masked_fill(~mask, -garbage), A, weights, 0.2, 0.2)[0],
-        "pg": lambda x: train_pg.pg_loss(x, A, weights)[0],
-        "value": lambda x: train_ppo.value_loss(x, clean, A, weights, 0.2)[0],
-        "pg value": lambda x: train_pg.value_loss(x, A, weights)[0],
+        "ppo": lambda x: ppo_loss(x, clean.masked_fill(~mask, -garbage), A, mask, weights, 0.2, 0.2)[0],
+        "pg": lambda x: train_pg.pg_loss(x, A, mask, weights)[0],
+        "value": lambda x: train_ppo.value_loss(x, clean, A, mask, weights, 0.2)[0],
+        "pg value": lambda x: train_pg.value_loss(x, A, mask, weights)[0],
     }
     for name, function in functions.items():
         leaf = clean.masked_fill(~mask, garbage).requires_grad_()

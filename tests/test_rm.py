@@ -114,7 +114,7 @@ def test_calibration_by_hand():
 
 def test_the_gradient_does_not_depend_on_micro_batches(embedded):
     """Catches: a loss normalised per micro-batch, and a pair split over two of them."""
-    model = common.load_reward_model(EMBEDDED, new_head=True)
+    model = common.load_reward_model(EMBEDDED, None, new_head=True)
     torch.nn.init.normal_(model.score.weight)
     ids = [  # prompt, chosen, rejected
         ([15, 16, 17], [24, 25, 26, 27, 1], [28, 1]),
@@ -145,7 +145,7 @@ def assert_scores_as_a_classifier(final, seed: int, few: PairFlags) -> None:
     it subtracts their mean over the training pairs, which makes that mean 0."""
     tokenizer = common.load_tokenizer(EMBEDDED)
     pairs = encode_pairs(tokenizer, load_preference_pairs("arithmetic-pairs", seed, few), "", 256)
-    model = common.load_reward_model(str(final))
+    model = common.load_reward_model(str(final), None)
     scores = pair_scores(model, [pair for pair in pairs if not is_held_out(pair.question)], 4096)
     assert model.config.score_mean != 0 and abs(scores.mean().item()) < 1e-4 < scores.std().item()
     plain = AutoModelForSequenceClassification.from_pretrained(final).eval()
@@ -163,11 +163,11 @@ def assert_scores_as_a_classifier(final, seed: int, few: PairFlags) -> None:
 def test_the_result_is_a_classifier_whose_mean_score_is_zero(tmp_path):
     args = short_args(train_rm, tmp_path, pair_problems=40)
     run_dir = run(train_rm.main, args)
-    assert_scores_as_a_classifier(run_dir / "final", args.seed, args.pairs)
+    assert_scores_as_a_classifier(run_dir / "final", args.seed, args.selection)
     values = scalars(run_dir)
     for tag in "rewards/chosen rewards/rejected rewards/margin rewards/accuracy eval/calibration".split():
         assert tag in values
-    assert values["loss/policy"][0][1] == pytest.approx(math.log(2), abs=1e-6)
+    assert values["loss/pair"][0][1] == pytest.approx(math.log(2), abs=1e-6)
     assert values["eval/pair_accuracy"][0][1] == 0.5
 
 
@@ -181,12 +181,12 @@ def test_a_short_run_learns_to_rank(tmp_path, capsys):
     values = {tag: [value for _, value in points] for tag, points in scalars(run_dir).items()}
     for tag in "chosen rejected margin accuracy".split():
         assert f"rewards/{tag}" in values
-    assert values["loss/policy"][0] == pytest.approx(math.log(2), abs=1e-6)
+    assert values["loss/pair"][0] == pytest.approx(math.log(2), abs=1e-6)
     assert values["eval/pair_accuracy"][0] == 0.5 and values["eval/pair_accuracy"][-1] > 0.65
     assert values["eval/pair_loss"][-1] < values["eval/pair_loss"][0]
     assert 0 <= values["eval/calibration"][-1] < 0.4
     assert "calibration" in capsys.readouterr().out
-    assert_scores_as_a_classifier(run_dir / "final", args.seed, args.pairs)
+    assert_scores_as_a_classifier(run_dir / "final", args.seed, args.selection)
 
 
 @pytest.mark.slow
@@ -212,7 +212,7 @@ def test_an_interrupted_run_equals_the_uninterrupted_one(lost_work, tmp_path, mo
 
 def test_a_new_head_begins_at_zero_and_keeps_the_backbone(embedded):
     """Whatever head the directory has, such as a reward model's, is set to zero."""
-    model = common.load_reward_model(EMBEDDED, new_head=True)
+    model = common.load_reward_model(EMBEDDED, None, new_head=True)
     assert model.score.bias is None and (model.score.weight == 0).all() and model.config.num_labels == 1
     assert torch.equal(model.base_model.embed_tokens.weight, embedded[0].base_model.embed_tokens.weight)
 

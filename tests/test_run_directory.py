@@ -21,6 +21,7 @@ import train_pg
 import train_ppo
 import train_rm
 import train_sft
+from plumbing import evaluation
 from plumbing.flags import parse_args
 from plumbing.runs import Run, run_directory
 
@@ -58,7 +59,7 @@ def test_a_script_learns_the_same_without_the_runs_statements(script, tmp_path, 
     monkeypatch.setitem(sys.modules, "short", short)
     spec.loader.exec_module(short)
 
-    results = []
+    results, evaluate = [], evaluation.HeldOut.evaluate
     for module in (script, short):
         scores, optimizers = [], []
 
@@ -67,11 +68,9 @@ def test_a_script_learns_the_same_without_the_runs_statements(script, tmp_path, 
                 super().__init__(*args, **options)
                 optimizers.append((self, [master.detach().clone() for master in self.masters]))
 
-        evaluation = getattr(module, "evaluate_policy", None)
         with monkeypatch.context() as patched:
             patched.setattr(common, "MasterAdamW", Remembering)
-            if evaluation is not None:
-                patched.setattr(module, "evaluate_policy", lambda *a, f=evaluation, s=scores: s.append(f(*a)) or s[-1])
+            patched.setattr(evaluation.HeldOut, "evaluate", lambda *a, s=scores: s.append(evaluate(*a)) or s[-1])
             flags = {"iterations": 2, "learning_rate": 1e-3, "warmup_iterations": 0}
             rl = script in (train_grpo, train_pg, train_ppo, train_kimi)
             module.main(
@@ -151,8 +150,8 @@ def test_built_in_models_are_found_from_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Path(common.resolve_model(EMBEDDED)).samefile(Path(common.__file__).parent / EMBEDDED)
     assert common.resolve_model("models/none") == "models/none"
-    policy, tokenizer = common.load_policy(EMBEDDED), common.load_tokenizer(EMBEDDED)
+    policy, tokenizer = common.load_policy(EMBEDDED, None), common.load_tokenizer(EMBEDDED)
     assert policy.config.vocab_size == len(tokenizer) == common.load_config(EMBEDDED).vocab_size
-    assert common.load_value_model(EMBEDDED).config.num_labels == 1
+    assert common.load_value_model(EMBEDDED, None).config.num_labels == 1
     (tmp_path / EMBEDDED).mkdir(parents=True)
     assert common.resolve_model(EMBEDDED) == EMBEDDED

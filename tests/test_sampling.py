@@ -9,7 +9,7 @@ import common
 from common import completion_logprobs, join_groups, load_policy, make_rollout, sample_groups, sample_tokens
 from data import decode
 from plumbing import engine
-from plumbing.engine import BLOCK, GraphDecoder, GroupDecoder, PlainDecoder, takes_groups
+from plumbing.engine import GROWTH, TAKES_GROUPS, GraphDecoder, GroupDecoder, PlainDecoder, takes_groups
 
 
 def reference_logits(model, ids: list[int]) -> torch.Tensor:
@@ -63,9 +63,9 @@ def test_an_attention_that_ignores_the_groups_is_found_out(capsys):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_trained_model_takes_groups_in_both_precisions(dtype):
     """Catches: a check on special tokens, where bf16's rounding alone moves a trained model's hidden states by half."""
-    policy = load_policy(EMBEDDED, dtype=dtype)
+    policy = load_policy(EMBEDDED, None, dtype=dtype)
     assert takes_groups(policy)
-    del policy.takes_groups
+    del TAKES_GROUPS[policy]
     for layer in policy.base_model.layers:  # a model that drops the groups is still found out
         layer.self_attn.forward = lambda *args, forward=layer.self_attn.forward, groups=None, **kwargs: forward(
             *args, **kwargs
@@ -84,7 +84,7 @@ def test_ordinary_calls_are_as_before(model):
 
 
 @pytest.mark.parametrize("decoder", [PlainDecoder, GroupDecoder])
-@pytest.mark.parametrize("limit", [1, BLOCK, BLOCK + 1, 2 * BLOCK + 5])
+@pytest.mark.parametrize("limit", [1, GROWTH, GROWTH + 1, 2 * GROWTH + 5])
 def test_the_decoders_agree_at_every_length(decoder, limit, monkeypatch):
     """Catches: a full cache buffer; wrong slots of a prompt after some of its rows, or all of them, have ended."""
     model = make_model("llama", max_position_embeddings=256)
@@ -92,7 +92,7 @@ def test_the_decoders_agree_at_every_length(decoder, limit, monkeypatch):
     assert takes_groups(model)
     monkeypatch.setattr(common, "decoder_class", lambda model: decoder)
     rollout = sample_groups(model, prompts, 5, limit, temperature=1.5, seed=8, eos_token_ids=[EOS, 3])
-    assert limit == 1 or len(set(rollout.lengths.tolist())) > 5 or limit < BLOCK
+    assert limit == 1 or len(set(rollout.lengths.tolist())) > 5 or limit < GROWTH
     logprobs, _ = completion_logprobs(model, rollout, list(range(20)), 1.5)
     assert (logprobs - rollout.sampler_logprobs).abs().max() < 1e-4
     monkeypatch.setattr(common, "decoder_class", lambda model: PlainDecoder)
@@ -255,7 +255,7 @@ def test_join_groups_keeps_rows_together():
     a = make_rollout([[1], [2]], [[3], [4, 4], [5, 5, 5], [6]], group_size=2)
     b = make_rollout([[7]], [[8, 8], [9]], group_size=2)
     rewards = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
-    parts = [(a, rewards, [1]), (b, 9 + rewards[:1], [0]), (a, rewards, [])]
+    parts = [([1], a, rewards), ([0], b, 9 + rewards[:1]), ([], a, rewards)]
     joined, kept = join_groups(parts, limit=2)
     assert kept.tolist() == [[2, 3], [9, 10]]
     assert join_groups(parts, limit=1)[0].prompt_ids == [[2]] and join_groups(parts, 1)[1].tolist() == [[2, 3]]
@@ -271,10 +271,10 @@ def test_join_groups_keeps_the_loss_mask():
     for lengths in ((1, 2, 3, 1), (2, 1, 1, 4)):
         rollout = make_rollout([[1], [2]], [[5] * n for n in lengths], group_size=2)
         rollout.loss_mask = rollout.mask & (torch.rand(rollout.mask.shape) < 0.5)
-        parts.append((rollout, rewards, [1]))
+        parts.append(([1], rollout, rewards))
     joined, _ = join_groups(parts, limit=2)
     assert joined.mask.sum(1).tolist() == [3, 1, 1, 4] and joined.loss_mask.shape == joined.mask.shape
-    for row, (rollout, source) in enumerate([(parts[i][0], 2 + j) for i in range(2) for j in range(2)]):
+    for row, (rollout, source) in enumerate([(parts[i][1], 2 + j) for i in range(2) for j in range(2)]):
         n = rollout.mask.shape[1]
         assert torch.equal(joined.loss_mask[row, :n], rollout.loss_mask[source])
         assert not joined.loss_mask[row, n:].any()
@@ -329,7 +329,7 @@ def test_16_bit_decoding_and_training_are_one_model(seed):
     model.generation_config.eos_token_id = EOS
     model = model.to(torch.bfloat16)
     rollout = sample_groups(model, [[5, 6, 7, 8, 9, 10] * 4, [12] * 3, [13, 14, 15]], 4, 40, seed=3)
-    assert model.takes_groups
+    assert takes_groups(model)
     rows = list(range(12))
     with torch.no_grad():
         trained, _ = completion_logprobs(model, rollout, rows)

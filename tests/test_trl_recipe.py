@@ -208,7 +208,7 @@ def test_rewards_are_ours_with_their_names_weights_and_schedule(embedded):
         for function in scores.functions:
             name, state = function.__name__, SimpleNamespace(global_step=step)
             values = function(**given, trainer_state=state)
-            assert values == (expected[name] * (on if name == "length" else 1)).flatten().tolist(), name
+            assert values == [value * (on if name == "length" else 1) for value in expected[name]], name
     assert scores.count == 6  # once per batch, not per function
 
 
@@ -260,13 +260,13 @@ LOSSES = {
 @pytest.mark.parametrize("name", [slow_case(name) for name in LOSSES])
 def test_trl_computes_our_loss_and_gradient(name, tmp_path):
     flags = DEFAULTS | {"prompts_per_step": 2, "group_size": 4, "max_new_tokens": 14} | LOSSES[name]
-    model, tokenizer = common.load_policy(EMBEDDED), common.load_tokenizer(EMBEDDED)
+    model, tokenizer = common.load_policy(EMBEDDED, None), common.load_tokenizer(EMBEDDED)
     torch.set_float32_matmul_precision("highest")
     prompts = [tokenizer(text).input_ids for text in ("12+7-5+3-2=", "1+30=")]
     rollout = common.sample_groups(model, prompts, 4, 14)
     assert 0 < rollout.finished.sum() < 8
     torch.manual_seed(1)
-    old = common.rollout_logprobs(model, rollout, 8192, flags["temperature"]) + 0.2 * torch.randn(rollout.mask.shape)
+    old = common.rollout_logprobs(model, rollout, 8192, flags["temperature"])[0] + 0.2 * torch.randn(rollout.mask.shape)
     ref = old + 0.5 * torch.randn(old.shape) if flags["kl_coef"] else None
     advantages = torch.randn(8)
     fields = trl_grpo.translate(flags, 1, 20, gpu=False)
@@ -274,7 +274,7 @@ def test_trl_computes_our_loss_and_gradient(name, tmp_path):
     theirs.backward()
     their_gradients = [parameter.grad.clone() for parameter in model.parameters()]
 
-    model = common.load_policy(EMBEDDED)
+    model = common.load_policy(EMBEDDED, None)
     torch.set_float32_matmul_precision("highest")
     logprobs, _ = common.completion_logprobs(model, rollout, list(range(8)), flags["temperature"])
     if flags["truncated"] == "mask":
@@ -282,7 +282,8 @@ def test_trl_computes_our_loss_and_gradient(name, tmp_path):
     token_weights = common.token_weights(rollout.mask, flags["loss_norm"], flags["max_new_tokens"])
     names = "clip_low", "clip_high", "kl_coef", "ratio_level", "unbiased_kl"
     options = {name: flags[name] for name in names}
-    ours, _ = train_grpo.grpo_loss(logprobs, old, ref, advantages, token_weights, **options)
+    wide = advantages[:, None].expand_as(logprobs)
+    ours, _ = train_grpo.grpo_loss(logprobs, old, ref, wide, rollout.mask, token_weights, **options)
     ours.backward()
     assert theirs.item() == pytest.approx(ours.item(), abs=1e-6, rel=1e-4)
     for parameter, gradient in zip(model.parameters(), their_gradients, strict=True):
@@ -301,7 +302,7 @@ def test_two_processes_repeat_a_run(tmp_path):
     assert "completions: 32 (16 + 16)" in done.stdout  # ours: 2 iterations of 4 x 4
     final = made / "trl" / "final"
     assert weights(final) != weights(Path(EMBEDDED))
-    common.load_policy(str(final))
+    common.load_policy(str(final), None)
     common.load_tokenizer(str(final))
     assert f"ours={made / 'final'} trl={final}" in done.stdout
     (events,) = (made / "trl" / "runs").iterdir()

@@ -19,7 +19,7 @@ import train_ppo
 import train_rm
 from common import completion_logprobs, make_rollout, sample_groups
 from plumbing.flags import parse_args
-from plumbing.metrics import Metrics
+from plumbing.logs import Metrics
 from plumbing.runs import save_model
 
 
@@ -74,8 +74,7 @@ def test_ppo_without_a_kl_loads_no_reference(tmp_path, monkeypatch):
     assert calls["loads"] == 3
 
 
-@pytest.mark.parametrize("keep_optimizer", [False, slow_case(True)])
-def test_kimi_starts_every_iteration_with_a_fresh_optimizer(keep_optimizer, tmp_path, monkeypatch):
+def test_kimi_starts_every_iteration_with_a_fresh_optimizer(tmp_path, monkeypatch):
     """Catches: optimizer state kept from one anchor to the next. An iteration makes four updates in each of two epochs;
     its first has no state, with --keep-optimizer only the very first of the run.
 
@@ -87,9 +86,9 @@ def test_kimi_starts_every_iteration_with_a_fresh_optimizer(keep_optimizer, tmp_
         return step(optimizer, closure)
 
     monkeypatch.setattr(common.MasterAdamW, "step", remembering)
-    args = rl_args(train_kimi, tmp_path, learning_rate=1e-3, update_epochs=2, keep_optimizer=keep_optimizer)
+    args = rl_args(train_kimi, tmp_path, learning_rate=1e-3, update_epochs=2)
     values = scalars(run(train_kimi.main, args))
-    assert fresh == ([True] + [False] * 15 if keep_optimizer else ([True] + [False] * 7) * 2)
+    assert fresh == ([True] + [False] * 7) * 2
     assert all(kl > 1e-4 for _, kl in values["loss/kl"])
 
 
@@ -205,8 +204,8 @@ def one_update(tmp_path_factory) -> tuple[dict, dict]:
         seen.update(model=model, rollout=rollout)
         return rollout
 
-    def advantages(rewards, normalize_std):
-        A, rollout = group_advantages(rewards, normalize_std), seen["rollout"]
+    def advantages(rewards, normalize_std, scored):
+        A, rollout = group_advantages(rewards, normalize_std, scored), seen["rollout"]
         logprobs, entropy = completion_logprobs(seen["model"], rollout, list(range(16)))
         real, gap = rollout.mask.sum(), (rollout.sampler_logprobs - logprobs).abs()[rollout.mask]
         gradients = torch.autograd.grad((-A.view(16, 1) * logprobs).sum() / real, list(seen["model"].parameters()))
@@ -347,7 +346,7 @@ def test_masters_collect_gradients_over_micro_batches_in_fp32():
 def test_a_bf16_checkpoint_keeps_its_masters(tmp_path):
     run_dir = run(train_grpo.main, rl_args(train_grpo, tmp_path, iterations=2, dtype="bfloat16", save_every=2))
     state = torch.load(run_dir / "checkpoints/step_000002/trainer.pt", weights_only=True)["stateful"]["optimizer"]
-    policy = common.load_policy(str(run_dir / "final"), dtype=torch.bfloat16)
+    policy = common.load_policy(str(run_dir / "final"), None, dtype=torch.bfloat16)
     optimizer = common.MasterAdamW(policy, lr=1.0)
     assert state["masters"] and all(m.dtype == torch.float32 for m in state["masters"])
     optimizer.load_state_dict(state)
@@ -402,7 +401,7 @@ class SGD(common.Masters, torch.optim.SGD):
 def test_another_optimizer_has_masters_too(tmp_path):
     """SGD with momentum trains a bf16 model in steps that bf16 can't resolve, and resumes from a checkpoint to the same
     bits."""
-    model = common.load_policy(EMBEDDED, dtype=torch.bfloat16)
+    model = common.load_policy(EMBEDDED, None, dtype=torch.bfloat16)
     optimizer = SGD(model, lr=1e-6, momentum=0.5)
     start = [master.detach().clone() for master in optimizer.masters]
     rollout = make_rollout([[5, 6, 7]], [[10, 11, 12], [13, 14]], group_size=2)
@@ -423,7 +422,7 @@ def test_another_optimizer_has_masters_too(tmp_path):
     assert train(model, optimizer, 5) > train(model, optimizer, 5)
     save_model(tmp_path / "model", model, common.load_tokenizer(EMBEDDED), {"optimizer": optimizer.state_dict()})
 
-    again = common.load_policy(str(tmp_path / "model"), dtype=torch.bfloat16)
+    again = common.load_policy(str(tmp_path / "model"), None, dtype=torch.bfloat16)
     resumed = SGD(again, lr=1.0, momentum=0.5)
     resumed.load_state_dict(torch.load(tmp_path / "model" / "trainer.pt", weights_only=True)["optimizer"])
     assert resumed.param_groups[0]["lr"] == 1e-3

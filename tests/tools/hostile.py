@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from benchmarks.learning import machine  # noqa: E402
 from plumbing.answers import answers_match, extract_answer  # noqa: E402
-from plumbing.evaluation import format_table  # noqa: E402
+from plumbing.statistics import format_table  # noqa: E402
 from rewards import accuracy_reward, format_reward, language_reward  # noqa: E402
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>", "####", "#### ", r"\boxed{", r"\fbox {", "}", "{", "<", "</"]

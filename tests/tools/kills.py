@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import train_grpo  # noqa: E402
 from benchmarks.learning import ROOT, machine, read_scalars  # noqa: E402
-from plumbing.evaluation import format_table  # noqa: E402
 from plumbing.flags import from_flat  # noqa: E402
 from plumbing.runs import load_checkpoint  # noqa: E402
+from plumbing.statistics import format_table  # noqa: E402
 from tests.tools.hostile import resident_mb  # noqa: E402
 
 RL = "--prompts-per-step 4 --group-size 4 --problem-sampling prioritized"

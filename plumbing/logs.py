@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ def log_iteration(writer: SummaryWriter, metrics: Metrics, clock: Clock, global_
     if metrics.tokens:
         scalars["rollout/tokens_per_second"] = metrics.tokens / clock.seconds["sample"]
     log_scalars(writer, scalars, global_step)
-    shown = {"loss/policy": "loss", "rewards/accuracy": "acc"}
+    shown = {"loss/policy": "loss", "loss/pair": "loss", "rewards/accuracy": "acc"}
     if metrics.tokens:
         shown = {"reward/total": "reward", "reward/accuracy": "acc", "rollout/tokens_per_second": "tok/s"}
     bar.set_postfix_str(" ".join(f"{name} {scalars[tag]:.3g}" for tag, name in shown.items() if tag in scalars))
@@ -90,29 +91,40 @@ def log_iteration(writer: SummaryWriter, metrics: Metrics, clock: Clock, global_
 # ---- Metrics of a rollout and of an update -------------------------------------------------------------------------
 
 
-def add_rollout_metrics(metrics: Metrics, rollout: Rollout, rewards: Tensor, components: dict[str, Tensor]) -> None:
-    """Adds reward/* and rollout/* of one sampled batch. rewards and each component: (P, G)."""
-    lengths, right = rollout.lengths.float().cpu(), components["accuracy"].flatten() > 0
-    values = {f"reward/{name}": values.float().mean() for name, values in components.items()} | {
-        "reward/total": rewards.mean(),
-        "reward/frac_all_right": (components["accuracy"] > 0).all(1).float().mean(),
-        "reward/frac_all_wrong": (components["accuracy"] == 0).all(1).float().mean(),
+def add_rollout_metrics(
+    metrics: Metrics, rollout: Rollout, rewards: Tensor, components: dict[str, Tensor], scored: Tensor
+) -> None:
+    """Adds reward/* and rollout/* of one sampled batch. rewards, scored and each component: (P, G). Means of rewards
+    are over scored completions."""
+    lengths, known, accuracy = rollout.lengths.float().cpu(), scored.flatten(), components["accuracy"]
+    some = scored.any(1)  # (P,) groups with a scored completion
+    scored_rewards = {f"reward/{name}": values for name, values in components.items()} | {"reward/total": rewards}
+    metrics.add({name: values[scored].float().mean() for name, values in scored_rewards.items()}, scored.sum().item())
+    values = {
         "rollout/length_mean": lengths.mean(),
         "rollout/length_max": lengths.max(),
         "rollout/finished": rollout.finished.float().mean(),
     }
-    if rollout.group_size > 1:
-        values["reward/std_within_group"] = rewards.std(1, correction=0).mean()
+    if not known.all():
+        values["reward/unscored"] = (~known).float().mean()
     metrics.add(values, len(rewards))
-    for name, chosen in (("right", right), ("wrong", ~right)):
+    values = {
+        "reward/frac_all_right": ((accuracy > 0) | ~scored)[some].all(1).float().mean(),
+        "reward/frac_all_wrong": ((accuracy == 0) | ~scored)[some].all(1).float().mean(),
+    }
+    if rollout.group_size > 1 and some.any():
+        stds = [group[of_group].std(correction=0) for group, of_group in zip(rewards[some], scored[some], strict=True)]
+        values["reward/std_within_group"] = torch.stack(stds).mean()
+    metrics.add(values, some.sum().item())
+    for name, chosen in (("right", known & (accuracy.flatten() > 0)), ("wrong", known & (accuracy.flatten() == 0))):
         if chosen.any():
             metrics.add({f"rollout/length_{name}": lengths[chosen].mean()}, chosen.sum().item())
     metrics.tokens += int(lengths.sum())
 
 
 def token_metrics(rollout: Rollout, rows: list[int], entropy: Tensor, old_logprobs: Tensor | None = None) -> dict:
-    """Over the rows' trained tokens: mean entropy and, with old_logprobs, the logprob gap of sampler and trainer. Both
-    use the same weights and tokens, so only kernels, cache and rounding differ. entropy, old_logprobs: (R, T)."""
+    """Over the rows' trained tokens: mean entropy and, with old_logprobs, the logprob gap of sampler and trainer. If
+    both use the same weights, only kernels, cache and rounding differ. entropy, old_logprobs: (R, T)."""
     trained = rollout.trained[rows]
     if not trained.any():
         return {}
@@ -151,7 +163,8 @@ def log_samples(writer: SummaryWriter, tokenizer, rollout: Rollout, texts, compo
 
 class Health:
     """Monitors a run. Updates with a non-finite loss or gradient are skipped. If a sign of collapse persists for
-    PATIENCE iterations in a row, it prints one warning with suggestions."""
+    PATIENCE iterations in a row, or if sampler and trainer are not one policy, it prints one warning with suggestions.
+    """
 
     PATIENCE = 5
     SIGNS = {  # tag: (test for the sign, meaning and advice)
@@ -179,16 +192,21 @@ class Health:
             "the policy is far from its reference: try a larger --kl-coef or --tau, or a lower --learning-rate",
         ),
     }
+    # The rollout/logprob_gap_mean that rounding explains. Measured on a CPU, on the policy's own fresh samples: 3e-7
+    # in float32; in bfloat16 0.0014 for the embedded model, 0.045 for SmolLM2-135M. One step of 1e-4 moves the embedded
+    # model by 0.008, which only float32 can tell from rounding.
+    GAP_LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.15}
 
-    def __init__(self, run_dir: Path, tokenizer, max_bad_updates: int):
-        self.most_finished = 0.0
+    def __init__(self, run_dir: Path, tokenizer, max_bad_updates: int, dtype: torch.dtype = torch.float32):
         self.run_dir, self.tokenizer, self.max_bad_updates = run_dir, tokenizer, max_bad_updates
-        self.bad_updates, self.streaks = 0, Counter()
+        self.gap_limit = self.GAP_LIMITS[dtype]
+        self.most_finished, self.bad_updates = 0.0, 0
+        self.streaks: Counter = Counter()  # tag: iterations in a row that show its sign
+        self.warned: set[str] = set()
 
-    def is_finite(self, loss: float, grad_norm: float, rollout: Rollout, rows: list[int], **values: Tensor) -> bool:
-        """Whether the optimizer may take this step. After max_bad_updates non-finite updates in a row, writes the last
-        minibatch to `bad_update.jsonl` in the run directory and ends the run. values: (B,) or (B, T); only rows with a
-        non-finite entry in one of them are written, or all rows if there is none."""
+    def allows_step(self, loss: float, grad_norm: float, rollout: Rollout, rows: list[int], **values: Tensor) -> bool:
+        """Whether the optimizer may take this step: not with a loss or gradient that is not finite. After
+        max_bad_updates of those in a row it reports the last minibatch (see `give_up`) and ends the run."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.bad_updates = 0
             return True
@@ -197,27 +215,42 @@ class Health:
         if self.bad_updates == 1:
             tqdm.write(f"warning: {what}: this update is skipped (see loss/skipped)", file=sys.stderr)
         if self.bad_updates == self.max_bad_updates:
-            file = self.run_dir / "bad_update.jsonl"
-            texts, records = decode(self.tokenizer, rollout), []
-            for row in rows:
-                prompt = self.tokenizer.decode(rollout.prompt_ids[row // rollout.group_size])
-                not_finite = [name for name, value in values.items() if not value[row].isfinite().all()]
-                ids = rollout.completion_ids[row][rollout.mask[row]].tolist()
-                records.append({"not_finite": not_finite, "prompt": prompt, "completion": texts[row], "ids": ids})
-            write_jsonl(str(file), [r for r in records if r["not_finite"]] or records)
-            limit = f"--max-bad-updates {self.max_bad_updates} updates in a row were not finite"
-            fail(f"{limit} (the last: {what}); they did not change the weights. The last one's rows are in {file}")
+            self.give_up(what, rollout, rows, values)
         return False
 
-    def watch(self, logged: dict[str, float]) -> None:
-        """Checks an iteration's logged scalars for signs of collapse."""
+    def give_up(self, what: str, rollout: Rollout, rows: list[int], values: dict[str, Tensor]) -> NoReturn:
+        """Writes rows of the last minibatch to `bad_update.jsonl` in the run directory, and ends the run. values: (B,)
+        or (B, T); only rows with a non-finite entry in one of them are written, or all rows if there is none."""
+        file = self.run_dir / "bad_update.jsonl"
+        texts, records = decode(self.tokenizer, rollout), []
+        for row in rows:
+            prompt = self.tokenizer.decode(rollout.prompt_ids[row // rollout.group_size])
+            not_finite = [name for name, value in values.items() if not value[row].isfinite().all()]
+            ids = rollout.completion_ids[row][rollout.mask[row]].tolist()
+            records.append({"not_finite": not_finite, "prompt": prompt, "completion": texts[row], "ids": ids})
+        write_jsonl(str(file), [r for r in records if r["not_finite"]] or records)
+        limit = f"--max-bad-updates {self.max_bad_updates} updates in a row were not finite"
+        fail(f"{limit} (the last: {what}); they did not change the weights. The last one's rows are in {file}")
+
+    def watch(self, logged: dict[str, float], filtered: bool = False) -> None:
+        """Checks an iteration's logged scalars. filtered: the rollout was sampled through a filter."""
         finished = logged.get("rollout/finished", 0.0)
         self.most_finished = max(self.most_finished, finished)
         if finished:  # 0 is a sign of its own
             logged = logged | {"drop of rollout/finished": self.most_finished - finished}
         for tag, (is_sign, advice) in self.SIGNS.items():
             self.streaks[tag] = self.streaks[tag] + 1 if tag in logged and is_sign(logged[tag]) else 0
-            if self.streaks[tag] == self.PATIENCE and not self.streaks[f"{tag} told"]:
-                self.streaks[f"{tag} told"] = 1
-                now = f"{tag} {logged[tag]:.3g} for {self.PATIENCE} iterations"
-                tqdm.write(f"warning: {now}: {advice}", file=sys.stderr)
+            if self.streaks[tag] == self.PATIENCE:
+                self.warn(tag, f"{logged[tag]:.3g} for {self.PATIENCE} iterations: {advice}")
+        tag = "rollout/logprob_gap_mean"
+        if (gap := logged.get(tag, 0.0)) > self.gap_limit:
+            stale = "another policy sampled this batch (an older one, or one with another temperature or dtype)"
+            cause = "the sampler's `filter` changed the distribution" if filtered else stale
+            limit = f"{gap:.3g}, rounding explains {self.gap_limit:g}"
+            self.warn(tag, f"{limit}: {cause}, but the loss takes its tokens as the policy's own")
+
+    def warn(self, tag: str, text: str) -> None:
+        """Prints a warning, once for each tag."""
+        if tag not in self.warned:
+            self.warned.add(tag)
+            tqdm.write(f"warning: {tag} {text}", file=sys.stderr)
