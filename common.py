@@ -121,9 +121,12 @@ def read_tokenizer(path: str, flag: str) -> Tokenizer:
         fail(f"{flag} {path}: its tokenizer can't be loaded ({reason(error)})")
 
 
-def check_vocabulary(path: str, tokenizer: Tokenizer, flag: str = "--model") -> None:
-    """An error unless the model at `path` reads each id of `tokenizer` as the same token. The sizes of two vocabularies
-    don't tell: equal sizes may hold other tokens, and models of one family pad the same tokens to different sizes."""
+def check_vocabulary(path: str, tokenizer: Tokenizer | None, flag: str = "--model") -> None:
+    """An error unless the model at `path` reads each id of `tokenizer` (None: its own) as the same token. The sizes of
+    two vocabularies don't tell: equal sizes may hold other tokens, and one family pads the same tokens to different
+    sizes."""
+    if tokenizer is None or tokenizer.name_or_path == resolve_model(path):
+        return
     own, other = tokenizer.get_vocab(), read_tokenizer(path, flag).get_vocab()
     if differ := [token for token in sorted(own, key=own.get) if other.get(token) != own[token]]:
         here, there = own[differ[0]], other.get(differ[0], "missing")
@@ -165,8 +168,7 @@ def load_policy(
 ) -> PreTrainedModel:
     """Loads a causal LM. tokenizer: whose ids it will read (see check_vocabulary); None: its own. Completions end at
     the tokenizer's EOS token and at those of the model's generation config."""
-    if tokenizer is not None:
-        check_vocabulary(path, tokenizer)
+    check_vocabulary(path, tokenizer)
     model = load_weights(AutoModelForCausalLM, path, device, dtype, from_scratch)
     # Keep only the generation config's stop tokens, no top-p or penalties: the policy is the plain softmax.
     named = model.generation_config.eos_token_id
@@ -185,8 +187,7 @@ def load_value_model(
 ):
     """Loads a critic: the path's backbone with a new linear head, initialised to zero so that V = 0 at first.
     tokenizer: whose ids it will read; None: its own."""
-    if tokenizer is not None:
-        check_vocabulary(path, tokenizer)
+    check_vocabulary(path, tokenizer)
     model = load_weights(auto_class, path, device, dtype, new_head=True, num_labels=1)
     for parameter in value_head(model).parameters():
         nn.init.zeros_(parameter)
@@ -212,8 +213,7 @@ def check_reward_model(path: str, tokenizer: Tokenizer | None, flag: str = "--re
     """An error unless the model has one label and reads the tokenizer's ids."""
     if (labels := load_config(path, flag).num_labels) != 1:
         fail(f"{flag} {path}: has {labels} labels, a reward model has one")
-    if tokenizer is not None:
-        check_vocabulary(path, tokenizer, flag)
+    check_vocabulary(path, tokenizer, flag)
 
 
 def checkpoint_layers(model: PreTrainedModel) -> None:
@@ -257,11 +257,9 @@ class Rollout:
 
     def without(self, rows: Tensor) -> "Rollout":
         """The same Rollout, in which the given completions, (B,) or (P, G) bool, get no loss."""
-        return (
-            replace(self, loss_mask=self.trained & ~rows.flatten().to(self.mask.device)[:, None])
-            if rows.any()
-            else self
-        )
+        if not rows.any():
+            return self
+        return replace(self, loss_mask=self.trained & ~rows.flatten().to(self.mask.device)[:, None])
 
 
 def last_true(mask: Tensor) -> Tensor:

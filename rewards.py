@@ -140,12 +140,13 @@ def sum_rewards(
     of a whole batch.
     """
     P, G = len(problems), len(texts) // len(problems)
+    of_texts = [problem for problem in problems for _ in range(G)]
     scored = torch.ones(P, G, dtype=torch.bool)
     for name, values in components.items():
         if name not in weights:
             raise ValueError(f"reward {name!r} has no weight")
         values = values.flatten().tolist() if isinstance(values, Tensor) else values
-        check_finite(name, values, texts, [problem for problem in problems for _ in range(G)])
+        check_finite(name, values, texts, of_texts)
         scored &= torch.tensor([value is not None for value in values]).view(P, G)
         components[name] = torch.tensor([float(value or 0.0) for value in values]).view(P, G)
     return sum(weights[name] * values for name, values in components.items()), scored

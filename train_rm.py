@@ -163,9 +163,9 @@ def main(args: Args) -> None:
         common.set_learning_rate(optimizer, learning_rate)
         minibatch_loss = 0.0
         for micro in pairs.pair_micro_batches(rollout, args.optimization.micro_batch_tokens):
-            scored = common.completion_scores(rm, rollout, micro)  # chosen, rejected, chosen, ...
+            row_scores = common.completion_scores(rm, rollout, micro)  # chosen, rejected, chosen, ...
             weights = row_weights[[row // 2 for row in micro[0::2]]]
-            loss, loss_metrics = reward_model_loss(scored[0::2], scored[1::2], args.margin, weights)
+            loss, loss_metrics = reward_model_loss(row_scores[0::2], row_scores[1::2], args.margin, weights)
             loss.backward()
             minibatch_loss += loss.item()
             metrics.add(loss_metrics, weight=len(micro))

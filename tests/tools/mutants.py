@@ -84,7 +84,7 @@ train_dpo.py test_dpo.py
     another model's reference from the cache: name.encode()<< + tensor.cpu().flatten().view(torch.uint8)=>)#>>
 train_rm.py test_rm.py test_updates.py
     margin with the wrong sign: logsigmoid(margins <<-=>+>> margin)
-    pair weights ignored: reward_model_loss(scored[0::2], scored[1::2], args.margin<<, weights=>>>)
+    pair weights ignored: reward_model_loss(row_scores[0::2], row_scores[1::2], args.margin<<, weights=>>>)
     calibration without its first bin: index_add(0, index, right - confidence)<<=>[1:]>>
 train_sft.py test_faults.py test_training.py
     loss with the wrong sign: return <<-=>>>(weights * logprobs.masked_fill(~mask, 0.0)).sum()
