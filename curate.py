@@ -107,7 +107,7 @@ def verifier_pairs(records: list[dict], problems: dict[str, Problem]) -> list[di
 
 
 def pass_rates(records: list[dict], source: str, problems: list[Problem]) -> dict[str, float]:
-    """The share of right completions by question. Ends with one line if the samples are of other problems."""
+    """The share of right completions by question. An error if the samples are of other problems."""
     tried, right = Counter(), Counter()
     for record in records:
         tried[record["question"]] += len(record["completions"])

@@ -524,8 +524,8 @@ def encode_prompts(tokenizer, prompts: list, system_prompt: str = "") -> list[li
 def encode_problems(
     tokenizer, problems: list[Problem], system_prompt: str, config, room: int, flag="--max-new-tokens", mode=None
 ) -> list[Problem]:
-    """The problems with their prompt_ids. Ends with one line if a prompt and `room` completion tokens exceed the
-    model's context. flag: the flag that sets `room`, for that line. mode: see add_mode."""
+    """The problems with their prompt_ids. An error if a prompt and `room` completion tokens exceed the model's context.
+    flag: the flag that sets `room`, named in the error. mode: see add_mode."""
     prompts = [add_mode(problem.question, problem.messages, mode) for problem in problems]
     encoded = encode_prompts(tokenizer, [messages or question for question, messages in prompts], system_prompt)
     context = context_length(config)

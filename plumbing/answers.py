@@ -22,7 +22,7 @@ MAX_ANSWER_CHARS = 1_000  # a longer answer is never right; bounds the time of e
 
 
 def remove_thinking(text: str) -> str:
-    """Takes a completion, returns it without its thinking; "" if nothing is left.
+    """The completion without its thinking; "" if nothing is left.
 
     An unclosed <think> runs to the end of the text. If a </think> has no opening tag, everything before it is thinking:
     some chat templates open the block in the prompt.
@@ -43,7 +43,7 @@ def remove_thinking(text: str) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Takes a text, returns the content of its last closed \boxed{...} or \fbox{...}, None if there is none.
+    r"""The content of the last closed \boxed{...} or \fbox{...}; None if there is none.
 
     If boxes are nested, the inner one counts.
     """
@@ -63,7 +63,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def extract_answer(text: str) -> str | None:
-    r"""Takes a completion, returns its final answer as text, None if there is none.
+    r"""The final answer of a completion, as text; None if there is none.
 
     The answer is the last <answer>...</answer> outside the thinking, else the last \boxed{...}, else the text after
     the last "####" up to the end of its line. A box or #### inside the <answer> is unwrapped. The last one counts even
@@ -132,14 +132,14 @@ CLEANING = [
 
 
 def clean(text: str) -> str:
-    """Takes an answer, returns it without meaningless parts: $, quotes, final dot, thin spaces, LaTeX units."""
+    """Removes the parts of an answer that mean nothing: $, quotes, final dot, thin spaces, LaTeX units."""
     for pattern, replacement in CLEANING:
         text = pattern.sub(replacement, text)
     return text
 
 
 def parse_number(text: str) -> Fraction | None:
-    """Takes a cleaned answer, returns its exact value if it is one plain number, with or without a unit, else None."""
+    """The exact value of a cleaned answer that is one plain number, with or without a unit; else None."""
     text = FRACTION.sub(r" \1/\2\3 ", TEXT.sub(r" \1 ", text)).strip()
     match = NUMBER.fullmatch(text)
     if match is None:
@@ -153,13 +153,13 @@ def parse_number(text: str) -> Fraction | None:
 
 @functools.lru_cache(maxsize=10_000)  # a group of completions gives the same answer many times
 def read_answer(text: str) -> tuple[str, Fraction | None]:
-    """Takes an answer, returns it cleaned and its value if it is one plain number."""
+    """An answer, cleaned, and its value if it is one plain number."""
     text = clean(text)
     return text, parse_number(text)
 
 
 def normalise(text: str) -> str:
-    r"""Takes a cleaned answer, returns the string to compare: lower case, without \text{} and needless spaces."""
+    r"""The string to compare for a cleaned answer: lower case, without \text{} and needless spaces."""
     text = TEXT.sub(r" \1 ", text).lower()
     text = re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
     text = re.sub(r"\s*([^\w\s])\s*", r"\1", " ".join(text.split()))  # the space of "1 2" stays: it is not 12
@@ -167,7 +167,7 @@ def normalise(text: str) -> str:
 
 
 def answers_match(predicted: str | None, gold: str) -> bool:
-    r"""Takes an extracted answer (or None) and the gold answer, returns whether they are the same answer.
+    r"""True if an extracted answer (or None) is the gold answer.
 
     Plain numbers are compared exactly (1,000 = 1000, 1 1/2 = 1.5 = \frac{3}{2}, 0.333 is not 1/3). Units are
     ignored, even if they differ. Percent is a unit too: 50% = 50, not 0.5. "5 million" and "10 or 18" are not plain
@@ -209,7 +209,7 @@ MATHEMATICS = re.compile(r"[\\^=+*/(\[{<>,-]|sqrt")
 
 
 def is_mathematics(predicted: str, gold: str) -> bool:
-    """Takes two cleaned answers, returns whether math-verify should compare them."""
+    """True if math-verify should compare the two cleaned answers."""
     if any(pattern.search(text) for pattern in (MISREAD, TOO_LARGE) for text in (predicted, gold)):
         return False
     return any(MATHEMATICS.search(text) for text in (predicted, gold))
@@ -221,7 +221,7 @@ math_verify_lock = threading.Lock()
 
 @functools.lru_cache(maxsize=10_000)
 def math_verify_match(predicted: str, gold: str) -> bool:
-    """Takes two cleaned answers, returns whether math-verify finds them equal; False if it fails or is missing.
+    """True if math-verify finds the two cleaned answers equal; False if it fails or is missing.
 
     It runs in a separate process (math_verify_process.py): some texts make sympy hang or fill the memory in ways that
     no filter foresees, and the package's own time limit is an alarm signal, which works only in the main thread. A

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import gc
 import importlib.util
+import inspect
 import io
 import shutil
 import signal
@@ -208,6 +209,20 @@ def load_script(tmp_path, monkeypatch):
         return module
 
     return load
+
+
+def remember(monkeypatch, owner, name: str) -> list[tuple[dict, object]]:
+    """(arguments by name, result) of every call of owner.name from now on."""
+    calls, function = [], getattr(owner, name)
+    names = inspect.signature(function)
+
+    def remembering(*args, **kwargs):
+        result = function(*args, **kwargs)
+        calls.append((names.bind(*args, **kwargs).arguments, result))
+        return result
+
+    monkeypatch.setattr(owner, name, remembering)
+    return calls
 
 
 def start(*flags: str, **options) -> subprocess.Popen:

@@ -2,7 +2,6 @@
 A block that no longer fits the script fails here."""
 
 import http.server
-import inspect
 import json
 import re
 import shutil
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EMBEDDED, assert_same_events, run, scalars, short_args, weights
+from conftest import EMBEDDED, assert_same_events, remember, run, scalars, short_args, weights
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -124,19 +123,6 @@ def values(run_dir: Path, tag: str) -> list[float]:
     return [value for _, value in scalars(run_dir)[tag]]
 
 
-def remember(monkeypatch, owner, name: str) -> list[tuple]:
-    """(arguments, keyword arguments, result) of every call of owner.name."""
-    calls, function = [], getattr(owner, name)
-
-    def remembering(*args, **kwargs):
-        result = function(*args, **kwargs)
-        calls.append((args, kwargs, result))
-        return result
-
-    monkeypatch.setattr(owner, name, remembering)
-    return calls
-
-
 @pytest.fixture
 def judge(monkeypatch):
     """A web server at $JUDGE that says whether the text ends in </answer>, but fails for every fourth length. Returns
@@ -201,7 +187,7 @@ def test_leave_one_out_with_the_kl_in_the_reward(fork, tmp_path, monkeypatch):
     run_dir = start(module, tmp_path, kl_coef=0.5)
     kl, total = values(run_dir, "reward/kl"), values(run_dir, "reward/total")
     assert kl[0] == 0 and all(abs(value) > 1e-5 for value in kl[1:])
-    seen = [args[0].mean().item() for args, _, _ in calls]
+    seen = [arguments["rewards"].mean().item() for arguments, _ in calls]
     assert seen == pytest.approx([r - 0.5 * k for r, k in zip(total, kl, strict=True)], abs=1e-5)
     assert "loss/kl" not in scalars(run_dir)  # it is in the reward only
 
@@ -228,7 +214,8 @@ def test_a_loss_with_flags_of_its_own(fork, tmp_path, monkeypatch, capsys):
 
     calls = remember(monkeypatch, module, "grpo_loss")
     whole = start(module, tmp_path, **FLAGS[OWN_LOSS])
-    advantages = [args[3][:, 0].mean().item() for args, _, _ in calls if len(args[3]) == 16]
+    advantages = [arguments["advantages"][:, 0] for arguments, _ in calls]
+    advantages = [A.mean().item() for A in advantages if len(A) == 16]
     assert advantages and advantages == pytest.approx([0.1] * len(advantages), abs=1e-5)  # every group's mean is raised
     assert values(whole, "loss/ratio_max")[0] > 1  # the second epoch's
     assert parse_args(module.Args, ["--resume", str(whole), *flags]).ratio_bounds == (0.0, 4.0)
@@ -341,7 +328,8 @@ def test_a_tasks_verifier_decides_in_training_and_in_evaluation(fork, tmp_path, 
     scored = remember(monkeypatch, module, "score_completions")
     run_dir = start(module, tmp_path, eval_problems=30)
     differ = 0
-    for (texts, batch, *_), _, components in scored:
+    for arguments, components in scored:
+        texts, batch = arguments["texts"], arguments["problems"]
         problems = [problem for problem in batch for _ in range(4)]
         assert not any(module.is_held_out(problem.question) for problem in batch)
         right = [module.is_right(text, problem) for text, problem in zip(texts, problems, strict=True)]
@@ -426,9 +414,7 @@ def test_the_threshold_is_over_the_minibatch(fork, tmp_path, monkeypatch):
         run_dir = start(module, tmp_path / str(budget), iterations=1, micro_batch_tokens=budget, loss_norm="token")
         norms.append(values(run_dir, "loss/grad_norm")[0])
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
-    names = inspect.signature(train_grpo.grpo_loss)
-    arguments = [names.bind(*args, **kwargs).arguments for args, kwargs, _ in calls]
-    kept, written = (sum(a[name].gt(0).sum().item() for a in arguments) for name in ("weights", "mask"))
+    kept, written = (sum(arguments[name].gt(0).sum().item() for arguments, _ in calls) for name in ("weights", "mask"))
     assert kept / written == pytest.approx(0.2, abs=0.02)
 
 
@@ -443,7 +429,7 @@ def test_the_correction_is_of_the_filtered_distribution(fork, tmp_path, monkeypa
     calls = remember(monkeypatch, common, "sample_groups")
     start(module, tmp_path, iterations=2, top_p=0.5)
     assert "the sampler's `filter`" in capsys.readouterr().err
-    filtered = [rollout for _, _, rollout in calls if rollout.filtered]
+    filtered = [rollout for _, rollout in calls if rollout.filtered]
     policy = common.load_policy(EMBEDDED, None)
     first = filtered[0]
     correction = (common.rollout_logprobs(policy, first, 8192)[0] - first.sampler_logprobs)[first.trained].exp()
@@ -476,7 +462,7 @@ def test_a_tool_is_called_and_its_result_is_not_trained(fork, tmp_path, monkeypa
     options = {"model": str(model), "max_new_tokens": 60, "iterations": 2, "problems": "arithmetic:1-2"}
     start(module, tmp_path, **options)
     called = 0
-    for _, _, rollout in turns:
+    for _, rollout in turns:
         assert rollout.mask.sum(1).max() <= 60
         for ids, real, own in zip(rollout.completion_ids, rollout.mask, rollout.trained, strict=True):
             text, given = tokenizer.decode(ids[real]), tokenizer.decode(ids[real & ~own])
@@ -485,9 +471,7 @@ def test_a_tool_is_called_and_its_result_is_not_trained(fork, tmp_path, monkeypa
                 called += 1
                 assert given == "".join(f"={module.my_tool.calculate(call)}" for call in calls)
     assert called > 20
-    names = inspect.signature(train_grpo.grpo_loss)
-    for args, kwargs, _ in losses:
-        arguments = names.bind(*args, **kwargs).arguments
+    for arguments, _ in losses:
         assert (arguments["weights"][~arguments["mask"]] == 0).all()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EMBEDDED, EOS, make_model, refusal, rl_args, run, scalars, short_args
+from conftest import EMBEDDED, EOS, make_model, refusal, remember, rl_args, run, scalars, short_args
 
 import common
 import data
@@ -145,23 +145,15 @@ def insert_tokens(monkeypatch, places: slice) -> list[common.Rollout]:
 def test_ppo_and_pg_reward_and_advantages_are_on_the_policys_own_tokens(script, tmp_path, monkeypatch):
     """The masks that reach GAE, the KL and the whitening, in a run in which tokens 2 and 3 are a tool's."""
     given, made = slice(1, 3), insert_tokens(monkeypatch, slice(1, 3))
-    seen = []
-    for name in ("compute_gae", "shape_rewards", "whiten"):
-        if hasattr(script, name):
-            function = getattr(script, name)
-
-            def remembering(*args, function=function):
-                mask = next(arg for arg in args if torch.is_tensor(arg) and arg.dtype == torch.bool)
-                seen.append((function.__name__, mask, function(*args)))
-                return seen[-1][-1]
-
-            monkeypatch.setattr(script, name, remembering)
+    names = [name for name in ("compute_gae", "shape_rewards", "whiten") if hasattr(script, name)]
+    calls = {name: remember(monkeypatch, script, name) for name in names}
     run(script.main, rl_args(script, tmp_path, iterations=1))
-    assert {name for name, _, _ in seen} >= {"compute_gae"}
-    for name, mask, result in seen:
-        assert torch.equal(mask, made[0].trained), name
-        for tensor in result if isinstance(result, tuple) else [result]:
-            assert (tensor[:, given] == 0).all(), name
+    assert calls["compute_gae"]
+    for name in names:
+        for arguments, result in calls[name]:
+            assert torch.equal(arguments["mask"], made[0].trained), name
+            for tensor in result if isinstance(result, tuple) else [result]:
+                assert (tensor[:, given] == 0).all(), name
 
 
 # ---- What belongs to a batch -----------------------------------------------------------------------------------------

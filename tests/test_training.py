@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EMBEDDED, make_model, rl_args, run, scalars, short_args, slow_case, texts, weights
+from conftest import EMBEDDED, make_model, remember, rl_args, run, scalars, short_args, slow_case, texts, weights
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -211,36 +211,24 @@ def test_a_group_is_uniform_by_the_rules_alone(scorer, tmp_path, monkeypatch):
 def test_dynamic_sampling_replaces_groups_that_teach_nothing(tmp_path, monkeypatch):
     """At most --max-sampling-rounds batches an iteration, all of them counted on the x-axis. No group without variance
     is trained on, and there are as many groups as asked for unless the limit was reached."""
-    trained, loss = [], train_grpo.grpo_loss
-
-    def remembering(logprobs, old, ref, advantages, *args, **kwargs):
-        trained.append(advantages)
-        return loss(logprobs, old, ref, advantages, *args, **kwargs)
-
-    monkeypatch.setattr(train_grpo, "grpo_loss", remembering)
+    calls = remember(monkeypatch, train_grpo, "grpo_loss")
     changes = {"dynamic_sampling": True, "max_sampling_rounds": 3, "prompts_per_step": 4, "temperature": 0.8}
     values = scalars(run(train_grpo.main, rl_args(train_grpo, tmp_path, iterations=6, **changes)))
     steps = [x for x, _ in values["loss/policy"]]
     rounds = [(b - a) // 16 for a, b in zip([0, *steps[:-1]], steps, strict=True)]
     assert all(1 <= n <= 3 for n in rounds) and max(rounds) > min(rounds)
-    assert len(trained) == 6
-    for advantages, n in zip(trained, rounds, strict=True):
-        groups = advantages[:, 0].view(-1, 4)
+    assert len(calls) == 6
+    for (arguments, _), n in zip(calls, rounds, strict=True):
+        groups = arguments["advantages"][:, 0].view(-1, 4)
         assert (groups.amax(1) > groups.amin(1)).all() and groups.mean(1).abs().max() < 1e-5
         assert len(groups) == 4 or n == 3
 
 
 def test_ppo_scores_a_cut_completion_as_told(tmp_path, monkeypatch):
-    seen, shape = [], train_ppo.shape_rewards
-
-    def remembering(scores, logprobs, ref, mask, kl_coef):
-        seen.append((scores, mask.sum(1)))
-        return shape(scores, logprobs, ref, mask, kl_coef)
-
-    monkeypatch.setattr(train_ppo, "shape_rewards", remembering)
+    calls = remember(monkeypatch, train_ppo, "shape_rewards")
     flags = {"iterations": 1, "update_epochs": 1, "kl_coef": 0.0, "max_new_tokens": 9, "missing_eos_score": -2.0}
     run(train_ppo.main, rl_args(train_ppo, tmp_path, **flags))
-    scores, lengths = seen[0]
+    scores, lengths = calls[0][0]["scores"], calls[0][0]["mask"].sum(1)
     assert (scores == -2.0).any() and (scores >= 0).any()
     assert (lengths[scores == -2.0] == 9).all()
 

@@ -27,10 +27,12 @@ def count_steps(monkeypatch) -> dict[str, int]:
     calls = {"steps": 0, "clips": 0, "loads": 0, "passes": 0, "rows": 0}
 
     def counting(name, function):
+        names = inspect.signature(function)
+
         def wrapped(*args, **kwargs):
             calls[name] += 1
             if name == "passes":
-                calls["rows"] += len(args[2])
+                calls["rows"] += len(names.bind(*args, **kwargs).arguments["rows"])
             return function(*args, **kwargs)
 
         return wrapped
@@ -76,9 +78,7 @@ def test_ppo_without_a_kl_loads_no_reference(tmp_path, monkeypatch):
 
 def test_kimi_starts_every_iteration_with_a_fresh_optimizer(tmp_path, monkeypatch):
     """Catches: optimizer state kept from one anchor to the next. An iteration makes four updates in each of two epochs;
-    its first has no state, with --keep-optimizer only the very first of the run.
-
-    Also catches: old logprobs recomputed in every minibatch, so that the log-ratio, and with it tau's term, stays 0."""
+    its first has no state. Also catches: old logprobs recomputed in every minibatch, so that the log-ratio, and with it tau's term, stays 0."""
     fresh, step = [], common.MasterAdamW.step
 
     def remembering(optimizer, closure=None):
