@@ -247,12 +247,12 @@ class Rollout:
 
     @property
     def trained(self) -> Tensor:
-        """(B, T) bool: the tokens that the policy wrote and that get a loss."""
+        """(B, T) bool: the tokens that get a loss. The policy wrote them, and their completion's reward is known."""
         return self.mask if self.loss_mask is None else self.mask & self.loss_mask
 
     @property
     def lengths(self) -> Tensor:
-        """(B,) number of tokens that the policy wrote."""
+        """(B,) number of tokens that get a loss; 0 for a completion that `without` took out."""
         return self.trained.sum(1)
 
     def without(self, rows: Tensor) -> "Rollout":

@@ -71,7 +71,8 @@ class RewardFlags:
     reward_model_weight: NonNegative = 1.0
     """weight of the reward model's score, which has mean 0 over its training pairs"""
     truncated: Literal["score", "wrong", "mask"] = "score"
-    """completions cut by the length limit: scored like others | never right | advantage 0 (a KL in the loss stays)"""
+    """completions cut by the length limit: scored like others | never right | advantage 0 (a KL in the loss stays, and
+    PPO's critic learns from them)"""
     judge_model: str | None = None
     """causal LM that is asked, if the rules find no match, whether the answer equals the reference answer"""
     verifier_model: str | None = None
@@ -82,15 +83,15 @@ def check_rewards(flags: RewardFlags, max_new_tokens: int, tokenizer) -> None:
     """Fails if no reward has a weight, if --overlong-buffer is longer than a completion, or if the reward model can't
     read the policy's ids."""
     weights = [name for name in vars(flags) if name.endswith("_weight")]
-    if flags.reward_model:
-        common.check_reward_model(flags.reward_model, tokenizer)
-    else:
+    if not flags.reward_model:
         weights.remove("reward_model_weight")
     if not any(getattr(flags, name) for name in weights):
         names = ", ".join(map(as_flag, weights))
         fail(f"{names} are all 0: there is nothing to learn from")
     if flags.overlong_weight and (flags.overlong_buffer or 0) > max_new_tokens:
         fail(f"--overlong-buffer {flags.overlong_buffer}: must be at most --max-new-tokens {max_new_tokens}")
+    if flags.reward_model:
+        common.check_reward_model(flags.reward_model, tokenizer)
 
 
 def score_completions(

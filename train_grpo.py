@@ -8,9 +8,10 @@ reward is the baseline; there is no critic:
     rho_it = pi(o_it) / pi_old(o_it),   k3_it = pi_ref/pi - log(pi_ref/pi) - 1                          (eq. 4)
 
 Departures from the paper:
-1. It has one eps, here eps_low and eps_high, equal by default.
+1. The paper has one eps; here are eps_low and eps_high, equal by default.
 2. beta (--kl-coef) is 0 by default, as in most reproductions of R1, and no reference is loaded. With a beta, the
-   reference is always the starting policy.
+   reference is always the starting policy: Algorithm 1's outer loop, which renews it, is absent, and one of its steps
+   is an iteration.
 3. std has Bessel's correction; 1e-4 damps groups whose rewards hardly differ.
 4. There is no process supervision (section 4.1.3).
 5. Gradients are clipped, and the policy term's log-ratio at +-20; the learning rate is warmed up.
@@ -76,14 +77,15 @@ class Args:
     learning_rate: flags.Positive = 1e-4
     """AdamW's learning rate; the default is for the embedded model, use 1e-6 to 5e-6 for real models"""
     update_epochs: flags.AtLeast1 = 1
-    """passes over each iteration's completions"""
+    """mu, passes over each iteration's completions"""
     minibatch_size: flags.AtLeast1 | None = None
     """completions per optimizer step, a multiple of --group-size; None: all, so with one epoch nothing is clipped"""
     loss_norm: Literal["sequence", "token", "constant"] = "sequence"
     """mean per completion, then over completions (paper) | over all tokens (DAPO) | sum / max_new_tokens (Dr. GRPO)"""
     setup: flags.Group[flags.SetupFlags] = field(default_factory=flags.SetupFlags)
-    sampling: flags.Group[flags.SamplingFlags] = field(default_factory=flags.SamplingFlags)
+    sampling: flags.Group[flags.SamplingFlags] = field(default_factory=flags.SamplingFlags)  # temperature 1
     rewards: flags.Group[RewardFlags] = field(default_factory=RewardFlags)
+    # 10 iterations of warm-up, gradients clipped to norm 1
     optimization: flags.Group[flags.OptimizationFlags] = field(default_factory=flags.OptimizationFlags)
     run: flags.Group[flags.RunFlags] = field(default_factory=flags.RunFlags)
 
@@ -114,7 +116,7 @@ def group_advantages(rewards: Tensor, normalize_std: bool, scored: Tensor | None
     scored = torch.ones_like(rewards, dtype=torch.bool) if scored is None else scored
     n, uniform = scored.sum(1, keepdim=True).to(rewards.dtype), is_uniform(rewards, scored)
     mean = (rewards * scored).sum(1, keepdim=True) / n.clamp(min=1)
-    rewards = rewards.where(scored, mean)  # adds nothing to the sum of squares
+    rewards = rewards.where(scored, mean)  # so its advantage is 0, and it adds nothing to the sum of squares
     advantages = rewards - mean
     if normalize_std:
         std = rewards.std(1, keepdim=True) * ((rewards.shape[1] - 1) / (n - 1).clamp(min=1)).sqrt()
@@ -147,7 +149,7 @@ def grpo_loss(
     ratio_level: str = "token",
     unbiased_kl: bool = False,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Minus DeepSeekMath's eq. 3. Tensors are (B, T). mask: the tokens that the policy wrote; the others are ignored.
+    """Minus DeepSeekMath's eq. 3. Tensors are (B, T). mask: the tokens that get a loss; the others are ignored.
     weights, made by common.token_weights, are eq. 3's 1/G 1/|o_i| and the mean over prompts; a weight may be 0.
     Returns the loss and metrics, means over the mask's tokens. If you add a term, see `trains` in main."""
     A = advantages
@@ -174,6 +176,8 @@ def main(args: Args) -> None:
     batch_size = args.prompts_per_step * args.group_size
     minibatch_size = args.minibatch_size or batch_size
     flags.check_minibatch(minibatch_size, args.group_size, batch_size)
+    if args.dynamic_sampling and not any((reward_weights(args.rewards, args.iterations) | {"model": 0.0}).values()):
+        flags.fail("--dynamic-sampling: needs a reward by rule with a weight, which it compares within a group")
     budget, temperature = args.optimization.micro_batch_tokens, args.sampling.temperature
 
     device = common.resolve_device(args.setup.device)
@@ -230,7 +234,7 @@ def main(args: Args) -> None:
         scoring = args.rewards, args.max_new_tokens, verify, reward_model, budget
         components = score_completions(texts, batch, rollout, *scoring)  # by name
         component_weights = reward_weights(args.rewards, iteration)  # by name; a component of your own needs one too
-        rewards, scored = sum_rewards(components, component_weights, texts, batch)  # (P, G) each, like the components
+        rewards, scored = sum_rewards(components, component_weights, texts, batch)  # (P, G), CPU; components too
         sampler.record(batch, success_rates(components["accuracy"], scored))
         logs.add_rollout_metrics(metrics, rollout, rewards, components, scored)
         rollout = rollout.without(~scored)  # no loss where a reward is unknown (None)
@@ -247,7 +251,7 @@ def main(args: Args) -> None:
         # --------------------------------------------------------------------------------------------------- 3 logprobs
         old_logprobs = ref_logprobs = None  # (B, T) each, if needed
         if not one_update:  # else the policy is still the one that sampled: section 5 detaches its own logprobs
-            old_logprobs, _ = common.rollout_logprobs(policy, rollout, budget, temperature)  # and the entropy
+            old_logprobs, _ = common.rollout_logprobs(policy, rollout, budget, temperature)  # _ is the entropy
         if ref is not None:
             ref_logprobs, _ = common.rollout_logprobs(ref, rollout, budget, temperature)
         clock.lap("logprobs")
@@ -257,6 +261,7 @@ def main(args: Args) -> None:
         if args.rewards.truncated == "mask":
             advantages = advantages.where(rollout.finished, 0.0)
         advantages = advantages[:, None].expand_as(rollout.mask)  # (B, T)
+        trained = rollout.trained  # (B, T): the tokens that get a loss, so neither a tool's nor those of unscored rows
         # Rows whose loss has a gradient; the others get a forward pass only, for the metrics. If you add a loss term
         # that has a gradient where the advantage is 0, write [True] * len(advantages).
         trains = ((advantages != 0).any(1) | (args.kl_coef != 0)).tolist()
@@ -267,10 +272,9 @@ def main(args: Args) -> None:
         for epoch in range(args.update_epochs):
             seed = common.derive_seed(args.seed, "update", global_step, epoch)
             for minibatch in common.minibatches(rollout, minibatch_size, seed):
-                weights = torch.zeros_like(rollout.sampler_logprobs)  # (B, T), indexed by row like the others
-                trained = rollout.trained[minibatch]
-                weights[minibatch] = common.token_weights(trained, args.loss_norm, args.max_new_tokens)
-                policy_loss = 0.0
+                weights = torch.zeros(trained.shape, device=device)  # (B, T), indexed by row like the others
+                weights[minibatch] = common.token_weights(trained[minibatch], args.loss_norm, args.max_new_tokens)
+                policy_loss = 0.0  # the KL included
                 # A micro-batch is an arbitrary part of the minibatch: statistics over rows or tokens belong above here.
                 for micro in common.micro_batches(rollout, minibatch, budget, trains):
                     with torch.set_grad_enabled(trains[micro[0]]):  # a micro-batch's rows all train, or none does
@@ -281,7 +285,7 @@ def main(args: Args) -> None:
                         old,
                         ref_logprobs[micro] if ref is not None else None,
                         advantages[micro],
-                        rollout.trained[micro],
+                        trained[micro],
                         weights[micro],
                         clip_low=args.clip_low,
                         clip_high=args.clip_high,
@@ -293,7 +297,7 @@ def main(args: Args) -> None:
                     policy_loss += loss.item()
                     loss_metrics = {f"loss/{name}": value for name, value in loss_metrics.items()}
                     loss_metrics |= logs.token_metrics(rollout, micro, entropy, old)
-                    metrics.add(loss_metrics, weight=rollout.trained[micro].sum().item())
+                    metrics.add(loss_metrics, weight=trained[micro].sum().item())
                 grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.masters, args.optimization.max_grad_norm).item()
                 finite = health.allows_step(policy_loss, grad_norm, rollout, minibatch, advantages=advantages)
                 if finite:

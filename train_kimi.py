@@ -72,8 +72,9 @@ class Args:
     minibatch_size: flags.AtLeast1 | None = None
     """completions per optimizer step, a multiple of --group-size; None: a quarter of the iteration's batch"""
     setup: flags.Group[flags.SetupFlags] = field(default_factory=flags.SetupFlags)
-    sampling: flags.Group[flags.SamplingFlags] = field(default_factory=flags.SamplingFlags)
+    sampling: flags.Group[flags.SamplingFlags] = field(default_factory=flags.SamplingFlags)  # temperature 1
     rewards: flags.Group[RewardFlags] = field(default_factory=RewardFlags)
+    # 10 iterations of warm-up, gradients clipped to norm 1
     optimization: flags.Group[flags.OptimizationFlags] = field(default_factory=flags.OptimizationFlags)
     run: flags.Group[flags.RunFlags] = field(default_factory=flags.RunFlags)
 
@@ -185,7 +186,7 @@ def main(args: Args) -> None:
         scoring = args.rewards, args.max_new_tokens, verify, reward_model, budget
         components = score_completions(texts, batch, rollout, *scoring)  # by name
         component_weights = reward_weights(args.rewards, iteration)  # by name; a component of your own needs one too
-        rewards, scored = sum_rewards(components, component_weights, texts, batch)  # (P, G) each, like the components
+        rewards, scored = sum_rewards(components, component_weights, texts, batch)  # (P, G), CPU; components too
         sampler.record(batch, success_rates(components["accuracy"], scored))
         logs.add_rollout_metrics(metrics, rollout, rewards, components, scored)
         rollout = rollout.without(~scored)  # no loss where a reward is unknown (None)
@@ -199,6 +200,7 @@ def main(args: Args) -> None:
         advantages = group_advantages(rewards, args.tau, args.baseline, scored).flatten().to(device)  # (B,)
         if args.rewards.truncated == "mask":
             advantages = advantages.where(rollout.finished, 0.0)
+        trained = rollout.trained  # (B, T): the tokens that get a loss, so neither a tool's nor those of unscored rows
 
         # ----------------------------------------------------------------------------------------------------- 5 update
         learning_rate = args.learning_rate * min(1.0, (iteration + 1) / max(1, args.optimization.warmup_iterations))
@@ -207,7 +209,7 @@ def main(args: Args) -> None:
         for epoch in range(args.update_epochs):
             seed = common.derive_seed(args.seed, "update", global_step, epoch)
             for minibatch in common.minibatches(rollout, minibatch_size, seed):
-                written = rollout.trained.any(1)  # (B,): rows with a token that gets a loss
+                written = trained.any(1)  # (B,): rows with a token that gets a loss
                 row_weights = written / written[minibatch].sum().clamp(min=1)  # (B,)
                 policy_loss = 0.0
                 for micro in common.micro_batches(rollout, minibatch, budget):
@@ -216,13 +218,13 @@ def main(args: Args) -> None:
                         logprobs,
                         anchor_logprobs[micro],
                         advantages[micro],
-                        rollout.trained[micro],
+                        trained[micro],
                         tau=args.tau,
                         row_weights=row_weights[micro],
                     )
                     loss.backward()
                     policy_loss += loss.item()
-                    tokens = rollout.trained[micro].sum().item()
+                    tokens = trained[micro].sum().item()
                     metrics.add(logs.token_metrics(rollout, micro, entropy, anchor_logprobs[micro]), weight=tokens)
                     metrics.add({f"loss/{name}": value for name, value in loss_metrics.items()}, weight=len(micro))
                 grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.masters, args.optimization.max_grad_norm).item()

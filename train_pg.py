@@ -62,8 +62,9 @@ class Args:
     loss_norm: Literal["sequence", "token", "constant"] = "token"
     """mean per completion, then over completions | over all tokens | sum / max_new_tokens, mean over completions"""
     setup: flags.Group[flags.SetupFlags] = field(default_factory=flags.SetupFlags)
-    sampling: flags.Group[flags.SamplingFlags] = field(default_factory=flags.SamplingFlags)
+    sampling: flags.Group[flags.SamplingFlags] = field(default_factory=flags.SamplingFlags)  # temperature 1
     rewards: flags.Group[RewardFlags] = field(default_factory=RewardFlags)
+    # 10 iterations of warm-up, gradients clipped to norm 1
     optimization: flags.Group[flags.OptimizationFlags] = field(default_factory=flags.OptimizationFlags)
     run: flags.Group[flags.RunFlags] = field(default_factory=flags.RunFlags)
 
@@ -177,7 +178,7 @@ def main(args: Args) -> None:
         scoring = args.rewards, args.max_new_tokens, verify, reward_model, budget
         components = score_completions(texts, batch, rollout, *scoring)  # by name
         component_weights = reward_weights(args.rewards, iteration)  # by name; a component of your own needs one too
-        rewards, scored = sum_rewards(components, component_weights, texts, batch)  # (P, G) each, like the components
+        rewards, scored = sum_rewards(components, component_weights, texts, batch)  # (P, G), CPU; components too
         sampler.record(batch, success_rates(components["accuracy"], scored))
         logs.add_rollout_metrics(metrics, rollout, rewards, components, scored)
         rollout = rollout.without(~scored)  # no loss where a reward is unknown (None)
@@ -190,7 +191,7 @@ def main(args: Args) -> None:
         clock.lap("logprobs")
 
         # ------------------------------------------------------------------------------------------------- 4 advantages
-        rows, trained = list(range(batch_size)), rollout.trained  # (B, T): the tokens that the policy wrote
+        rows, trained = list(range(batch_size)), rollout.trained  # (B, T): the tokens that get a loss
         eos_scores = rewards.flatten().to(device)  # (B,)
         token_rewards = torch.zeros_like(old_values)  # (B, T): the score on the last token, EOS or not
         token_rewards[rows, common.last_true(trained)] = eos_scores

@@ -65,8 +65,9 @@ class Args:
     loss_norm: Literal["sequence", "token", "constant"] = "token"
     """mean per completion, then over completions | over all tokens | sum / max_new_tokens, mean over completions"""
     setup: flags.Group[flags.SetupFlags] = field(default_factory=flags.SetupFlags)
-    sampling: flags.Group[flags.SamplingFlags] = field(default_factory=flags.SamplingFlags)
+    sampling: flags.Group[flags.SamplingFlags] = field(default_factory=flags.SamplingFlags)  # temperature 1
     rewards: flags.Group[RewardFlags] = field(default_factory=RewardFlags)
+    # 10 iterations of warm-up, gradients clipped to norm 1
     optimization: flags.Group[flags.OptimizationFlags] = field(default_factory=flags.OptimizationFlags)
     run: flags.Group[flags.RunFlags] = field(default_factory=flags.RunFlags)
 
@@ -109,7 +110,7 @@ def compute_gae(
 
         delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lambda A_{t+1},   V after the last token = 0
 
-    Returns the advantages A and the critic's targets A + V, both before whitening.
+    Returns the advantages A and the critic's targets A + V, of the same lambda, both before whitening.
     """
     advantages = torch.zeros_like(rewards)
     next_advantage = next_value = torch.zeros_like(rewards[:, 0])
@@ -137,7 +138,7 @@ def ppo_loss(
     clip_low: float,
     clip_high: float,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The clipped surrogate, eq. 7, as a loss. All (B, T). mask: the tokens that the policy wrote; the others are
+    """The clipped surrogate, eq. 7, as a loss. All (B, T). mask: the tokens that get a loss; the others are
     ignored. weights: see common.token_weights; one may be 0. Metrics are means over the mask's tokens."""
     ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0).exp()  # masked before exp: inf * 0 would be NaN
     A = advantages.masked_fill(~mask, 0.0)
@@ -220,7 +221,7 @@ def main(args: Args) -> None:
         scoring = args.rewards, args.max_new_tokens, verify, reward_model, budget
         components = score_completions(texts, batch, rollout, *scoring)  # by name
         component_weights = reward_weights(args.rewards, iteration)  # by name; a component of your own needs one too
-        rewards, scored = sum_rewards(components, component_weights, texts, batch)  # (P, G) each, like the components
+        rewards, scored = sum_rewards(components, component_weights, texts, batch)  # (P, G), CPU; components too
         sampler.record(batch, success_rates(components["accuracy"], scored))
         logs.add_rollout_metrics(metrics, rollout, rewards, components, scored)
         rollout = rollout.without(~scored)  # no loss where a reward is unknown (None)
@@ -238,11 +239,11 @@ def main(args: Args) -> None:
         eos_scores = rewards.flatten().to(device)  # (B,)
         if args.missing_eos_score is not None:
             eos_scores = eos_scores.where(rollout.finished, args.missing_eos_score)
-        trained = rollout.trained  # (B, T): a tool's tokens, which the policy did not write, are no steps
+        trained = rollout.trained  # (B, T): the tokens that get a loss; a tool's tokens are no steps
         token_rewards = shape_rewards(eos_scores, old_logprobs, ref_logprobs, trained, args.kl_coef)  # (B, T)
         advantages, returns = compute_gae(token_rewards, old_values, trained, args.gamma, args.gae_lambda)
         advantages = whiten(advantages, trained)
-        if args.rewards.truncated == "mask":
+        if args.rewards.truncated == "mask":  # the critic, the whitening and the token mean still count these rows
             advantages = advantages.where(rollout.finished[:, None], 0.0)
         explained = 1 - (returns - old_values)[trained].var() / returns[trained].var()
         metrics.add({"loss/explained_variance": explained.nan_to_num(0.0, neginf=0.0).item()})
@@ -272,17 +273,17 @@ def main(args: Args) -> None:
                     loss.backward()
                     policy_loss += loss.item()
                     values = common.completion_values(value_model, rollout, micro)  # (R, T)
-                    loss, value_metrics = value_loss(
+                    critic_loss, value_metrics = value_loss(
                         values, old_values[micro], returns[micro], trained[micro], weights[micro], args.value_clip
                     )
-                    loss.backward()
+                    critic_loss.backward()
                     loss_metrics = {f"loss/{name}": value for name, value in (loss_metrics | value_metrics).items()}
                     loss_metrics |= logs.token_metrics(rollout, micro, entropy, old_logprobs[micro])
                     metrics.add(loss_metrics, weight=trained[micro].sum().item())
                 max_norm = args.optimization.max_grad_norm
                 grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.masters, max_norm).item()
                 value_norm = torch.nn.utils.clip_grad_norm_(value_optimizer.masters, max_norm).item()
-                norms = grad_norm + value_norm
+                norms = grad_norm + value_norm  # finite if both are
                 finite = health.allows_step(policy_loss, norms, rollout, minibatch, advantages=advantages)
                 if finite:
                     optimizer.step()

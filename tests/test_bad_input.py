@@ -60,6 +60,11 @@ def few(tmp_path_factory) -> str:
 NO_WEIGHT = {"accuracy_weight": 0, "format_weight": 0}
 ALL_0 = "--accuracy-weight, --format-weight, --length-weight, --language-weight, --overlong-weight are all 0"
 FLAGS = [
+    (
+        train_grpo,
+        NO_WEIGHT | {"dynamic_sampling": True, "reward_model": "missing"},
+        "--dynamic-sampling: needs a reward by rule with a weight",
+    ),
     (train_grpo, {"group_size": 1}, "--group-size 1: must be 2 or more"),
     (train_grpo, {"group_size": 0}, "--group-size 0: must be 2 or more"),
     (train_grpo, {"minibatch_size": 4}, "--minibatch-size 4: must be a multiple of --group-size 8, at most 256"),

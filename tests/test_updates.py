@@ -78,7 +78,8 @@ def test_ppo_without_a_kl_loads_no_reference(tmp_path, monkeypatch):
 
 def test_kimi_starts_every_iteration_with_a_fresh_optimizer(tmp_path, monkeypatch):
     """Catches: optimizer state kept from one anchor to the next. An iteration makes four updates in each of two epochs;
-    its first has no state. Also catches: old logprobs recomputed in every minibatch, so that the log-ratio, and with it tau's term, stays 0."""
+    its first has no state. Also catches: old logprobs recomputed in every minibatch, so that the log-ratio, and with it
+    tau's term, stays 0."""
     fresh, step = [], common.MasterAdamW.step
 
     def remembering(optimizer, closure=None):

@@ -42,7 +42,7 @@ train_grpo.py test_grpo.py test_training.py test_updates.py test_naive_forks.py
     padding reaches exp: (logprobs - old_logprobs)<<.masked_fill(~mask, 0.0)=>>>
     GSPO without division by the length: << / mask.sum(1, keepdim=True).clamp(min=1)=>>>).expand_as
     old logprobs not detached: old = logprobs<<.detach()=>>> if
-    weights per micro-batch: <<weights[micro]=>common.token_weights(rollout.trained[micro], args.loss_norm, 40)>>,
+    weights per micro-batch: <<weights[micro]=>common.token_weights(trained[micro], args.loss_norm, 40)>>,
     temperature missing in the update: completion_logprobs(policy, rollout, micro<<, temperature=>>>)
     one seed for all batches: derive_seed(args.seed, "sample"<<, global_step=>>>)
     dynamic sampling keeps the uniform groups: (<<~=>>>is_uniform(rewards, scored)).nonzero()
