@@ -121,7 +121,7 @@ def read_tokenizer(path: str, flag: str) -> Tokenizer:
         fail(f"{flag} {path}: its tokenizer can't be loaded ({reason(error)})")
 
 
-def check_vocabulary(path: str, tokenizer: Tokenizer | None, flag: str = "--model") -> None:
+def check_vocabulary(path: str, tokenizer: Tokenizer | None, flag: str = "") -> None:
     """An error unless the model at `path` reads each id of `tokenizer` (None: its own) as the same token. The sizes of
     two vocabularies don't tell: equal sizes may hold other tokens, and one family pads the same tokens to different
     sizes."""
@@ -131,7 +131,8 @@ def check_vocabulary(path: str, tokenizer: Tokenizer | None, flag: str = "--mode
     if differ := [token for token in sorted(own, key=own.get) if other.get(token) != own[token]]:
         here, there = own[differ[0]], other.get(differ[0], "missing")
         what = f"{len(differ)} tokens have other ids, such as {differ[0]!r}: {there}, not {here}"
-        fail(f"{flag} {path}: has another vocabulary than {tokenizer.name_or_path} ({what}), so it can't read its ids")
+        where = f"{flag} {path}".strip()
+        fail(f"{where}: has another vocabulary than {tokenizer.name_or_path} ({what}), so it can't read its ids")
 
 
 def load_weights(auto_class, path: str, device, dtype, from_scratch: bool = False, new_head: bool = False, **options):
@@ -440,7 +441,8 @@ def continue_groups(
     filter: Callable[[Tensor], Tensor] | None = None,
 ) -> Rollout:
     """Appends the token ids inserts[i] to row i and samples at most max_new_tokens (or max_new_tokens[i]) more; a row
-    whose insert is None stays as it is, and one whose limit is 0 gets its insert only. Returns the new Rollout.
+    whose insert is None stays as it is, and one whose limit is 0 or less gets its insert only. Returns the new Rollout.
+    Its random numbers differ from those of the turns before, even with the same seed.
 
     Inserted tokens, such as a user's next turn or a tool's result, are real (in `mask`) but not trained (not in
     `loss_mask`), because the policy did not write them. stop, filter: see sample_groups; `stop` gets the tokens since
@@ -458,12 +460,13 @@ def continue_groups(
             logprobs[row] += [0.0] * len(insert)
             trained[row] += [False] * len(insert)
             finished[row] = False
-            continued += [row] if limits[row] else []
+            continued += [row] if limits[row] > 0 else []
     needed = max(len(rollout.prompt_ids[row // G]) + len(completions[row]) for row in range(len(inserts)))
     if needed > (context := context_length(model.config)):
         fail(f"a prompt and its completion have {needed} tokens, the model's context has {context}: insert less")
     if continued:
         heads = [rollout.prompt_ids[row // G] + completions[row] for row in continued]
+        seed = derive_seed(seed, "continue", int(rollout.mask.sum()))
         rest = sample_groups(
             model, heads, 1, [limits[row] for row in continued], temperature, seed, stop=stop, filter=filter
         )
@@ -786,7 +789,8 @@ def backward(loss: Tensor) -> None:
     elif loss.isfinite() and loss != 0:
         fail(
             f"the loss of rows that get no backward pass is {loss.item():g}, not 0: a term of it would be ignored. "
-            "Set `trains` in section 4 to True for every row that has a gradient, such as [True] * len(advantages)"
+            "Set `trains` in section 4 to True for every row that has a gradient, such as [True] * len(advantages); a "
+            "statistic over rows or tokens belongs above the loop over micro-batches"
         )
 
 

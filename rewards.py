@@ -135,10 +135,10 @@ def sum_rewards(
     components: dict[str, list | Tensor], weights: dict[str, float], texts: list[str], problems: list[Problem]
 ) -> tuple[Tensor, Tensor]:
     """rewards and scored, both (P, G): the weighted sum of the components, and whether it is known (bool). A component
-    holds B floats or None, as a list or a tensor; here each becomes a tensor (P, G), 0 where it is None.
+    holds B floats or None, as a list or a tensor; here each becomes a tensor (P, G).
 
-    One None takes the whole completion out. NaN and infinite values are errors: one of them would spoil the statistics
-    of a whole batch.
+    One None takes the whole completion out: its reward, and the component that is None, become NaN, so that a mean or
+    a baseline which forgets `scored` can't pass for a number. NaN and infinite values that come in are errors.
     """
     P, G = len(problems), len(texts) // len(problems)
     of_texts = [problem for problem in problems for _ in range(G)]
@@ -149,8 +149,9 @@ def sum_rewards(
         values = values.flatten().tolist() if isinstance(values, Tensor) else values
         check_finite(name, values, texts, of_texts)
         scored &= torch.tensor([value is not None for value in values]).view(P, G)
-        components[name] = torch.tensor([float(value or 0.0) for value in values]).view(P, G)
-    return sum(weights[name] * values for name, values in components.items()), scored
+        values = [math.nan if value is None else float(value) for value in values]
+        components[name] = torch.tensor(values).view(P, G)
+    return sum(weights[name] * values for name, values in components.items()).masked_fill(~scored, torch.nan), scored
 
 
 def check_finite(name: str, values: list, texts: list[str], problems: list[Problem]) -> None:

@@ -285,7 +285,7 @@ def main(args: Args) -> None:
         common.set_learning_rate(optimizer, learning_rate)
         kl_weights = common.token_weights(rollout.trained, "token", args.max_new_tokens)
         policy_loss = 0.0
-        for micro in pairs.pair_micro_batches(rollout, budget):
+        for micro in pairs.pair_micro_batches(rollout, budget):  # statistics over rows belong above here
             logprobs, entropy = common.completion_logprobs(policy, rollout, micro)  # (R, T)
             loss, loss_metrics = pair_loss(rollout, micro, batch_ref_logprobs, row_weights, logprobs)
             trained = rollout.trained[micro]

@@ -115,7 +115,7 @@ def group_advantages(rewards: Tensor, normalize_std: bool, scored: Tensor | None
     """
     scored = torch.ones_like(rewards, dtype=torch.bool) if scored is None else scored
     n, uniform = scored.sum(1, keepdim=True).to(rewards.dtype), is_uniform(rewards, scored)
-    mean = (rewards * scored).sum(1, keepdim=True) / n.clamp(min=1)
+    mean = rewards.masked_fill(~scored, 0.0).sum(1, keepdim=True) / n.clamp(min=1)
     rewards = rewards.where(scored, mean)  # so its advantage is 0, and it adds nothing to the sum of squares
     advantages = rewards - mean
     if normalize_std:
@@ -239,7 +239,7 @@ def main(args: Args) -> None:
         logs.add_rollout_metrics(metrics, rollout, rewards, components, scored)
         rollout = rollout.without(~scored)  # no loss where a reward is unknown (None)
         clock.lap("reward")
-        if args.dynamic_sampling:  # sample until P groups are mixed; what belongs to a batch is joined together
+        if args.dynamic_sampling:  # sample until P groups are mixed, then join all of a batch: your own tensors, too
             mixed = mixed_groups(components, component_weights, scored)
             kept.append((mixed, rollout, batch, texts, components, rewards, scored))
             found = sum(len(groups) for groups, *_ in kept)
@@ -260,7 +260,7 @@ def main(args: Args) -> None:
         advantages = group_advantages(rewards, args.normalize_std, scored).flatten().to(device)  # (B,)
         if args.rewards.truncated == "mask":
             advantages = advantages.where(rollout.finished, 0.0)
-        advantages = advantages[:, None].expand_as(rollout.mask)  # (B, T)
+        advantages = advantages[:, None].repeat(1, rollout.mask.shape[1])  # (B, T)
         trained = rollout.trained  # (B, T): the tokens that get a loss, so neither a tool's nor those of unscored rows
         # Rows whose loss has a gradient; the others get a forward pass only, for the metrics. If you add a loss term
         # that has a gradient where the advantage is 0, write [True] * len(advantages).
@@ -275,7 +275,8 @@ def main(args: Args) -> None:
                 weights = torch.zeros(trained.shape, device=device)  # (B, T), indexed by row like the others
                 weights[minibatch] = common.token_weights(trained[minibatch], args.loss_norm, args.max_new_tokens)
                 policy_loss = 0.0  # the KL included
-                # A micro-batch is an arbitrary part of the minibatch: statistics over rows or tokens belong above here.
+                # A micro-batch is an arbitrary part of the minibatch, in any order: statistics over rows or tokens, and
+                # pairs of rows, belong above here.
                 for micro in common.micro_batches(rollout, minibatch, budget, trains):
                     with torch.set_grad_enabled(trains[micro[0]]):  # a micro-batch's rows all train, or none does
                         logprobs, entropy = common.completion_logprobs(policy, rollout, micro, temperature)  # (R, T)

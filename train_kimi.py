@@ -92,7 +92,7 @@ def group_advantages(rewards: Tensor, tau: float, baseline: str, scored: Tensor 
     """
     scored = torch.ones_like(rewards, dtype=torch.bool) if scored is None else scored
     n = scored.sum(1, keepdim=True).clamp(min=1).to(rewards.dtype)
-    mean = (rewards * scored).sum(1, keepdim=True) / n
+    mean = rewards.masked_fill(~scored, 0.0).sum(1, keepdim=True) / n
     if baseline == "log-z":
         mean = tau * ((rewards / tau).masked_fill(~scored, -torch.inf).logsumexp(1, keepdim=True) - n.log())
     return (rewards - mean).masked_fill(is_uniform(rewards, scored)[:, None] | ~scored, 0.0)
@@ -212,7 +212,7 @@ def main(args: Args) -> None:
                 written = trained.any(1)  # (B,): rows with a token that gets a loss
                 row_weights = written / written[minibatch].sum().clamp(min=1)  # (B,)
                 policy_loss = 0.0
-                for micro in common.micro_batches(rollout, minibatch, budget):
+                for micro in common.micro_batches(rollout, minibatch, budget):  # statistics over rows belong above here
                     logprobs, entropy = common.completion_logprobs(policy, rollout, micro, temperature)  # (R, T)
                     loss, loss_metrics = kimi_loss(
                         logprobs,

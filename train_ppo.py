@@ -259,7 +259,7 @@ def main(args: Args) -> None:
                 weights = torch.zeros_like(old_logprobs)  # (B, T), indexed by row like the others
                 weights[minibatch] = common.token_weights(trained[minibatch], args.loss_norm, args.max_new_tokens)
                 policy_loss = 0.0
-                for micro in common.micro_batches(rollout, minibatch, budget):
+                for micro in common.micro_batches(rollout, minibatch, budget):  # statistics over rows belong above here
                     logprobs, entropy = common.completion_logprobs(policy, rollout, micro, temperature)  # (R, T)
                     loss, loss_metrics = ppo_loss(
                         logprobs,

@@ -137,7 +137,8 @@ def token_metrics(rollout: Rollout, rows: list[int], entropy: Tensor, old_logpro
 
 @torch.no_grad()
 def ratio_metrics(ratio: Tensor, advantages: Tensor, mask: Tensor, clip_low: float, clip_high: float) -> dict:
-    """Fractions of tokens whose gradient is removed by the clip, and the largest ratio. Tensors are (B, T)."""
+    """Fractions of tokens whose ratio has left the clip range on the side to which their advantage pushes it, where
+    PPO's clip removes the gradient, and the largest ratio. Tensors are (B, T)."""
     tokens = mask.sum().clamp(min=1)
     clipped_low, clipped_high = (advantages < 0) & (ratio < 1 - clip_low), (advantages > 0) & (ratio > 1 + clip_high)
     return {
@@ -243,11 +244,13 @@ class Health:
             if self.streaks[tag] == self.PATIENCE:
                 self.warn(tag, f"{logged[tag]:.3g} for {self.PATIENCE} iterations: {advice}")
         tag = "rollout/logprob_gap_mean"
-        if (gap := logged.get(tag, 0.0)) > self.gap_limit:
+        if (gap := logged.get(tag, 0.0)) > self.gap_limit or filtered:
             stale = "another policy sampled this batch (an older one, or one with another temperature or dtype)"
             cause = "the sampler's `filter` changed the distribution" if filtered else stale
             limit = f"{gap:.3g}, rounding explains {self.gap_limit:g}"
-            self.warn(tag, f"{limit}: {cause}, but the loss takes its tokens as the policy's own")
+            self.warn(
+                tag, f"{limit}: {cause}. Unless the loss corrects for it, it takes the tokens as the policy's own"
+            )
 
     def warn(self, tag: str, text: str) -> None:
         """Prints a warning, once for each tag."""

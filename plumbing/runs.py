@@ -73,7 +73,8 @@ class Run:
 
     def checkpoint(self, model, iteration: int, global_step: int, **progress) -> None:
         """Saves every --save-every iterations and at the end (0: never), and on Ctrl-C, which then ends the program.
-        progress: further plain values, available in `self.progress` after a resume."""
+        progress: further plain values or tensors, available in `self.progress` after a resume."""
+        check_plain(progress, "run.checkpoint")
         flags, last = self._args.run, iteration == self._args.iterations
         if self._stop.number or (flags.save_every and (last or iteration % flags.save_every == 0)):
             self.writer.flush()
@@ -91,6 +92,17 @@ class Run:
         save_model(self.dir / "final", model, self._tokenizer)
         self._stop.restore()
         print(f"\n{report}\n\nmodel: {self.dir / 'final'}\ncurves: tensorboard --logdir {self.dir}")
+
+
+def check_plain(value, name: str) -> None:
+    """Raises TypeError for what torch.load(weights_only=True) would refuse: no checkpoint could be resumed."""
+    if isinstance(value, dict | list | tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            check_plain(item, f"{name}: {key}")
+    elif not isinstance(value, torch.Tensor | str | bool | int | float | None):
+        raise TypeError(
+            f"{name}: a checkpoint holds numbers, text, tensors, lists and dicts, no {type(value).__name__}"
+        )
 
 
 def run_directory(args) -> Path:

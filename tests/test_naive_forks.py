@@ -235,6 +235,8 @@ def test_a_filter_is_named_and_not_taken_for_another_policy(edited, tmp_path, ca
     run(module.main, rl_args(module, tmp_path))
     warned = capsys.readouterr().err
     assert "the sampler's `filter`" in warned and "another policy" not in warned
+    run(module.main, rl_args(module, tmp_path, dtype="bfloat16"))  # where rounding would explain the gap
+    assert "the sampler's `filter`" in capsys.readouterr().err
 
 
 # ---- Hooks of the sampler --------------------------------------------------------------------------------------------
@@ -313,9 +315,21 @@ def test_a_continued_row_keeps_to_its_limit_and_to_the_context(capsys):
     assert longer.completion_ids[0, 6:8].tolist() == [8, 9] and not longer.trained[0, 6:8].any()
     full = continue_groups(model, rollout, [[8] * 40, None, None, None], 15, seed=2)
     assert full.mask[0].sum() == 6 + 40 + 15  # with the prompt's 3 tokens: 64
+    assert continue_groups(model, rollout, inserts, [-3] * 4, seed=2).mask.sum(1).tolist() == [8, 6, 8, 6]
     for insert, limit in (([8] * 40, 16), ([8] * 56, 0)):
         error = refusal(lambda _, i=insert, n=limit: continue_groups(model, rollout, [i] * 4, n), None, capsys)
         assert "the model's context has 64" in error
+
+
+def test_a_turn_draws_numbers_of_its_own():
+    """With the same seed, or without one, a second turn was drawn with the first one's numbers."""
+    model = make_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # every token is equally likely: equal numbers, equal tokens
+    rollout = sample_groups(model, [[5, 6, 7]], 4, 12, seed=1, eos_token_ids=99)
+    model.generation_config.eos_token_id = 99
+    longer = continue_groups(model, rollout, [[]] * 4, 12, seed=1)
+    assert (longer.completion_ids[:, :12] == longer.completion_ids[:, 12:]).float().mean() < 0.3
 
 
 def test_a_stop_in_a_continued_row_sees_its_new_tokens():
@@ -372,14 +386,26 @@ def test_a_reward_may_be_unknown():
     total, scored = sum_rewards(components, {"x": 2.0, "y": 1.0}, texts, problems)
     assert scored.tolist() == [[True, False], [True, True]]
     assert total[scored].tolist() == [3.0, 4.0, 4.5]
+    assert total[~scored].isnan().all() and components["x"][~scored].isnan().all()
     assert rewards.success_rates(components["x"], scored) == [1.0, 0.375]
     assert rewards.success_rates(components["x"], torch.tensor([[False, False], [True, False]])) == [None, 0.5]
+
+
+def test_a_baseline_that_forgets_the_unknown_rewards_is_no_number(edited, tmp_path, capsys):
+    """A mean over a group took them for 0, and the run went on with other advantages."""
+    naive = {"    advantages = rewards - mean\n": "    advantages = given - given.mean(1, keepdim=True)\n"}
+    start = "    n, uniform = scored.sum"
+    module = edited("train_grpo.py", naive | {start: "    given = rewards\n" + start})
+    module.Verifier = lambda *_: Verifier(are_right=lambda texts, _: [None, *[True, False] * len(texts)][: len(texts)])
+    run(module.main, rl_args(module, tmp_path, iterations=1))
+    assert "warning: loss nan" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("normalize_std", [True, False])
 def test_an_unknown_reward_is_in_no_statistic_of_its_group(normalize_std):
     r, scored = double(3, 5), torch.ones(3, 5, dtype=torch.bool)
     scored[0, [1, 3]] = scored[1, :4] = scored[2] = False
+    r[~scored] = torch.nan
     A = train_grpo.group_advantages(r, normalize_std, scored)
     kimi = train_kimi.group_advantages(r, 0.3, "log-z", scored)
     assert torch.allclose(A[0, scored[0]], train_grpo.group_advantages(r[:1, scored[0]], normalize_std)[0])
@@ -434,6 +460,24 @@ def test_a_verifier_may_take_the_whole_batch_and_fail_for_some(script, tmp_path,
     assert gradients and all((g == 0).all() for row, g in gradients if row % 4 == 1)
     assert any((g != 0).any() for row, g in gradients)
     assert values["reward/accuracy"][0][1] == pytest.approx(1 / 3)
+
+
+def test_advantages_can_be_set_token_by_token(edited, tmp_path, monkeypatch):
+    """They were one number a row, expanded: to set one token to 0 set all of the row's."""
+    line = "        trained = rollout.trained  # (B, T)"
+    module = edited("train_grpo.py", {line: "        advantages[:, 0] = 0.0\n" + line})
+    calls = remember(monkeypatch, module, "grpo_loss")
+    run(module.main, rl_args(module, tmp_path, iterations=1))
+    assert any((arguments["advantages"][:, 1:] != 0).any() for arguments, _ in calls)
+    assert all((arguments["advantages"][:, 0] == 0).all() for arguments, _ in calls)
+
+
+def test_a_checkpoint_that_no_resume_could_read_is_refused_when_it_is_written(edited, tmp_path):
+    module = edited(
+        "train_grpo.py", {"before=before, scores=scores)\n": "before=before, scores=scores, last=rollout)\n"}
+    )
+    with pytest.raises(TypeError, match="run.checkpoint: last: .* no Rollout"):
+        run(module.main, rl_args(module, tmp_path, iterations=1))
 
 
 def test_a_verifier_with_too_few_verdicts_or_a_nan_is_one_line(capsys):
