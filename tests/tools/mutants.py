@@ -49,7 +49,7 @@ train_grpo.py test_grpo.py test_training.py test_updates.py test_naive_forks.py
     truncated completions kept, finished ones masked: advantages.where(<<rollout.finished=>~rollout.finished>>, 0.0)
     no backward pass for rows that have only a KL: (advantages != 0).any(1)<< | (args.kl_coef != 0)=>>>
     the weights taken for the mask: <<A = advantages=>A, mask = advantages, weights != 0>>
-    an unknown reward counts in its group's mean: masked_fill(~scored, 0.0).sum(1, keepdim=True) / <<n.clamp(min=1)=>rewards.shape[1]>>
+    an unknown reward counts in its group's mean: 0.0).sum(1, keepdim=True) / <<n.clamp(min=1)=>rewards.shape[1]>>
 train_pg.py test_pg.py test_training.py test_naive_forks.py
     gamma dropped from the return: rewards[:, t] + <<gamma * =>>>next_return
     delta without the next value: delta = rewards[:, t]<< + gamma * next_value=>>>
