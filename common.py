@@ -11,6 +11,7 @@ import math
 import os
 import random
 import sys
+import tempfile
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from plumbing.engine import PackedGroups, PaddedRows, decoder_class, gather_rows, takes_groups
+from plumbing.engine import PackedGroups, PaddedRows, batch_class, decoder_class, gather_rows
 from plumbing.flags import fail, reason
 
 
@@ -99,17 +100,52 @@ def load_config(path: str, flag: str = "--model"):
 
 def context_length(config) -> float:
     """The model's context length in tokens (prompt + completion); inf if its config sets no limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    text = config.get_text_config()
+    ropes = getattr(text, "rope_parameters", None) or {}
+    limits = [getattr(text, "max_position_embeddings", None) or math.inf]  # XLNet's -1: no limit
+    # A longrope changes for the whole batch when one row exceeds the original context: then a row's logprobs would
+    # depend on other rows, and on how much of it was cached. ("dynamic" ropes change past max_position_embeddings.)
+    for rope in (ropes, *ropes.values()):
+        if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
+            limits.append(rope["original_max_position_embeddings"])
+    limits.append(getattr(text, "keep_window_size", None) or math.inf)  # Doge: past it, later tokens move earlier ones
+    return min(limit for limit in limits if limit > 0)
 
 
 def load_tokenizer(path: str, flag: str = "--model") -> Tokenizer:
-    """The model's tokenizer; if it can't be loaded or has no EOS token, an error that names the flag."""
+    """The model's tokenizer; if it can't be loaded or has no EOS token, an error that names the flag. Its eos_token is
+    the token that ends an assistant's turn in the chat template: a base model's may be another one, Qwen's for example,
+    and then no completion would ever end as a turn does."""
     tokenizer = read_tokenizer(path, flag)
+    if (end := end_of_turn(tokenizer)) != tokenizer.eos_token:
+        print(f"note: {path}: its chat template ends a turn with {end}, not with the eos_token {tokenizer.eos_token}")
+        tokenizer.eos_token = end
     if tokenizer.eos_token_id is None:
         fail(f"{flag} {path}: its tokenizer has no EOS token, so no completion could ever end")
     if not tokenizer.chat_template:
         print(f"note: {path} has no chat template: prompts are the bare questions", file=sys.stderr)
     return tokenizer
+
+
+def pad_apart(tokenizer: Tokenizer) -> int:
+    """A pad id that never ends a text. transformers' sequence classifiers read the last token that is not padding, so
+    with pad = EOS, as many tokenizers have it, they read another token than the EOS."""
+    ids = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id]
+    ids += [id for id, token in tokenizer.added_tokens_decoder.items() if token.special]
+    apart = [id for id in ids if id not in (None, tokenizer.eos_token_id)]
+    return apart[0] if apart else max({*tokenizer.get_vocab().values()} - {tokenizer.eos_token_id})
+
+
+def end_of_turn(tokenizer: Tokenizer) -> str | None:
+    """The first special token after an assistant's text in the chat template; the eos_token if there is none."""
+    try:
+        turns = [{"role": role, "content": text} for role, text in (("user", "-"), ("assistant", "%%"))]
+        rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("%%")[2]
+    except Exception:  # a template may raise anything; encode_prompts will report it
+        return tokenizer.eos_token
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    found = {rest.find(token): token for token in sorted({*special, tokenizer.eos_token} - {None}, key=len)}
+    return next((token for at, token in sorted(found.items()) if at >= 0), tokenizer.eos_token)
 
 
 def read_tokenizer(path: str, flag: str) -> Tokenizer:
@@ -151,7 +187,7 @@ def load_weights(auto_class, path: str, device, dtype, from_scratch: bool = Fals
         transformers_logging.set_verbosity_error()  # it would warn about the new head
     try:
         if from_scratch:
-            return auto_class.from_config(load_config(path), **options).to(device).eval()
+            return plain_outputs(auto_class.from_config(load_config(path), **options)).to(device).eval()
         model, loading = auto_class.from_pretrained(path, use_safetensors=True, output_loading_info=True, **options)
     except Exception as error:
         fail(f"{path}: its weights can't be loaded ({reason(error)})")
@@ -161,7 +197,31 @@ def load_weights(auto_class, path: str, device, dtype, from_scratch: bool = Fals
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         fail(f"{path}: its weights are incomplete: {missing[0]}{more} not in its files")
+    check_saving(plain_outputs(model), path, auto_class)
     return model.to(device).eval()
+
+
+def plain_outputs(model: PreTrainedModel) -> PreTrainedModel:
+    """Switches off what a config may ask for and a training loop does not: attention maps, hidden states, router
+    logits. They come before or beside the logits, take memory, and some can't be saved in a config."""
+    for config in (model.config, model.config.get_text_config()):
+        config.return_dict = True
+        for name in [name.removeprefix("_") for name, value in vars(config).items() if value is True]:
+            if name.startswith("output_"):
+                setattr(config, name, False)
+    return model
+
+
+def check_saving(model: PreTrainedModel, path: str, auto_class) -> None:
+    """An error if a checkpoint's config could not be written or loaded again: before training, not after."""
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            model.config.save_pretrained(directory)
+            config = AutoConfig.from_pretrained(directory)
+            if type(config) not in auto_class._model_mapping:
+                raise ValueError(f"{auto_class.__name__} knows no {type(config).__name__}")
+    except Exception as error:
+        fail(f"{path}: a checkpoint of it could not be saved and loaded again ({reason(error)})")
 
 
 def load_policy(
@@ -172,11 +232,28 @@ def load_policy(
     check_vocabulary(path, tokenizer)
     model = load_weights(AutoModelForCausalLM, path, device, dtype, from_scratch)
     # Keep only the generation config's stop tokens, no top-p or penalties: the policy is the plain softmax.
-    named = model.generation_config.eos_token_id
-    eos = None if tokenizer is None else tokenizer.eos_token_id
-    stops = sorted({*(named if isinstance(named, list) else [named]), eos} - {None}) or None
-    model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=model.config.pad_token_id)
+    text_config, stops, unused = model.config.get_text_config(), set(), None
+    for named in (model.generation_config.eos_token_id, getattr(text_config, "eos_token_id", None)):
+        stops |= {*named} if isinstance(named, list) else {named}
+    if tokenizer is not None:
+        stops.add(tokenizer.eos_token_id)
+        unused = unused_ids(model, tokenizer, path)
+    pad = getattr(text_config, "pad_token_id", None)
+    model.generation_config = GenerationConfig(
+        eos_token_id=sorted(stops - {None}) or None, pad_token_id=pad, suppress_tokens=unused
+    )
     return model
+
+
+def unused_ids(model: PreTrainedModel, tokenizer: Tokenizer, path: str) -> list[int] | None:
+    """The ids without a token: embeddings are often padded to a round number. They decode to nothing, so they have
+    probability 0 in sampler and trainer (generation_config.suppress_tokens). None: there is none. An error if the
+    embeddings are smaller than the vocabulary."""
+    used, size = {*tokenizer.get_vocab().values()}, len(model.get_input_embeddings().weight)
+    if beyond := sorted(used - {*range(size)} - {tokenizer.pad_token_id}):
+        token = tokenizer.convert_ids_to_tokens(beyond[0])
+        fail(f"{path}: its tokenizer has {len(beyond)} tokens, such as {token!r}, past the model's {size} embeddings")
+    return sorted({*range(size)} - used) or None
 
 
 def load_value_model(
@@ -196,7 +273,12 @@ def load_value_model(
 
 
 def value_head(model: PreTrainedModel) -> nn.Module:
-    return getattr(model, "score", None) or model.classifier
+    """The linear layer from a hidden state to a value or score."""
+    heads = [getattr(model, name, None) for name in ("score", "classifier")]
+    linear = [head for head in heads if isinstance(head, nn.Linear)]
+    if not linear:
+        fail(f"{model.name_or_path}: {type(model).__name__} has no linear head, as critics and reward models need here")
+    return linear[0]
 
 
 def load_reward_model(
@@ -207,7 +289,9 @@ def load_reward_model(
     if new_head:
         return load_value_model(path, tokenizer, device, dtype, AutoModelForSequenceClassification)
     check_reward_model(path, tokenizer, flag)
-    return load_weights(AutoModelForSequenceClassification, path, device, dtype)
+    model = load_weights(AutoModelForSequenceClassification, path, device, dtype)
+    value_head(model)
+    return model
 
 
 def check_reward_model(path: str, tokenizer: Tokenizer | None, flag: str = "--reward-model") -> None:
@@ -219,7 +303,8 @@ def check_reward_model(path: str, tokenizer: Tokenizer | None, flag: str = "--re
 
 def checkpoint_layers(model: PreTrainedModel) -> None:
     """Gradient checkpointing: keeps only each layer's input, recomputes the rest. transformers' needs train mode."""
-    for layer in max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len):
+    decoder = model.base_model.get_decoder()  # not an image encoder, which may have more layers
+    for layer in max((m for m in decoder.modules() if isinstance(m, nn.ModuleList)), key=len):
 
         def forward(*args, run=layer.forward, **kwargs):
             if not torch.is_grad_enabled():
@@ -245,6 +330,7 @@ class Rollout:
     group_size: int
     loss_mask: Tensor | None = None  # (B, T) bool: the real tokens that get a loss; None: all of them
     filtered: bool = False  # sampled through a filter: then sampler_logprobs are not the policy's own
+    stop_ids: tuple = ()  # the tokens that end a completion, where it was sampled
 
     @property
     def trained(self) -> Tensor:
@@ -296,7 +382,7 @@ def join_groups(parts: list[tuple], limit: int) -> tuple:
                 values = [replace(value, loss_mask=value.trained) for value in values]
             names = [field.name for field in dataclasses.fields(Rollout)]
             return Rollout(**{name: join([getattr(value, name) for value in values]) for name in names})
-        if first is None or isinstance(first, int):  # no loss_mask; group_size, filtered
+        if first is None or isinstance(first, int | tuple):  # no loss_mask; group_size, filtered, stop_ids
             return max(values) if first is not None else None
         size = len(first) // prompts[0]  # entries a group
         picked = [[p * size + i for p in groups for i in range(size)] for groups, *_ in parts]
@@ -399,9 +485,11 @@ def sample_groups(
     finished = torch.zeros(B, dtype=torch.bool, device=device)
 
     decoder = decoder_class(model)(model, prompts, group_size, longest)
-    logits = decoder.prefill()  # (B, V)
+    logits, unused = decoder.prefill(), suppressed(model)  # (B, V)
     rows, ended = torch.arange(B, device=device), finished.clone()  # the rows in the batch, and which of them ended
     for step in range(longest):
+        if unused is not None:
+            logits = logits.index_fill(1, unused, -torch.inf)
         tokens, logprobs = sample_tokens(logits, temperature, uniforms[rows, step], filter)
         completion_ids[rows, step], sampler_logprobs[rows, step], mask[rows, step] = tokens, logprobs, ~ended
         stops = torch.isin(tokens, eos)
@@ -425,9 +513,11 @@ def sample_groups(
         logits = decoder.step(tokens)
 
     T = int(mask.sum(1).max())
+    if not sampler_logprobs.masked_fill(~mask, 0.0).isfinite().all():
+        fail("the sampled tokens have NaN or infinite logprobs: damaged weights, or a temperature that is too small")
     completion_ids, sampler_logprobs = completion_ids.masked_fill(~mask, 0), sampler_logprobs.masked_fill(~mask, 0.0)
     tensors = completion_ids[:, :T], mask[:, :T], sampler_logprobs[:, :T], finished
-    return Rollout(prompts, *tensors, group_size, filtered=filter is not None)
+    return Rollout(prompts, *tensors, group_size, filtered=filter is not None, stop_ids=tuple(eos.tolist()))
 
 
 def continue_groups(
@@ -481,7 +571,13 @@ def continue_groups(
     loss_mask = whole.mask.clone()
     loss_mask[whole.mask] = torch.tensor([value for row in trained for value in row], device=device)
     filtered = rollout.filtered or filter is not None
-    return replace(whole, finished=finished, loss_mask=loss_mask, filtered=filtered)
+    return replace(whole, finished=finished, loss_mask=loss_mask, filtered=filtered, stop_ids=rollout.stop_ids)
+
+
+def suppressed(model: PreTrainedModel) -> Tensor | None:
+    """The ids that the policy never samples (see unused_ids)."""
+    ids = getattr(model.generation_config, "suppress_tokens", None)
+    return None if ids is None else torch.tensor(ids, device=model.device)
 
 
 CDF_BLOCK = 16  # vocabulary entries per block of the cumulative sum
@@ -537,8 +633,8 @@ def pack_rows(model: PreTrainedModel, rollout: Rollout, rows: list[int]) -> Pack
     mask = mask[:, : int(mask.sum(1).max())]
     number = {p: i for i, p in enumerate(prompts)}
     group = torch.tensor([number[row // rollout.group_size] for row in rows], device=mask.device)
-    kind = PackedGroups if takes_groups(model) else PaddedRows
-    return kind([rollout.prompt_ids[p] for p in prompts], rollout.completion_ids[rows, : mask.shape[1]], mask, group)
+    packed = [rollout.prompt_ids[p] for p in prompts], rollout.completion_ids[rows, : mask.shape[1]], mask, group
+    return batch_class(model)(*packed)
 
 
 def logits_at_once(device: torch.device) -> int:
@@ -572,30 +668,32 @@ def slices(hidden: Tensor, weight: Tensor | None) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(hidden), size)]
 
 
-def scaled_logits(hidden: Tensor, weight: Tensor | None, temperature: float) -> Tensor:
-    """Logits / temperature in fp32, as a new tensor that the caller may change in place."""
+def scaled_logits(hidden: Tensor, weight: Tensor | None, temperature: float, unused: Tensor | None) -> Tensor:
+    """Logits / temperature in fp32, -inf at unused ids, as a new tensor that the caller may change in place."""
     if weight is None:
-        return hidden.float() / temperature
-    logits = (hidden @ weight.T).float()
-    return logits if temperature == 1 else logits.div_(temperature)
+        logits = hidden.float() / temperature
+    else:
+        logits = (hidden @ weight.T).float()
+        logits = logits if temperature == 1 else logits.div_(temperature)
+    return logits if unused is None else logits.index_fill_(1, unused, -torch.inf)
 
 
 class HeadLogprobs(torch.autograd.Function):
     """log softmax(hidden @ weight.T / temperature) at the targets (N,), and the softmax's entropy, both (N,) in fp32,
     from hidden (N, H). Saves memory: only one slice of the logits exists at a time, and the backward pass recomputes
-    them. weight None: hidden holds the logits."""
+    them. weight None: hidden holds the logits. unused: ids that have no probability, or None."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature):
+    def forward(ctx, hidden, weight, targets, temperature, unused):
         logprobs, entropy, normalizers = (torch.empty(len(hidden), device=hidden.device) for _ in range(3))
         for rows in slices(hidden, weight):
-            logits = scaled_logits(hidden[rows], weight, temperature)
+            logits = scaled_logits(hidden[rows], weight, temperature, unused)
             normalizers[rows] = logits.logsumexp(-1)
             logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - normalizers[rows]
             logits -= normalizers[rows, None]
             entropy[rows] = -(logits.exp() * logits.clamp(min=-1e4)).sum(-1)  # 0 * -inf would be NaN
         ctx.save_for_backward(hidden, weight, targets, normalizers, entropy)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.unused = temperature, unused
         ctx.set_materialize_grads(False)  # an unused output's gradient is None: no work for it
         return logprobs, entropy
 
@@ -608,7 +706,7 @@ class HeadLogprobs(torch.autograd.Function):
         trains_head = ctx.needs_input_grad[1]  # False without a weight, or if the head is frozen
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if trains_head else None
         for rows in slices(hidden, weight):
-            logits = scaled_logits(hidden[rows], weight, ctx.temperature)
+            logits = scaled_logits(hidden[rows], weight, ctx.temperature, ctx.unused)
             log_softmax = logits.sub_(normalizers[rows, None])
             # d logprob / d logits = (one at the target) - softmax
             # d entropy / d logits = - softmax * (log softmax + entropy)
@@ -623,7 +721,7 @@ class HeadLogprobs(torch.autograd.Function):
             hidden_gradient[rows] = error if weight is None else error @ weight
             if trains_head:
                 weight_gradient += error.T @ hidden[rows]
-        return hidden_gradient, weight_gradient.to(weight.dtype) if trains_head else None, None, None
+        return hidden_gradient, weight_gradient.to(weight.dtype) if trains_head else None, None, None, None
 
 
 def completion_logprobs(
@@ -631,12 +729,12 @@ def completion_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """logprobs and entropy of the completions in `rows`, both (R, T), 0 on padding, with gradient. One forward pass."""
     batch, mask = pack_rows(model, rollout, rows), rollout.mask[rows]
-    targets = rollout.completion_ids[rows][mask]  # (N,)
+    targets, options = rollout.completion_ids[rows][mask], (temperature, suppressed(model))  # (N,)
     if has_plain_head(model):
         hidden = gather_rows(batch.run(model.base_model), batch.predictor)
-        logprobs, entropy = HeadLogprobs.apply(hidden, model.get_output_embeddings().weight, targets, temperature)
+        logprobs, entropy = HeadLogprobs.apply(hidden, model.get_output_embeddings().weight, targets, *options)
     else:
-        logprobs, entropy = HeadLogprobs.apply(batch.logits(model), None, targets, temperature)
+        logprobs, entropy = HeadLogprobs.apply(batch.logits(model), None, targets, *options)
     zeros = torch.zeros(mask.shape, device=mask.device)
     return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
 
@@ -675,7 +773,7 @@ def completion_scores(reward_model: PreTrainedModel, rollout: Rollout, rows: lis
     token comes from the batch. The model's own forward would search for the pad id and stop too early if pad and EOS
     are the same."""
     batch = pack_rows(reward_model, rollout, rows)
-    scores = reward_model.score(batch.run(reward_model.base_model)[batch.ends])[:, 0].float()
+    scores = value_head(reward_model)(batch.run(reward_model.base_model)[batch.ends])[:, 0].float()
     return scores - getattr(reward_model.config, "score_mean", 0.0)
 
 

@@ -394,6 +394,9 @@ def read_samples(rows: list[tuple[str, dict]], source: str) -> list[dict]:
                 if not isinstance(completion, dict) or not isinstance(completion.get("text"), str):
                     raise ValueError("a completion has no field 'text'")
                 check_text("text", completion["text"])
+                ids = completion.get("ids", [])
+                if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
+                    raise ValueError("a completion's 'ids' are no list of token ids; leave the field out")
                 score = completion.get("reward")
                 if not isinstance(score, int | float) or not abs(score) < 1e9:  # also refuses NaN
                     raise ValueError(f"a completion's 'reward' is {str(score)[:80]}, a number is expected")
@@ -422,8 +425,8 @@ class Demonstration:
     question: str
     completion: str
     messages: tuple | None = None  # the prompt's turns, see data.Problem
-    prompt_ids: tuple = field(default=(), compare=False, repr=False)  # both are set by encode_demonstrations
-    completion_ids: tuple = field(default=(), compare=False, repr=False)
+    prompt_ids: tuple = field(default=(), compare=False, repr=False)  # both are set by encode_demonstrations; before,
+    completion_ids: tuple = field(default=(), compare=False, repr=False)  # this holds the ids of a samples file, if any
 
     def to_row(self) -> dict:
         return {"prompt": prompt_value(self.question, self.messages), "completion": self.completion}
@@ -484,7 +487,9 @@ def demonstrations_from(records: list[dict], keep: str) -> list[Demonstration]:
     demonstrations = []
     for record in records:
         question, messages = add_mode(record["question"], record["messages"], record.get("mode"))
-        demonstrations += [Demonstration(question, text, messages) for text in chosen_samples(record, keep)]
+        ids = {completion["text"]: tuple(completion.get("ids", ())) for completion in record["completions"]}
+        chosen = chosen_samples(record, keep)
+        demonstrations += [Demonstration(question, text, messages, (), ids[text]) for text in chosen]
     return demonstrations
 
 
@@ -496,29 +501,61 @@ def encode_prompts(tokenizer, prompts: list, system_prompt: str = "") -> list[li
 
     prompts: texts (one user turn) or tuples of (role, content). A prompt's own system turn replaces system_prompt.
     Without a chat template the prompt is the bare text. If the template refuses system turns (Gemma's), the system
-    prompt is put at the start of the first turn instead.
+    prompt is put at the start of the first turn instead. An error if it refuses a prompt or leaves out the user's text.
+    Special tokens in a user's text, such as a question about <|im_end|>, are text: they end no turn.
     """
     turns = [as_dicts((("user", prompt),) if isinstance(prompt, str) else prompt) for prompt in prompts]
     if not tokenizer.chat_template:
-        return [tokenizer("\n\n".join(message["content"] for message in messages)).input_ids for messages in turns]
+        texts = ["\n\n".join(message["content"] for message in messages) for messages in turns]
+        encoded = [tokenizer(text, split_special_tokens=True).input_ids for text in texts]
+        return [ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids for ids in encoded]  # some append their EOS
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     turns = [messages if messages[0]["role"] == "system" else [*system, *messages] for messages in turns]
 
     def without_system(messages: list[dict]) -> list[dict]:
-        if messages[0]["role"] != "system":
+        if messages[0]["role"] != "system" or len(messages) < 2:
             return messages
         system, first, *rest = messages
         return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
-    def encode(conversations: list) -> list[list[int]]:
-        # The template writes the BOS itself, if there is one. With add_special_tokens there would be two.
-        texts = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
-        return token_ids(tokenizer, texts)
+    def render(messages: list[dict]) -> str:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        if "".join(messages[-1]["content"].split()) not in "".join(text.split()):
+            raise ValueError("it leaves out the user's text")
+        return text
 
-    try:
-        return encode(turns)
-    except TemplateError:
-        return encode([without_system(messages) for messages in turns])
+    texts = []
+    for messages in turns:
+        try:
+            try:
+                texts.append(render(messages))
+            except TemplateError:  # for example: system turns are not supported
+                texts.append(render(without_system(messages)))
+        except Exception as error:  # a template may raise anything
+            prompt = messages[-1]["content"][:200]
+            whose = tokenizer.name_or_path or "this tokenizer"
+            fail(f"the chat template of {whose} can't render {prompt!r} ({reason(error)})")
+    # The template writes the BOS itself, if there is one. With add_special_tokens there would be two.
+    encoded = token_ids(tokenizer, texts)
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for i, messages in enumerate(turns):
+        written = "".join(message["content"] for message in messages if message["role"] == "user")
+        if any(token in written for token in special):
+            encoded[i] = encode_around(tokenizer, texts[i], messages)
+    return encoded
+
+
+def encode_around(tokenizer, text: str, messages: list[dict]) -> list[int]:
+    """Token ids of a rendered prompt in which the special tokens of the user's texts are text."""
+    ids = []
+    for message in messages:
+        content = message["content"].strip()
+        before, found, text = text.partition(content)
+        if not found:
+            fail(f"{tokenizer.name_or_path}: its chat template changes a text with special tokens: {content[:200]!r}")
+        ids += token_ids(tokenizer, [before])[0]
+        ids += tokenizer(content, add_special_tokens=False, split_special_tokens=message["role"] == "user").input_ids
+    return ids + token_ids(tokenizer, [text])[0]
 
 
 def encode_problems(
@@ -538,12 +575,34 @@ def encode_problems(
     return [replace(problem, prompt_ids=tuple(ids)) for problem, ids in zip(problems, encoded, strict=True)]
 
 
-def encode_completions(tokenizer, completions: list[str], prompts: list[list[int]]) -> list[list[int]]:
-    """Token ids of each completion, EOS included. They are tokenized apart from the prompt: no token spans both. If the
-    template opens the think block in the prompt, a <think> at the start of the text (see `decode`) is left out."""
-    opened = opens_thinking(tokenizer, prompts)
-    texts = [text.removeprefix("<think>") if o else text for text, o in zip(completions, opened, strict=True)]
-    return [ids + [tokenizer.eos_token_id] for ids in token_ids(tokenizer, texts)]
+def encode_completions(
+    tokenizer, completions: list[str], prompts: list[list[int]], sampled: list[tuple] | None = None
+) -> list[list[int]]:
+    """Token ids of each completion after its prompt, with one EOS at the end. No token spans prompt and completion. The
+    part of the think block that the template wrote into the prompt (see `decode`) is left out.
+
+    sampled: for each completion the ids that a samples file holds of it, or (). They are taken if this tokenizer
+    decodes them to the same text; encoded anew, a text may have other ids than the policy sampled."""
+    heads, eos = thinking_heads(tokenizer, prompts), tokenizer.eos_token
+    texts = [text.removeprefix(head).removesuffix(eos) for text, head in zip(completions, heads, strict=True)]
+    encoded = ids_after(tokenizer, prompts, texts)
+    known = [i for i, ids in enumerate(sampled or []) if ids and max(ids) < len(tokenizer)]
+    for i, text in zip(known, tokenizer.batch_decode([list(sampled[i]) for i in known]) if known else [], strict=True):
+        encoded[i] = list(sampled[i]) if text == texts[i] else encoded[i]
+    return [ids + [tokenizer.eos_token_id] for ids in encoded]
+
+
+def ids_after(tokenizer, before: list[list[int]], texts: list[str]) -> list[list[int]]:
+    """Token ids of each text as it would stand after the ids before it. Encoded alone it may begin with a space that
+    nobody wrote (SentencePiece's dummy prefix). If both would share a token, the text is encoded alone."""
+    anchors = tokenizer.batch_decode([list(ids[-1:]) for ids in before])
+    anchor_ids = {anchor: token_ids(tokenizer, [anchor])[0] for anchor in {*anchors}}
+    joint = token_ids(tokenizer, [anchor + text for anchor, text in zip(anchors, texts, strict=True)])
+    encoded = []
+    for ids, anchor, text in zip(joint, anchors, texts, strict=True):
+        head = anchor_ids[anchor]
+        encoded.append(ids[len(head) :] if ids[: len(head)] == head else token_ids(tokenizer, [text])[0])
+    return encoded
 
 
 def follow_up_ids(tokenizer, text: str, finished: bool = True) -> list[int]:
@@ -563,28 +622,37 @@ def token_ids(tokenizer, texts: list[str]) -> list[list[int]]:
     return [ids for chunk in chunks for ids in tokenizer(chunk, add_special_tokens=False).input_ids]
 
 
-def opens_thinking(tokenizer, prompts: list[list[int]]) -> list[bool]:
-    """For each prompt, whether it ends with a <think> that the chat template wrote."""
-    heads = tokenizer.batch_decode([list(prompt[-8:]) for prompt in prompts])
-    return [head.rstrip().endswith("<think>") for head in heads]
+def thinking_heads(tokenizer, prompts: list[list[int]]) -> list[str]:
+    """The think block, or its beginning, that the chat template wrote at each prompt's end; "" if there is none. It
+    counts as the completion's beginning."""
+    tails = tokenizer.batch_decode([list(prompt[-32:]) for prompt in prompts])
+    found = [re.search(r"<think>(\s*</think>\s*)?\s*$", tail) for tail in tails]
+    return ["<think>" + (match[1] or "") if match else "" for match in found]
 
 
 def decode(tokenizer: Tokenizer, rollout: Rollout) -> list[str]:
-    """(B,) completion texts without EOS, for rewards and for people. Don't encode them again: the rollout has the ids.
+    """(B,) completion texts for rewards and for people, without padding and the tokens at which sampling stops. Other
+    special tokens, such as some models' <think>, are text. Don't encode the texts again: the rollout has the ids.
 
-    If the chat template opens the think block in the prompt, <think> is put in front of the text, where it belongs.
+    A think block that the chat template wrote or began in the prompt is put in front of the text, where it belongs.
     """
-    G, rows = rollout.group_size, zip(rollout.completion_ids.tolist(), rollout.mask.sum(1).tolist(), strict=True)
-    texts = tokenizer.batch_decode([ids[:n] for ids, n in rows], skip_special_tokens=True)
-    opened = opens_thinking(tokenizer, rollout.prompt_ids)
-    return ["<think>" * opened[i // G] + text for i, text in enumerate(texts)]
+    texts, heads = tokenizer.batch_decode(text_ids(tokenizer, rollout)), thinking_heads(tokenizer, rollout.prompt_ids)
+    return [heads[i // rollout.group_size] + text for i, text in enumerate(texts)]
+
+
+def text_ids(tokenizer: Tokenizer, rollout: Rollout) -> list[list[int]]:
+    """(B,) the ids of each completion's text: without padding and stops."""
+    drop = {tokenizer.eos_token_id, tokenizer.pad_token_id, *rollout.stop_ids}
+    rows = zip(rollout.completion_ids.tolist(), rollout.mask.sum(1).tolist(), strict=True)
+    return [[token for token in ids[:n] if token not in drop] for ids, n in rows]
 
 
 def encode_demonstrations(tokenizer, demonstrations: list[Demonstration], system_prompt: str, context: float) -> list:
     """The demonstrations that fit the context, with their token ids. Longer ones are dropped and counted: if they were
     cut, they would lose the answer and the EOS."""
     prompts = encode_prompts(tokenizer, [d.messages or d.question for d in demonstrations], system_prompt)
-    completions = encode_completions(tokenizer, [d.completion for d in demonstrations], prompts)
+    sampled = [d.completion_ids for d in demonstrations]
+    completions = encode_completions(tokenizer, [d.completion for d in demonstrations], prompts, sampled)
     encoded = [
         replace(d, prompt_ids=tuple(prompt), completion_ids=tuple(completion))
         for d, prompt, completion in zip(demonstrations, prompts, completions, strict=True)
@@ -597,6 +665,15 @@ def encode_demonstrations(tokenizer, demonstrations: list[Demonstration], system
 
 
 # ---- The order in which problems are drawn -------------------------------------------------------------------------
+
+
+CONTENTS = {  # what an item holds that a run learns from, and its name in an error
+    "prompt_ids": "the prompts' tokens",
+    "answer": "the answers",
+    "completion_ids": "the demonstrations' tokens",
+    "chosen_ids": "the chosen completions' tokens",
+    "rejected_ids": "the rejected completions' tokens",
+}
 
 
 class ProblemSampler:
@@ -686,13 +763,27 @@ class ProblemSampler:
         values = {"sampler/seen": len(rates) / self.size, "sampler/success_rate": sum(rates) / max(1, len(rates))}
         return values | ({"sampler/unweighted": self.unweighted} if self.mode == "prioritized" else {})
 
+    @functools.cached_property
+    def digests(self) -> dict[str, str]:
+        """A digest of what the items are made of, by kind: prompts as token ids, answers, and so on."""
+        kinds = [name for name in CONTENTS if hasattr(self.items[0], name)] if self.items else []
+        content = {name: repr([getattr(item, name) for item in self.items]) for name in kinds}
+        return {name: hashlib.sha256(text.encode(errors="replace")).hexdigest() for name, text in content.items()}
+
     def state_dict(self) -> dict:
         ledger = {"attempts": list(self.attempts), "successes": list(self.successes), "rates": list(self.rates)}
-        return ledger | {"drawn": self.drawn, "total_draws": self.total_draws, "unweighted": self.unweighted}
+        counts = {"drawn": self.drawn, "total_draws": self.total_draws, "unweighted": self.unweighted}
+        return ledger | counts | {"digests": self.digests}
 
     def load_state_dict(self, state: dict) -> None:
         if len(state["attempts"]) != self.size:
             fail(f"--resume: the run had {len(state['attempts'])} problems to draw from, now there are {self.size}")
+        if differ := [CONTENTS[name] for name, digest in self.digests.items() if state["digests"].get(name) != digest]:
+            what = " and ".join(differ)
+            fail(
+                f"--resume: {what} are not those of the run: was a file, or a date in the chat template, changed? "
+                "Restore it, or start a new run with --model RUN/final or a checkpoint's directory"
+            )
         self.drawn, self.unweighted = state["drawn"], state["unweighted"]
         self.total_draws = state["total_draws"]
         self.attempts, self.successes = list(state["attempts"]), list(state["successes"])

@@ -16,7 +16,7 @@ from typing import Literal
 
 import common
 from common import Rollout, continue_groups, derive_seed, sample_groups
-from data import MODES, decode, encode_problems, load_problems, write_jsonl
+from data import MODES, decode, encode_problems, ids_after, load_problems, write_jsonl
 from plumbing.evaluation import evaluate
 from plumbing.flags import SYSTEM_PROMPT, AtLeast1, Positive, check_output, fail, parse_args
 from plumbing.statistics import diversity, format_table, group_by, interval, majority_accuracy, summarize
@@ -30,18 +30,19 @@ def sample_within_budget(
     `budget` tokens gets the stop sentence, which closes the think block, and then answers. Any other unfinished one
     just continues. max_new_tokens: limit after the budget. The stop sentence counts towards the completion's length."""
     rollout = sample_groups(policy, prompts, group_size, budget, temperature, seed)
-    stop, inserts = stop_ids(tokenizer, stop_sentence), []
-    for text, finished in zip(decode(tokenizer, rollout), rollout.finished.tolist(), strict=True):
+    heads = [ids[real].tolist() for ids, real in zip(rollout.completion_ids, rollout.mask, strict=True)]
+    stops, inserts = stop_ids(tokenizer, stop_sentence, heads), []
+    for text, finished, stop in zip(decode(tokenizer, rollout), rollout.finished.tolist(), stops, strict=True):
         thinking = "<think>" in text and "</think>" not in text
         inserts.append(None if finished else stop if thinking else [])
     whole = continue_groups(policy, rollout, inserts, max_new_tokens, temperature, derive_seed("answers", seed))
     return replace(whole, loss_mask=None)
 
 
-def stop_ids(tokenizer, stop_sentence: str) -> list[int]:
-    """Token ids of the stop sentence. If it doesn't close the think block, </think> is appended."""
-    closed = "</think>" in stop_sentence
-    return tokenizer(stop_sentence if closed else stop_sentence + "</think>", add_special_tokens=False).input_ids
+def stop_ids(tokenizer, stop_sentence: str, before: list[list[int]]) -> list[list[int]]:
+    """Token ids of the stop sentence after the ids before it. Without a </think>, it gets one at its end."""
+    sentence = stop_sentence if "</think>" in stop_sentence else stop_sentence + "</think>"
+    return ids_after(tokenizer, before, [sentence] * len(before))
 
 
 # ---- The command ---------------------------------------------------------------------------------------------------
@@ -121,7 +122,7 @@ def main(args: Args) -> None:
         room, limits, sample = args.max_new_tokens, "--max-new-tokens", sample_groups
         if args.think_budget:
             limits = "--think-budget + --stop-sentence + --max-new-tokens"
-            room += args.think_budget + len(stop_ids(tokenizer, args.stop_sentence))
+            room += args.think_budget + len(stop_ids(tokenizer, args.stop_sentence, [[]])[0])
             budget = {"budget": args.think_budget, "stop_sentence": args.stop_sentence}
             sample = partial(sample_within_budget, tokenizer=tokenizer, **budget)
         for mode in modes:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import common
 from common import Rollout
-from data import Problem, encode_completions, encode_prompts, one_by_one, opens_thinking, verifier_of
+from data import Problem, encode_completions, encode_prompts, one_by_one, thinking_heads, verifier_of
 from plumbing.answers import MAX_ANSWER_CHARS, answers_match, extract_answer, matched_by
 from plumbing.flags import AtLeast0, AtLeast1, NonNegative, as_flag, fail
 
@@ -298,7 +298,7 @@ class Verifier:
             flag = "--judge-model" if judge else "--verifier-model"
             self.tokenizer = common.load_tokenizer(path, flag)
             self.yes, self.no = self.replies(path) if judge else ([], [])
-            if judge and opens_thinking(self.tokenizer, encode_prompts(self.tokenizer, ["?"]))[0]:
+            if judge and thinking_heads(self.tokenizer, encode_prompts(self.tokenizer, ["?"]))[0] == "<think>":
                 fail(f"{flag} {path}: its chat template opens a think block, so its reply can't begin with yes or no")
             self.context = common.context_length(common.load_config(path, flag))
             if judge:

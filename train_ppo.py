@@ -124,9 +124,10 @@ def compute_gae(
 
 
 def whiten(advantages: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0 and standard deviation 1 over the mask's tokens of the whole batch, which the policy wrote."""
+    """Mean 0 and standard deviation 1 over the mask's tokens of the whole batch, which the policy wrote; 0 for one."""
     written = advantages[mask]
-    return ((advantages - written.mean()) / (written.std() + 1e-8)).masked_fill(~mask, 0.0)
+    std = written.std() if len(written) > 1 else 0.0
+    return ((advantages - written.mean()) / (std + 1e-8)).masked_fill(~mask, 0.0)
 
 
 def ppo_loss(

@@ -123,7 +123,7 @@ def main(args: Args) -> None:
 
     run = runs.Run(args, tokenizer)
     rm = common.load_reward_model(run.start_from, tokenizer, device, dtype, new_head=run.start_from == args.model)
-    rm.config.pad_token_id = tokenizer.pad_token_id  # transformers' own forward uses it to find the last token
+    rm.config.pad_token_id = tokenizer.pad_token_id = common.pad_apart(tokenizer)
     rm.config.score_mean = 0.0  # set after training
     if args.optimization.gradient_checkpointing:
         common.checkpoint_layers(rm)

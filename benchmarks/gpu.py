@@ -30,7 +30,7 @@ import train_grpo  # noqa: E402
 from benchmarks import memory  # noqa: E402
 from benchmarks.learning import machine, read_scalars  # noqa: E402
 from benchmarks.speed import bandwidth_floor, sampling_speeds  # noqa: E402
-from plumbing.engine import TAKES_GROUPS, GroupDecoder, decoder_class, takes_groups  # noqa: E402
+from plumbing.engine import BATCHES, GroupDecoder, PackedGroups, PaddedRows, batch_class, decoder_class  # noqa: E402
 from plumbing.flags import from_flat  # noqa: E402
 from plumbing.statistics import format_table  # noqa: E402
 
@@ -95,7 +95,13 @@ def check_fast_path(mini: str, device) -> Iterator[Row]:
     for dtype in (torch.float32, torch.bfloat16):
         model = common.load_policy(mini, None, device, dtype)
         meaning = "sampling and training take the slow path; the note on stderr says why"
-        yield Row(f"fast path, {str(dtype)[6:]}", str(takes_groups(model)), "True", takes_groups(model), meaning)
+        yield Row(
+            f"fast path, {str(dtype)[6:]}",
+            batch_class(model).__name__,
+            "PackedGroups",
+            batch_class(model) is PackedGroups,
+            meaning,
+        )
     yield Row("decoder", decoder_class(model).__name__)
 
 
@@ -115,8 +121,8 @@ def check_gradients(mini: str, device) -> Iterator[Row]:
     gradients = []
     for packed in (False, True):
         model = common.load_policy(mini, None, device, torch.float32)
-        takes_groups(model)
-        TAKES_GROUPS[model] = packed
+        batch_class(model)
+        BATCHES[model] = PackedGroups if packed else PaddedRows
         rollout = common.make_rollout(make_prompts(6, 40), [[*range(5, 9 + i), 1] for i in range(24)], 4, device)
         common.completion_logprobs(model, rollout, list(range(24)))[0].sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
@@ -127,7 +133,7 @@ def check_gradients(mini: str, device) -> Iterator[Row]:
 def check_graphs(mini: str, device) -> Iterator[Row]:
     """Compares greedy completions with and without CUDA graphs; the weights change in place before the second batch."""
     model, before = common.load_policy(mini, None, device, torch.float32), common.decoder_class
-    takes_groups(model)
+    batch_class(model)
     for batch in ("first", "second"):
         texts = []
         for kind in (GroupDecoder, decoder_class(model)):

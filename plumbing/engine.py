@@ -11,6 +11,8 @@ in total, V vocabulary; H query heads, KVH key/value heads, D width of a head.
 
 import sys
 import weakref
+from collections.abc import Callable
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from plumbing.flags import fail, reason
 
 GROWTH = 16  # a decoder's buffers grow by this many completion tokens
 PREFILL_TOKENS = 2**15  # prompt tokens per prefill pass
@@ -162,6 +166,8 @@ class PaddedRows:
     """PackedGroups for models whose attention can't be replaced: each row is prompt + completion, right-padded. Under
     a causal mask no real token sees the padding, so no mask is needed and positions count from 0."""
 
+    note = "this model's attention can't be replaced: sampling and training take the slow path"
+
     def __init__(self, prompts: list[list[int]], completions: Tensor, mask: Tensor, group: Tensor):
         heads = [torch.tensor(prompts[p], device=completions.device) for p in group.tolist()]
         rows = [torch.cat([head, ids[m]]) for head, ids, m in zip(heads, completions, mask, strict=True)]
@@ -183,57 +189,15 @@ def gather_rows(t: Tensor, index: Tensor) -> Tensor:
     return nn.functional.embedding(index, t.flatten(1)).view(*index.shape, *t.shape[1:])
 
 
-TAKES_GROUPS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> takes_groups
-
-
-@torch.no_grad()
-def takes_groups(model: PreTrainedModel) -> bool:
-    """Whether our attention can replace the model's, which must be plain causal softmax attention. Tested once per
-    model: the hidden states of packed groups must match those of each row computed alone."""
-    if model not in TAKES_GROUPS:
-        device, base, config = model.device, model.base_model, model.config.get_text_config()
-        before = config._attn_implementation
-        a, b, c, d = range(config.vocab_size // 3, config.vocab_size // 3 + 4)  # special ids are chaotic in bf16
-        prompts, completions = [[a, b, c, d, a], [b, d]], torch.tensor([[c, a, d], [a, b, d], [b, b, c]], device=device)
-        mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1]], device=device).bool()
-        alone = [[*prompts[0], c, a, d], [*prompts[0], a, b], [*prompts[1], b, b, c]]
-        try:
-            if not {*(getattr(config, "layer_types", None) or [])} <= {"full_attention", "attention"}:
-                raise NotImplementedError("windows, chunks or recurrences, which a test on short texts would miss")
-            expected = [base(torch.tensor([ids], device=device), use_cache=False)[0][0, -1] for ids in alone]
-            expected = torch.stack(expected)
-            model.set_attn_implementation("groups")
-            packed = PackedGroups(prompts, completions, mask, torch.tensor([0, 0, 1], device=device))
-            error = (packed.run(base)[packed.ends] - expected).norm(dim=1) / expected.norm(dim=1)
-            limit = 0.05 if model.dtype.itemsize == 2 else 1e-3
-            TAKES_GROUPS[model] = error.max().item() < limit
-            why = f"its hidden states differ by {error.max().item():.2g}, more than {limit:g}"
-        except (torch.OutOfMemoryError, torch.AcceleratorError):  # the device failed, not the model
-            raise
-        except Exception as error:  # an unsupported model may raise anything
-            TAKES_GROUPS[model], why = False, (str(error).strip() or type(error).__name__).splitlines()[0]
-        if not TAKES_GROUPS[model]:
-            model.set_attn_implementation(before)
-            slow = "sampling and training take the slow path"
-            print(f"note: this model's attention can't be replaced: {slow} ({why})", file=sys.stderr)
-    return TAKES_GROUPS[model]
-
-
 # ---- Decoding ------------------------------------------------------------------------------------------------------
 
 
-def decoder_class(model: PreTrainedModel) -> type:
-    config = model.config.get_text_config()
-    rope = str(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None))
-    graph = model.device.type == "cuda" and "dynamic" not in rope and "longrope" not in rope  # these two synchronize
-    return (GraphDecoder if graph else GroupDecoder) if takes_groups(model) else PlainDecoder
-
-
 class PlainDecoder:
-    """Decoder for any model that transformers can generate with. Prompts are left-padded, so that all rows write to
-    the same cache slot; transformers' own cache is expanded to one entry per completion."""
+    """Decoder for any model with a cache of transformers'. Prompts are left-padded, so that all rows write to the same
+    cache slot; the cache is expanded to one entry per completion."""
 
     check_every = 1  # steps between checks for rows that have ended
+    note = "sampling takes the slow path"
 
     def __init__(self, model: PreTrainedModel, prompts: list[list[int]], group_size: int, max_new_tokens: int):
         self.model, self.prompts, self.group_size, self.done = model, prompts, group_size, 0
@@ -244,12 +208,19 @@ class PlainDecoder:
         lengths = torch.tensor([len(prompt) for prompt in self.prompts], device=device)
         attention = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
         positions = (attention.cumsum(1) - 1).clamp(min=0)  # count real tokens only
-        output = self.model(ids, attention_mask=attention, position_ids=positions, use_cache=True, logits_to_keep=1)
+        last = {"logits_to_keep": 1} if "logits_to_keep" in signature(self.model.forward).parameters else {}
+        output = self.call(ids, attention, positions, None, **last)
         self.cache, expand = output.past_key_values, torch.arange(len(ids), device=device)
         expand = expand.repeat_interleave(self.group_size)
         self.cache.reorder_cache(expand)
         self.attention, self.lengths = attention[expand], lengths[expand]
         return output.logits[expand, -1]
+
+    def call(self, ids: Tensor, attention: Tensor, positions: Tensor, cache, **options):
+        """One pass with the cache. Positions only where the model takes them: others count by the mask."""
+        if "position_ids" in signature(self.model.forward).parameters:
+            options["position_ids"] = positions
+        return self.model(ids, attention_mask=attention, past_key_values=cache, use_cache=True, **options)
 
     def batch_size(self, live: int) -> int:
         return live
@@ -263,9 +234,37 @@ class PlainDecoder:
         self.attention = torch.cat([self.attention, self.attention.new_ones(len(tokens), 1)], 1)
         positions = (self.lengths + self.done)[:, None]
         self.done += 1
-        return self.model(
-            tokens[:, None], attention_mask=self.attention, position_ids=positions, past_key_values=self.cache
-        ).logits[:, -1]
+        return self.call(tokens[:, None], self.attention, positions, self.cache).logits[:, -1]
+
+
+class UncachedDecoder:
+    """Decoder for models without a cache that could be used here, such as some recurrent ones: every step computes the
+    whole rows again."""
+
+    check_every = 1
+    note = "sampling computes each row again at every token, which is slow"
+
+    def __init__(self, model: PreTrainedModel, prompts: list[list[int]], group_size: int, max_new_tokens: int):
+        self.model = model
+        self.rows = [torch.tensor(prompt, device=model.device) for prompt in prompts for _ in range(group_size)]
+
+    def prefill(self) -> Tensor:
+        size = max(1, PREFILL_TOKENS // max(map(len, self.rows)))
+        return torch.cat([self.last_logits(self.rows[i : i + size]) for i in range(0, len(self.rows), size)])
+
+    def last_logits(self, rows: list[Tensor]) -> Tensor:
+        logits = self.model(pad_sequence(rows, batch_first=True), use_cache=False).logits
+        return torch.stack([row_logits[len(row) - 1] for row_logits, row in zip(logits, rows, strict=True)])
+
+    def batch_size(self, live: int) -> int:
+        return live
+
+    def keep(self, rows: Tensor) -> None:
+        self.rows = [self.rows[row] for row in rows.tolist()]
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self.rows = [torch.cat([row, token[None]]) for row, token in zip(self.rows, tokens, strict=True)]
+        return self.prefill()
 
 
 class GroupDecoder:
@@ -273,6 +272,7 @@ class GroupDecoder:
     are in buffers that grow by GROWTH tokens and shrink when ended rows are dropped."""
 
     check_every = 1  # steps between checks for rows that have ended
+    note = "sampling runs without CUDA graphs"
 
     def __init__(self, model: PreTrainedModel, prompts: list[list[int]], group_size: int, max_new_tokens: int):
         self.model, self.prompts, self.group_size = model, prompts, group_size
@@ -456,3 +456,125 @@ class GraphDecoder(GroupDecoder):
         with torch.cuda.graph(graph, pool=pool, stream=stream):
             logits = super().compute(*inputs)
         return graph, logits
+
+
+# ---- Which way is exact? -------------------------------------------------------------------------------------------
+
+BATCHES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> batch_class
+DECODERS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> decoder_class
+COMPLETIONS = torch.tensor([[2, 0, 3], [0, 1, 3], [1, 1, 2], [3, 0, 1]])  # of prompts 0 1 2 3 0 and 1 3, two each
+
+
+def batch_class(model: PreTrainedModel) -> type:
+    """The first of PackedGroups and PaddedRows that is exact for this model. Tried once per model: what it computes for
+    a few tokens must be what the model computes for each row alone."""
+    if model not in BATCHES:
+        prompts, completions = probe_ids(model)
+        implementation, group = model.config.get_text_config()._attn_implementation, torch.tensor([0, 0, 1, 1])
+        expected = rows_alone(model, prompts, completions).flatten(0, 1)
+
+        def compute(kind: type) -> Tensor:
+            if kind is PackedGroups and not layer_types(model) <= {"full_attention", "attention"}:
+                raise NotImplementedError("windows, chunks or recurrences, which a test on short texts would miss")
+            model.set_attn_implementation("groups" if kind is PackedGroups else implementation)
+            if kind is PaddedRows:
+                check_causality(model)
+            mask = torch.ones_like(completions).bool()
+            mask[1, 2] = False  # rows of different lengths
+            batch = kind(prompts, completions, mask, group.to(model.device))
+            rows = torch.zeros_like(expected)
+            outputs = batch.logits(model) if generates(model) else batch.run(model.base_model)[batch.predictor]
+            rows[mask.flatten()] = outputs
+            rows[5] = expected[5]
+            return rows
+
+        BATCHES[model] = first_exact(model, (PackedGroups, PaddedRows), compute, expected)
+    return BATCHES[model]
+
+
+def decoder_class(model: PreTrainedModel) -> type:
+    """The first decoder that is exact for this model: prefill and two steps, with a row that leaves in between."""
+    if model not in DECODERS:
+        prompts, completions = probe_ids(model)
+        kinds = [PlainDecoder, UncachedDecoder]
+        if batch_class(model) is PackedGroups:
+            kinds = [GraphDecoder] * (model.device.type == "cuda") + [GroupDecoder, *kinds]
+        expected = rows_alone(model, prompts, completions)
+
+        def compute(kind: type) -> Tensor:
+            if kind is PlainDecoder and any("chunk" in name for name in layer_types(model)):
+                raise NotImplementedError("padding on the left would move the chunks of its attention")
+            decoder, kept = kind(model, prompts, 2, 3), torch.tensor([1, 3], device=model.device)
+            first, second = decoder.prefill(), decoder.step(completions[:, 0]).clone()
+            decoder.keep(kept)
+            third = expected[:, 2].index_copy(0, kept, decoder.step(completions[kept, 1]))
+            GraphDecoder.kept.pop(model, None)
+            return torch.stack([first, second, third], 1)
+
+        DECODERS[model] = first_exact(model, kinds, compute, expected)
+    return DECODERS[model]
+
+
+def layer_types(model: PreTrainedModel) -> set[str]:
+    return {*(getattr(model.config.get_text_config(), "layer_types", None) or [])}
+
+
+def check_causality(model: PreTrainedModel) -> None:
+    """Raises if cutting off a text's second half changes the first half's outputs."""
+    ids = torch.arange(32, device=model.device)[None] % 7 + model.config.get_text_config().vocab_size // 3
+    whole, half = (model.base_model(part, use_cache=False)[0][0, :16] for part in (ids, ids[:, :16]))
+    if (whole - half).float().norm() > 0.15 * half.float().norm():
+        raise NotImplementedError("it is not causal: later tokens move earlier ones")
+
+
+def generates(model: PreTrainedModel) -> bool:
+    """False for a critic and a reward model."""
+    return model.get_output_embeddings() is not None
+
+
+def probe_ids(model: PreTrainedModel) -> tuple[list[list[int]], Tensor]:
+    """Two prompts and four completions (4, 3) of ordinary tokens: special ids are chaotic in bf16."""
+    first = model.config.get_text_config().vocab_size // 3
+    prompts = [[first + token for token in prompt] for prompt in ([0, 1, 2, 3, 0], [1, 3])]
+    return prompts, COMPLETIONS.to(model.device) + first
+
+
+@torch.no_grad()
+def rows_alone(model: PreTrainedModel, prompts: list[list[int]], completions: Tensor) -> Tensor:
+    """(4, 3, V) logits, of a critic or reward model (4, 3, H) hidden states, that predict the completions' tokens. Each
+    row is computed alone, without padding and cache."""
+    rows, run = [], model if generates(model) else model.base_model
+    try:
+        for row, completion in enumerate(completions.tolist()):
+            ids = torch.tensor([prompts[row // 2] + completion[:2]], device=model.device)
+            rows.append(run(ids, use_cache=False)[0][0, -3:])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        fail(f"{model.name_or_path}: can't compute a row of tokens as a causal language model ({reason(error)})")
+    if not torch.stack(rows).isfinite().all():
+        fail(f"{model.name_or_path}: its outputs are NaN or infinite: damaged weights, or too large for {model.dtype}")
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def first_exact(model: PreTrainedModel, kinds, compute: Callable[[type], Tensor], expected: Tensor) -> type:
+    """The first of the classes for which compute(class) is `expected`, compared by the last dimension. A note says why
+    it is not the first; if none is exact, the program ends."""
+    limit, whys = 0.15 if model.dtype.itemsize == 2 else 1e-3, []  # exact ways differ by up to 0.07 and 3e-6
+    for kind in kinds:
+        try:
+            error = (compute(kind) - expected).float().norm(dim=-1) / expected.float().norm(dim=-1).clamp(min=1e-6)
+            if error.max().item() < limit:
+                break
+            why = f"its outputs differ by {error.max().item():.2g}, more than {limit:g}"
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # an unsupported model may raise anything
+            why = reason(error)
+        whys.append(f"{kind.__name__}: {why}")
+    else:
+        fail(f"{model.name_or_path}: can't be run exactly here: {'; '.join(whys)}")
+    if whys:
+        print(f"note: {kind.note} ({whys[-1]})", file=sys.stderr)
+    return kind

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from common import derive_seed, sample_groups
-from data import Problem, decode
+from data import Problem, decode, text_ids
 from plumbing.answers import extract_answer
 from plumbing.statistics import format_table, group_by, summarize
 from rewards import Verifier, format_reward
@@ -33,8 +33,9 @@ def evaluate(
     rewards: dict[str, Callable] | None = None,
 ) -> list[dict]:
     """One record per problem: its row and `completions`, a list of {text, answer, correct, format, reward, length,
-    finished, logprob}. reward is the verdict, 1 if correct; logprob is the sum over the completion's tokens, at
-    `temperature`. Completions whose verdict is None are left out, and so are problems without any other.
+    finished, logprob, ids}. reward is the verdict, 1 if correct; logprob is the sum over the completion's tokens, at
+    `temperature`; ids are the text's tokens as they were sampled. Completions whose verdict is None are left out, and
+    so are problems without any other.
 
     problems: encoded (see data.encode_problems). batch_size: completions sampled at once. verify: a Verifier; None: the
     rules. sample: a function with sample_groups' arguments. rewards: further rewards by name, functions (text, problem)
@@ -49,6 +50,7 @@ def evaluate(
         prompts, batch_seed = [problems[i].prompt_ids for i in batch], derive_seed("evaluate", seed, start)
         rollout = sample(policy, prompts, num_samples, max_new_tokens, temperature, batch_seed)
         texts, lengths, finished = decode(tokenizer, rollout), rollout.lengths.tolist(), rollout.finished.tolist()
+        ids = text_ids(tokenizer, rollout)
         logprobs = rollout.sampler_logprobs.sum(1).tolist()
         correct = verify(texts, [problems[i] for i in batch for _ in range(num_samples)])
         completions = [
@@ -61,8 +63,11 @@ def evaluate(
                 "length": length,
                 "finished": ended,
                 "logprob": logprob,
+                "ids": own_ids,
             }
-            for text, right, length, ended, logprob in zip(texts, correct, lengths, finished, logprobs, strict=True)
+            for text, right, length, ended, logprob, own_ids in zip(
+                texts, correct, lengths, finished, logprobs, ids, strict=True
+            )
         ]
         for p, i in enumerate(batch):
             group = [c for c in completions[p * num_samples : (p + 1) * num_samples] if c["reward"] is not None]

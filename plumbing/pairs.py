@@ -39,8 +39,8 @@ class Pair:
     chosen_finished: bool = True  # ended by an EOS, not cut by the length limit
     rejected_finished: bool = True
     messages: tuple | None = None  # the prompt's turns, see data.Problem
-    prompt_ids: tuple = field(default=(), compare=False, repr=False)  # these three: see encode_pairs
-    chosen_ids: tuple = field(default=(), compare=False, repr=False)
+    prompt_ids: tuple = field(default=(), compare=False, repr=False)  # these three are set by encode_pairs; before,
+    chosen_ids: tuple = field(default=(), compare=False, repr=False)  # the two hold the ids of a samples file, if any
     rejected_ids: tuple = field(default=(), compare=False, repr=False)
 
 
@@ -134,7 +134,8 @@ def sampled_pairs(rows: list[tuple[str, dict]], source: str, min_gap: float, dro
                 if gap > 0 and gap >= min_gap:
                     ends = better.get("finished", True), worse.get("finished", True)
                     topic = str(record.get("topic") or "")
-                    pair = Pair(question, better["text"], worse["text"], place, topic, gap, *ends, messages)
+                    ids = tuple(better.get("ids", ())), tuple(worse.get("ids", ()))
+                    pair = Pair(question, better["text"], worse["text"], place, topic, gap, *ends, messages, (), *ids)
                     pairs.append(pair)
     if not pairs:
         fail(f"{source}: no prompt has two completions whose scores differ by --min-gap {min_gap:g} or more")
@@ -195,12 +196,14 @@ def encode_pairs(tokenizer, pairs: list[Pair], system_prompt: str, context: floa
         if len(prompt) >= context:
             fail(f"{pair.id}: its prompt of {len(prompt)} tokens leaves no room in the model's context of {context}")
 
-    def encode(texts: list[str], finished: list[bool]) -> list[tuple[int, ...]]:
-        ids = encode_completions(tokenizer, texts, prompts)
+    def encode(texts: list[str], finished: list[bool], sampled: list[tuple]) -> list[tuple[int, ...]]:
+        ids = encode_completions(tokenizer, texts, prompts, sampled)
         return [tuple(i if whole else i[:-1]) for i, whole in zip(ids, finished, strict=True)]  # truncated: no EOS
 
-    chosen = encode([pair.chosen for pair in pairs], [pair.chosen_finished for pair in pairs])
-    rejected = encode([pair.rejected for pair in pairs], [pair.rejected_finished for pair in pairs])
+    chosen, rejected = (
+        encode(*([getattr(pair, side + name) for pair in pairs] for name in ("", "_finished", "_ids")))
+        for side in ("chosen", "rejected")
+    )
     encoded = [
         replace(pair, prompt_ids=tuple(prompt), chosen_ids=better, rejected_ids=worse)
         for pair, prompt, better, worse in zip(pairs, prompts, chosen, rejected, strict=True)

@@ -211,6 +211,7 @@ def save_model(target: Path, model, tokenizer, state: dict | None = None, keep: 
         aside.mkdir(parents=True)
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
+        add_older_names(aside)
         if state is not None:
             torch.save(state, aside / "trainer.pt")
             (aside / "digests.json").write_text(json.dumps(file_digests(aside)))
@@ -230,16 +231,41 @@ def save_model(target: Path, model, tokenizer, state: dict | None = None, keep: 
         shutil.rmtree(outdated)
 
 
+def add_older_names(directory: Path) -> None:
+    """Adds to a saved model what transformers 4 reads, which ignores the names of version 5 in silence: the rope's base
+    would be 10,000 whatever the model's. Version 5 reads both."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        rope = part.get("rope_parameters")
+        if isinstance(rope, dict) and "rope_theta" in rope:
+            scaled = rope.get("rope_type", "default") != "default"
+            part |= {"rope_theta": rope["rope_theta"], "rope_scaling": rope if scaled else None}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    path = directory / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) if path.exists() else {}
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    if settings:
+        path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
 def checkpoints(directory: Path) -> list[Path]:  # the newest first
     return sorted(directory.glob("step_*[0-9]"), reverse=True)
 
 
-def file_digests(directory: Path) -> dict[str, str]:
+def file_digests(directory: Path, names: list[str] | None = None) -> dict[str, str]:
+    """The sha256 of the named files, by path within the directory; None: of all files, in its folders too."""
+
     def digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    return {path.name: digest(path) for path in sorted(directory.iterdir()) if path.name != "digests.json"}
+    if names is None:
+        names = [str(path.relative_to(directory)) for path in sorted(directory.rglob("*")) if path.is_file()]
+    return {name: digest(directory / name) for name in names}
 
 
 def load_checkpoint(run: str | None) -> dict:
@@ -250,7 +276,8 @@ def load_checkpoint(run: str | None) -> dict:
     directories = checkpoints(Path(run) / "checkpoints")
     for directory in directories:
         try:
-            if json.loads((directory / "digests.json").read_text()) != file_digests(directory):
+            digests = json.loads((directory / "digests.json").read_text())
+            if digests != file_digests(directory, list(digests)):  # other files, such as .DS_Store, don't matter
                 raise ValueError("its files don't match their digests")
             state = torch.load(directory / "trainer.pt", weights_only=True, map_location="cpu")
         except Exception as error:  # json, torch and the file system raise anything on damaged files

@@ -221,7 +221,7 @@ def test_a_template_that_opens_the_think_block_gets_it_once():
     """Catches: <think> twice, in the prompt and in the demonstration made from a sample."""
 
     class Tokenizer:
-        eos_token_id = 0
+        eos_token_id, eos_token = 0, "<eos>"
 
         def __call__(self, texts, add_special_tokens):
             return type("", (), {"input_ids": [[ord(c) for c in text] for text in texts]})

@@ -322,7 +322,7 @@ class Merging:
     """A tokenizer that merges "=" and "2" where they meet in one text, adds a BOS unless told not to, and has a
     template that writes one."""
 
-    eos_token_id, chat_template = 1, "yes"
+    eos_token_id, eos_token, chat_template, added_tokens_decoder = 1, "<eos>", "yes", {}
     ids = {"<bos>": 2, "=2": 3, "=": 4, "2": 5, "1": 6, "+": 7, "3": 8}
 
     def __call__(self, texts, add_special_tokens=True):
@@ -338,8 +338,8 @@ class Merging:
 
         return Encoded
 
-    def apply_chat_template(self, chats, add_generation_prompt, tokenize):
-        return ["<bos>" + chat[-1]["content"] for chat in chats]
+    def apply_chat_template(self, chat, add_generation_prompt, tokenize):
+        return "<bos>" + chat[-1]["content"]
 
     def batch_decode(self, rows):
         return ["" for _ in rows]

@@ -409,7 +409,8 @@ def test_any_stop_sentence_closes_the_think_block(embedded):
     policy, tokenizer = embedded
     problems = arithmetic(embedded, "arithmetic:5-6", 6)
     sentence = "Given limited time, I'll provide a direct answer now."
-    assert evaluate.stop_ids(tokenizer, "...</think>") == tokenizer("...</think>", add_special_tokens=False).input_ids
+    closed = tokenizer("...</think>", add_special_tokens=False).input_ids
+    assert evaluate.stop_ids(tokenizer, "...</think>", [[5], [6]]) == [closed, closed]
     sample = partial(sample_within_budget, tokenizer=tokenizer, budget=4, stop_sentence=sentence)
     records = evaluate.evaluate(policy, tokenizer, problems, 2, 20, sample=sample)
     texts = [c["text"] for r in records for c in r["completions"]]

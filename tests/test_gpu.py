@@ -8,7 +8,7 @@ import common
 import train_grpo
 from common import completion_logprobs, sample_groups
 from data import decode, encode_prompts, load_problems
-from plumbing.engine import TAKES_GROUPS, GraphDecoder, PlainDecoder, takes_groups
+from plumbing.engine import BATCHES, GraphDecoder, PackedGroups, PaddedRows, PlainDecoder, batch_class
 from plumbing.runs import load_checkpoint
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -51,7 +51,7 @@ def test_the_graph_equals_the_plain_path_and_sees_new_weights(monkeypatch):
     tokenizer = common.load_tokenizer(EMBEDDED)
     policy = common.load_policy(EMBEDDED, None, "cuda")
     torch.set_float32_matmul_precision("highest")
-    assert takes_groups(policy)
+    assert batch_class(policy) is PackedGroups
     prompts = encode_prompts(tokenizer, [p.question for p in load_problems("arithmetic", "eval", 80)])
     prompts = [ids * (1 + 5 * (i % 2)) for i, ids in enumerate(prompts)]  # some much longer
     for batch in (prompts[:40], prompts[40:]):
@@ -76,9 +76,9 @@ def test_packed_gradients_are_the_padded_ones(family, dtype):
     prompts = [[3 + (5 * i + j) % 20 for j in range(4 + i)] for i in range(8)]
     rollout = sample_groups(policy, prompts, 4, 24, seed=1, eos_token_ids=1)
     gradients = []
-    assert takes_groups(policy)
+    assert batch_class(policy) is PackedGroups
     for packed in (True, False):
-        TAKES_GROUPS[policy] = packed
+        BATCHES[policy] = PackedGroups if packed else PaddedRows
         policy.zero_grad()
         completion_logprobs(policy, rollout, list(range(32)))[0].sum().backward()
         gradients.append(torch.cat([p.grad.float().flatten() for p in policy.parameters()]))

@@ -212,7 +212,7 @@ def test_a_head_that_can_not_be_tried_takes_the_slow_path():
 def test_a_loaded_policy_keeps_nothing_of_a_generation_config_but_where_to_stop(tmp_path):
     """transformers refuses to save some hub models' sampling settings, such as a temperature without do_sample. The
     tokenizer's EOS always stops, whatever ids the config names."""
-    model = make_model("llama")
+    model = make_model("llama", vocab_size=103)
     save_model(tmp_path / "model", model, common.load_tokenizer(EMBEDDED))
     poisoned = {"temperature": 0.6, "top_p": 0.9, "do_sample": False, "eos_token_id": [7]}
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(poisoned))

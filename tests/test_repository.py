@@ -20,7 +20,7 @@ SUPERVISED = [Path(f"train_{name}.py") for name in ("sft", "dpo", "rm")]
 MAY_IMPORT = {  # of our own modules; a train script may import any of these, but no command
     "plumbing.flags": "",
     "plumbing.answers": "",
-    "plumbing.engine": "",
+    "plumbing.engine": "plumbing.flags",
     "plumbing.math_verify_process": "",
     "plumbing.statistics": "plumbing.answers",
     "common": "plumbing.engine plumbing.flags",

@@ -9,7 +9,16 @@ import common
 from common import completion_logprobs, join_groups, load_policy, make_rollout, sample_groups, sample_tokens
 from data import decode
 from plumbing import engine
-from plumbing.engine import GROWTH, TAKES_GROUPS, GraphDecoder, GroupDecoder, PlainDecoder, takes_groups
+from plumbing.engine import (
+    BATCHES,
+    GROWTH,
+    GraphDecoder,
+    GroupDecoder,
+    PackedGroups,
+    PaddedRows,
+    PlainDecoder,
+    batch_class,
+)
 
 
 def reference_logits(model, ids: list[int]) -> torch.Tensor:
@@ -42,10 +51,10 @@ def test_which_models_take_groups(model, capsys):
     """A check chooses the slow path and says so once; it leaves nothing else changed."""
     implementation = model.config._attn_implementation
     expected = model.config.model_type != "mistral"
-    assert takes_groups(model) is expected
+    assert (batch_class(model) is PackedGroups) is expected
     assert (model.config._attn_implementation == "groups") is expected
     assert expected or model.config._attn_implementation == implementation
-    takes_groups(model)
+    batch_class(model)
     assert capsys.readouterr().err.count("slow path") == (0 if expected else 1)
 
 
@@ -56,21 +65,21 @@ def test_an_attention_that_ignores_the_groups_is_found_out(capsys):
         layer.self_attn.forward = lambda *args, forward=layer.self_attn.forward, groups=None, **kwargs: forward(
             *args, **kwargs
         )
-    assert not takes_groups(model)
-    assert "slow path (Expected attn_mask" in capsys.readouterr().err  # and why
+    assert batch_class(model) is PaddedRows
+    assert "slow path (PackedGroups: Expected attn_mask" in capsys.readouterr().err  # and why
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_trained_model_takes_groups_in_both_precisions(dtype):
     """Catches: a check on special tokens, where bf16's rounding alone moves a trained model's hidden states by half."""
     policy = load_policy(EMBEDDED, None, dtype=dtype)
-    assert takes_groups(policy)
-    del TAKES_GROUPS[policy]
+    assert batch_class(policy) is PackedGroups
+    del BATCHES[policy]
     for layer in policy.base_model.layers:  # a model that drops the groups is still found out
         layer.self_attn.forward = lambda *args, forward=layer.self_attn.forward, groups=None, **kwargs: forward(
             *args, **kwargs
         )
-    assert not takes_groups(policy)
+    assert batch_class(policy) is PaddedRows
 
 
 def test_ordinary_calls_are_as_before(model):
@@ -78,7 +87,7 @@ def test_ordinary_calls_are_as_before(model):
     ids, mask = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     with torch.no_grad():
         before = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits[:, -1]
-        takes_groups(model)
+        batch_class(model)
         after = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits[:, -1]
     assert torch.allclose(before, after, atol=1e-4)
 
@@ -89,7 +98,7 @@ def test_the_decoders_agree_at_every_length(decoder, limit, monkeypatch):
     """Catches: a full cache buffer; wrong slots of a prompt after some of its rows, or all of them, have ended."""
     model = make_model("llama", max_position_embeddings=256)
     prompts = [[5], list(range(2, 39)), [7, 8, 9], [11, 12]]
-    assert takes_groups(model)
+    assert batch_class(model) is PackedGroups
     monkeypatch.setattr(common, "decoder_class", lambda model: decoder)
     rollout = sample_groups(model, prompts, 5, limit, temperature=1.5, seed=8, eos_token_ids=[EOS, 3])
     assert limit == 1 or len(set(rollout.lengths.tolist())) > 5 or limit < GROWTH
@@ -122,7 +131,7 @@ def test_the_graphs_decoder_equals_the_plain_one(monkeypatch):
         return graph, graph.logits
 
     model = make_model("llama", max_position_embeddings=256)
-    assert takes_groups(model)
+    assert batch_class(model) is PackedGroups
     monkeypatch.setattr(GraphDecoder, "capture", capture)
     long = list(range(2, 39)) * 2  # beyond 64 tokens: wider buffers, so new graphs
     batches = [([[5], long[:28], [7, 8]], 8), ([[6, 5], [9, 10, 11], [12]], 8), ([[6, 5]], 8)]
@@ -329,7 +338,7 @@ def test_16_bit_decoding_and_training_are_one_model(seed):
     model.generation_config.eos_token_id = EOS
     model = model.to(torch.bfloat16)
     rollout = sample_groups(model, [[5, 6, 7, 8, 9, 10] * 4, [12] * 3, [13, 14, 15]], 4, 40, seed=3)
-    assert takes_groups(model)
+    assert batch_class(model) is PackedGroups
     rows = list(range(12))
     with torch.no_grad():
         trained, _ = completion_logprobs(model, rollout, rows)
