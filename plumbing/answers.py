@@ -211,8 +211,8 @@ def read_answer(text: str) -> tuple[str, tuple | None]:
 
 
 def is_mathematics(text: str) -> bool:
-    """True if a text has a digit or a sign of mathematics: words and single letters are compared as text."""
-    return re.search(r"[0-9\\^=+*/(\[{<>,!|-]", text) is not None
+    """True if a text has a digit or a sign of mathematics, or is one letter: words are compared as text."""
+    return re.search(r"[0-9\\^=+*/(\[{<>,!|-]|^[A-Za-z]$", text) is not None
 
 
 def normalise(text: str) -> str:
