@@ -68,7 +68,7 @@ NAMES = {"\\" + name for name in NAMES.split()} | {f"\\{letter}" for letter in "
 
 def tokenise(text: str) -> list:
     r"""Fractions (numbers), letters, commands ("\\frac") and signs. The words and, or are commas; \sin is "sin"."""
-    for pattern, replacement in SIMPLER:
+    for pattern, replacement in SIMPLER if "\\" in text else []:
         text = pattern.sub(replacement, text)
     tokens, position, depth = [], 0, 0
     while position < len(text):

@@ -165,15 +165,15 @@ SHORT_UNITS = set(
 )
 UPRIGHT_UNITS = set("m g s h L l J N W V A K".split())
 AFTER_A_UNIT = set("a an of per the in on at for he she it his her its h s".split())
-NUMBER = "hundred|thousand|milliard|[a-z]*illion|ten|eleven|[a-z]+teen|four|six|seven"
+NUMBER = "four|six|seven|ten|eleven|[a-z]+teen|hundred|thousand|milliard|[a-z]*illion"
 # Longer words that are no unit: they make another number (5 millions), a condition, or a function of what was a number.
 NO_UNIT = re.compile(
     rf"(?:{NUMBER}|zero|one|two|three|five|eight|nine|twelve|[a-z]+ty|dozen|score|gross|lakh|crore|myriad|googol|grand)s?"
-    rf"|(?:{NUMBER}|fif|eigh|nin|twelf|[a-z]+tie)ths?|half|halves|thirds?|[a-z]*fold|doubled?|tripled?|twice|thrice"
-    r"|squared|cubed?|factorial|inverse|negative|infinit[a-z]+|percentile|power|root|reciprocal|choose|modulo"
-    r"|times|plus|minus|over|under|above|below|divided|multiplied|added|subtracted|increased|decreased|reduced|raised"
-    r"|and|nor|but|when|whenever|unless|while|where|whether|not|never|none|except|without|otherwise|than|then|else"
-    r"|because|since|although|though|from|until|into|with|either|neither|both|least|most|about|almost|nearly|around"
+    rf"|(?:(?:{NUMBER}|[a-z]+tie)th|third|fifth|eighth|ninth|twelfth)s?|half|halves|[a-z]*fold|doubled?|tripled?"
+    r"|twice|thrice|squared|cubed?|factorial|inverse|negative|infinity|infinite|percentile|power|root|reciprocal|choose"
+    r"|modulo|times|plus|minus|over|under|above|below|divided|multiplied|added|subtracted|increased|decreased|reduced"
+    r"|raised|and|nor|but|when|whenever|unless|while|where|whether|not|never|none|except|without|otherwise|than|then"
+    r"|else|because|since|although|though|from|until|into|with|either|neither|both|least|most|about|almost|nearly|around"
     r"|roughly|approximately|maybe|perhaps|possibly|alpha|beta|gamma|delta|epsilon|zeta|theta|iota|kappa|lambda"
     r"|omicron|sigma|upsilon|omega"
     r"|(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|exp|sqrt|abs|gcd|lcm|det|max|min|arg|mod)[abntuvxyz]{0,2}",
