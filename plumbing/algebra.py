@@ -649,7 +649,7 @@ def equal(a: tuple, b: tuple) -> bool:
 
 def unordered(some: tuple, others: tuple, match) -> bool:
     """Whether each item of one matches its own item of the other."""
-    others = list(others) if len(some) == len(others) else []
+    others = list(others)
     for item in some:
         found = next((i for i, other in enumerate(others) if match(item, other)), None)
         if found is None:
