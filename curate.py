@@ -32,7 +32,7 @@ from data import (
     verifier_of,
     write_jsonl,
 )
-from plumbing.answers import answers_match, extract_answer, is_mathematics, read_answer
+from plumbing.answers import answers_match, extract_answer, plain_unicode, read_answer
 from plumbing.flags import AtLeast1, Range, Share, check_output, fail, parse_args
 from plumbing.pairs import balance, listed
 from rewards import verifier_prompt
@@ -151,8 +151,8 @@ def drop_unverifiable(problems: list[Problem], dropped: Counter) -> list[Problem
     three words, no plain number, no mathematics)."""
     kept = []
     for problem in problems:
-        text, number = read_answer(problem.answer)
-        short = number is not None or is_mathematics(text, text) or len(text.split()) <= 3
+        text, tree = read_answer(problem.answer)
+        short = tree is not None or len(text.split()) <= 3
         if verifier_of(problem.task) or (short and answers_match(problem.answer, problem.answer)):
             kept.append(problem)
         else:
@@ -208,7 +208,7 @@ def decontaminate(problems: list[Problem], held_out: list[Problem], n: int, drop
     words drops problems equal to it and, if it has at least 8 words and signs, problems that contain it. Shorter ones
     occur in other problems by chance."""
     long, short = set(), set()
-    for question in (p.question for p in held_out):
+    for question in (plain_unicode(p.question) for p in held_out):
         words = re.findall(r"\w+", question.lower())
         if len(words) >= n:
             long |= ngrams(words, n)
@@ -217,7 +217,7 @@ def decontaminate(problems: list[Problem], held_out: list[Problem], n: int, drop
     lengths = {len(question) for question in short if len(question) >= 8}
     kept = []
     for problem in problems:
-        text = problem.question
+        text = plain_unicode(problem.question)
         tokens, shared = tokens_of(text), ngrams(re.findall(r"\w+", text.lower()), n) & long
         if shared or tuple(tokens) in short or any(ngrams(tokens, length) & short for length in lengths):
             dropped[f"{n}-gram of a held-out question"] += 1
@@ -231,7 +231,7 @@ def drop_duplicates(problems: list[Problem], near: float, dropped: Counter) -> l
     same numbers, and a Jaccard similarity of their triples of words and signs of at least `near`."""
     kept, seen, triples, index = [], set(), [], {}
     for problem in problems:
-        text = problem.question
+        text = plain_unicode(problem.question)
         tokens = tokens_of(re.sub(r'[.,;:?"]+(?=\s|$)', " ", text))
         if tuple(tokens) in seen:
             dropped["duplicate"] += 1

@@ -16,7 +16,7 @@ from pathlib import Path
 from jinja2 import TemplateError
 
 from common import Rollout, Tokenizer, context_length
-from plumbing.answers import extract_answer, last_boxed
+from plumbing.answers import extract_answer, last_boxed, plain_unicode
 from plumbing.flags import fail, reason
 
 MODES = "think", "no_think"
@@ -47,7 +47,7 @@ class Problem:
 def is_held_out(question: str) -> bool:
     """True for one question in ten, by a hash of its text alone, without system turn and thinking mode. So no seed,
     order or file can put the same problem into both the train and the eval split."""
-    text = re.sub(f" /(?:{'|'.join(MODES)})$", "", question)
+    text = plain_unicode(re.sub(f" /(?:{'|'.join(MODES)})$", "", question))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 10 == 0
 
 

@@ -270,7 +270,7 @@ def verifier_prompt(problem: Problem) -> str:
 
 class Verifier:
     """Decides whether completions are right. If the problem's task has a verifier of its own, that decides. Otherwise
-    an answer is right if a rule (numbers and strings), math-verify (symbolic) or, if one is given, a model finds it
+    an answer is right if a rule (numbers and strings), algebra (symbolic) or, if one is given, a model finds it
     right: `--judge-model`, a causal LM, by saying yes; `--verifier-model`, a reward model (train_rm.py), by a score
     above 0. `counts`: completions found right by each stage, and wrong ones.
 
@@ -332,7 +332,7 @@ class Verifier:
         return verdicts
 
     def by_answer(self, texts: list[str], problems: list[Problem]) -> list[float]:
-        """Verdicts by the rules, math-verify and the model."""
+        """Verdicts by the rules, algebra and the model."""
         answers = [extract_answer(text) for text in texts]
         stages = [matched_by(answer, problem.answer) for answer, problem in zip(answers, problems, strict=True)]
         if self.model is not None:

@@ -101,7 +101,7 @@ def majority_is_right(completions: list[dict]) -> bool:
 
 
 def majority_accuracy(records: list[dict]) -> float:
-    """The share of problems whose majority answer is right. Compares all answers of a problem, some by math-verify."""
+    """The share of problems whose majority answer is right. Compares all answers of a problem."""
     return sum(majority_is_right(record["completions"]) for record in records) / len(records)
 
 

@@ -76,7 +76,8 @@ def is_right(text: str, problem) -> bool:
 def read_expression(text: str) -> tuple[Fraction, list[int]]:
     """The exact value of an expression and the numbers in it, by recursive descent:
 
-        sum = product (("+" | "-") product)*;  product = factor (("*" | "/") factor)*;  factor = number | "(" sum ")"
+        sum = "-"? product (("+" | "-") product)*;  product = factor (("*" | "/") factor)*
+        factor = number | "(" sum ")"
 
     Nothing is evaluated as code. Raises ValueError for any other text, and ZeroDivisionError.
     """
@@ -86,7 +87,7 @@ def read_expression(text: str) -> tuple[Fraction, list[int]]:
     numbers: list[int] = []
 
     def sum_(depth: int) -> Fraction:
-        value = product(depth)
+        value = -product(depth) if tokens[0] == "-" and tokens.pop(0) else product(depth)
         while tokens[0] in ("+", "-"):
             value = value + product(depth) if tokens.pop(0) == "+" else value - product(depth)
         return value
@@ -118,7 +119,7 @@ def read_expression(text: str) -> tuple[Fraction, list[int]]:
 def tries_in(text: str) -> list[tuple[str, bool]]:
     """The tries in a completion's thinking, such as 3+5-8=0: each expression, and whether its value is right."""
     tries = []
-    for expression, value in re.findall(r"([0-9(][-+*/() 0-9]*)=\s*(-?[0-9]{1,9})", text.partition("</think>")[0]):
+    for expression, value in re.findall(r"(-?[0-9(][-+*/() 0-9]*)=\s*(-?[0-9]{1,9})", text.partition("</think>")[0]):
         try:
             tries.append((expression.strip(), read_expression(expression)[0] == int(value)))
         except (ValueError, ZeroDivisionError):

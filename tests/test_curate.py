@@ -130,6 +130,18 @@ def test_decontamination():
     assert len(curate.decontaminate(problems, held_out, 8, Counter())) == 2
 
 
+def test_the_same_question_in_another_unicode_is_the_same():
+    """Catches: a copy that is composed otherwise, or has other dashes or digits, in both splits or beside itself."""
+    numbers = range(400)
+    plain = [
+        f"Zoe\u0301's cafe\u0301 sells {i} x 5-inch pies; how many inches is that in all of the shop?" for i in numbers
+    ]
+    other = [text.replace("e\u0301", "\u00e9").replace("-", "\u2011").replace("5", "\uff15") for text in plain]
+    assert [*map(is_held_out, plain)] == [*map(is_held_out, other)]
+    assert len(curate.drop_duplicates([problem(plain[7]), problem(other[7])], 1.0, Counter())) == 1
+    assert curate.decontaminate([problem(plain[7])], [problem(other[7])], 13, Counter()) == []
+
+
 def test_duplicates():
     text = "Tom has 3 apples and buys 4 more at the market on a sunny day how many apples has he now"
     problems = [

@@ -157,12 +157,20 @@ rewards.py test_rewards.py test_naive_forks.py
     length reward from the start: if iteration < <<flags.length_reward_start=>0>>:
     text outside of the tags: answer.strip()<< and not outside.strip()=>>> else
 plumbing/answers.py test_answers.py test_rewards.py
-    percent is no unit: r"(?:<<\s*%|=>>>\s*(?:cm
+    percent is no unit: .'()/<<%=>>>-])+(?<
     the first answer counts: start = text.<<rfind=>find>>("<answer>",
     an answer in the thinking counts: text = <<remove_thinking=>str>>(text)
     nan equals nan: in (""<<, "nan", "inf", "infinity"=>,>>)
-    half of a mixed number: value = <<int(match["whole"] or 0) + =>>>top / bottom
-    minus sign lost: return <<-value=>value>> if match["sign"]
+    every word is a unit: search("[aeiouy]", word.lower())<< and not NO_UNIT.fullmatch(word)=>>>
+    superscripts are digits: f"<<^{{{match[0].translate(RAISED)}}}=>{match[0].translate(RAISED)}>>"
+plumbing/algebra.py test_answers.py
+    half of a mixed number: append(<<whole + =>>>Fraction(top, bottom))
+    minus sign lost: "-": lambda value: <<-value=>value>>
+    an identity equals a contradiction: if <<any=>False and any>>(all(are_equal
+    a question is its own answer: if other and <<not symbols(other[1])=>False>>:
+    positive variables only: return value if <<probe == 0 or (probe > 1 and digest[4] % 2)=>True>> else
+    a set may hold more: return <<not others=>True>>
+    a chain is its last side: <<all(equal(value, values[-1]) for value in values)=>True>>
 plumbing/logs.py test_updates.py
     last value instead of the maximum: = <<max(float(value), self.sums.get(name, -float("inf")))=>float(value)>>
     positive and negative gaps cancel: - old_logprobs)[trained]<<.abs()=>>>
