@@ -86,6 +86,17 @@ train_rm.py test_rm.py test_updates.py
     margin with the wrong sign: logsigmoid(margins <<-=>+>> margin)
     pair weights ignored: reward_model_loss(row_scores[0::2], row_scores[1::2], args.margin<<, weights=>>>)
     calibration without its first bin: index_add(0, index, right - confidence)<<=>[1:]>>
+plumbing/engine.py test_any_model.py test_families.py
+    any way to run a model counts as exact: if error.max().item() <<< limit=>>= 0>>:
+    a model that is not causal is taken: > <<0.15=>1e9>> * half.float().norm():
+common.py test_any_model.py
+    unused ids keep a probability in the loss: <<logits if unused is None else =>logits if True else >>logits.index_fill_(
+    a template's end of a turn is ignored: if (end := end_of_turn(tokenizer)) <<!==>is>> tokenizer.eos_token:
+data.py test_any_model.py
+    a question's special tokens end its turn: split_special_tokens=<<message["role"] == "user"=>False>>).input_ids
+    a completion keeps its stop: drop = {<<tokenizer.eos_token_id, tokenizer.pad_token_id, *rollout.stop_ids=>>>}
+    ids of another tokenizer are trained: if text == texts[i]<<=> or text>> else encoded[i]
+    a resume takes other problems: items() if <<state["digests"].get(name) != digest=>False>>]
 train_sft.py test_faults.py test_training.py
     loss with the wrong sign: return <<-=>>>(weights * logprobs.masked_fill(~mask, 0.0)).sum()
     a micro-batch normalised by itself: rollout.trained[micro], weights[micro]<<=> / weights[micro].sum()>>)
@@ -129,7 +140,7 @@ plumbing/runs.py test_resume.py test_run_directory.py test_faults.py
     progress not saved: "global_step": global_step}<< | progress=>>>
     resumed from the start model: = <<state.get("model", args.model)=>args.model>>,
     the oldest checkpoint first: glob("step_*[0-9]")<<, reverse=True=>>>)
-    damaged checkpoint accepted: .read_text()) <<!= file_digests(directory)=>is None>>:
+    damaged checkpoint accepted: if digests <<!==>is None and digests !=>> file_digests(directory, list(digests)):
     the newest checkpoints removed: in written[<<keep:=>:-keep>>] if keep
 data.py test_data.py test_resume.py test_naive_forks.py
     ledger by position, not by problem: index = <<self.place[problem]=>problems.index(problem)>>
