@@ -90,7 +90,7 @@ plumbing/engine.py test_any_model.py test_families.py
     any way to run a model counts as exact: if error.max().item() <<< limit=>>= 0>>:
     a model that is not causal is taken: > <<0.15=>1e9>> * half.float().norm():
 common.py test_any_model.py
-    unused ids keep a probability in the loss: <<logits if unused is None else =>logits if True else >>logits.index_fill_(
+    unused ids keep a probability: <<logits if unused is None else =>logits if True else >>logits.index_fill_(
     a template's end of a turn is ignored: if (end := end_of_turn(tokenizer)) <<!==>is>> tokenizer.eos_token:
 data.py test_any_model.py
     a question's special tokens end its turn: split_special_tokens=<<message["role"] == "user"=>False>>).input_ids
