@@ -231,28 +231,33 @@ def load_policy(
     the tokenizer's EOS token and at those of the model's generation config."""
     check_vocabulary(path, tokenizer)
     model = load_weights(AutoModelForCausalLM, path, device, dtype, from_scratch)
-    # Keep only the generation config's stop tokens, no top-p or penalties: the policy is the plain softmax.
-    text_config, stops, unused = model.config.get_text_config(), set(), None
-    for named in (model.generation_config.eos_token_id, getattr(text_config, "eos_token_id", None)):
-        stops |= {*named} if isinstance(named, list) else {named}
-    if tokenizer is not None:
-        stops.add(tokenizer.eos_token_id)
-        unused = unused_ids(model, tokenizer, path)
-    pad = getattr(text_config, "pad_token_id", None)
-    model.generation_config = GenerationConfig(
-        eos_token_id=sorted(stops - {None}) or None, pad_token_id=pad, suppress_tokens=unused
-    )
+    set_stops(model, tokenizer)
     return model
 
 
-def unused_ids(model: PreTrainedModel, tokenizer: Tokenizer, path: str) -> list[int] | None:
+def set_stops(model: PreTrainedModel, tokenizer: Tokenizer | None) -> None:
+    """Keeps nothing of the generation config but where to stop, no top-p or penalties: the policy is the plain softmax
+    over the ids that have a token."""
+    text_config, stops = model.config.get_text_config(), {None if tokenizer is None else tokenizer.eos_token_id}
+    for named in (model.generation_config.eos_token_id, getattr(text_config, "eos_token_id", None)):
+        stops |= {*named} if isinstance(named, list) else {named}
+    model.generation_config = GenerationConfig(
+        eos_token_id=sorted(stops - {None}) or None,
+        pad_token_id=getattr(text_config, "pad_token_id", None),
+        suppress_tokens=None if tokenizer is None else unused_ids(model, tokenizer),
+    )
+
+
+def unused_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int] | None:
     """The ids without a token: embeddings are often padded to a round number. They decode to nothing, so they have
     probability 0 in sampler and trainer (generation_config.suppress_tokens). None: there is none. An error if the
     embeddings are smaller than the vocabulary."""
     used, size = {*tokenizer.get_vocab().values()}, len(model.get_input_embeddings().weight)
     if beyond := sorted(used - {*range(size)} - {tokenizer.pad_token_id}):
         token = tokenizer.convert_ids_to_tokens(beyond[0])
-        fail(f"{path}: its tokenizer has {len(beyond)} tokens, such as {token!r}, past the model's {size} embeddings")
+        fail(
+            f"{model.name_or_path}: its tokenizer has {len(beyond)} tokens, such as {token!r}, past the model's {size} embeddings"
+        )
     return sorted({*range(size)} - used) or None
 
 

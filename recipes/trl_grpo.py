@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch  # noqa: E402
 import tyro  # noqa: E402
 from jinja2 import TemplateError  # noqa: E402
-from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
 
 import common  # noqa: E402
 import train_grpo  # noqa: E402
@@ -341,11 +341,9 @@ def main(flags: Args) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         common.resolve_model(args.model), dtype=torch.float32, use_safetensors=True, trust_remote_code=False
     )
-    named = model.generation_config.eos_token_id  # as in common.load_policy: only where to stop
-    stops = sorted({*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None})
-    model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=model.config.pad_token_id)
+    common.set_stops(model, tokenizer)
     dtype = common.resolve_dtype(args.setup.dtype, config.device)
-    scores = Scores(args, tokenizer, problems, stops, config.device, dtype)
+    scores = Scores(args, tokenizer, problems, model.generation_config.eos_token_id, config.device, dtype)
     config.reward_weights = scores.weights
     rows = Dataset.from_list([{"prompt": prompts[index], "problem": index} for index in order])
     trainer = Trainer(model, scores.functions, args=config, train_dataset=rows, processing_class=tokenizer)
