@@ -254,10 +254,8 @@ def unused_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int] | None
     embeddings are smaller than the vocabulary."""
     used, size = {*tokenizer.get_vocab().values()}, len(model.get_input_embeddings().weight)
     if beyond := sorted(used - {*range(size)} - {tokenizer.pad_token_id}):
-        token = tokenizer.convert_ids_to_tokens(beyond[0])
-        fail(
-            f"{model.name_or_path}: its tokenizer has {len(beyond)} tokens, such as {token!r}, past the model's {size} embeddings"
-        )
+        what = f"{len(beyond)} tokens, such as {tokenizer.convert_ids_to_tokens(beyond[0])!r}"
+        fail(f"{model.name_or_path}: its tokenizer has {what}, past the model's {size} embeddings")
     return sorted({*range(size)} - used) or None
 
 
