@@ -22,19 +22,18 @@ from data import (
     counts_as_right,
     demonstrations_from,
     is_correct,
-    is_file,
     load_problems,
     load_task,
-    placed_rows,
     prompt_value,
     read_problems,
     read_samples,
     verifier_of,
     write_jsonl,
 )
-from plumbing.answers import answers_match, extract_answer, plain_unicode, read_answer
+from plumbing.answers import extract_answer, plain_unicode
 from plumbing.flags import AtLeast1, Range, Share, check_output, fail, parse_args
 from plumbing.pairs import balance, listed
+from plumbing.rows import can_match, is_undivided, placed_rows
 from rewards import verifier_prompt
 
 PAIRS = "shorter", "verifier"  # the values of --make that make pairs
@@ -147,16 +146,10 @@ def drop_lucky_guesses(problems: list[Problem], rates: dict, dropped: Counter) -
 
 
 def drop_unverifiable(problems: list[Problem], dropped: Counter) -> list[Problem]:
-    """Drops problems whose gold answer the rules can't compare: it doesn't match itself, or it is prose (more than
-    three words, no plain number, no mathematics)."""
-    kept = []
-    for problem in problems:
-        text, tree = read_answer(problem.answer)
-        short = tree is not None or len(text.split()) <= 3
-        if verifier_of(problem.task) or (short and answers_match(problem.answer, problem.answer)):
-            kept.append(problem)
-        else:
-            dropped["gold answer can't be verified"] += 1
+    """Drops problems whose gold answer the rules can't compare (see can_match)."""
+    kept = [problem for problem in problems if verifier_of(problem.task) or can_match(problem.answer)]
+    if len(kept) < len(problems):
+        dropped["gold answer can't be verified"] = len(problems) - len(kept)
     return kept
 
 
@@ -258,7 +251,7 @@ class Args:
     output: str
     """write the problems, demonstrations or pairs to this .jsonl file"""
     problems: str | None = None
-    """"arithmetic", a .jsonl file, or a hub dataset; without it the problems of --samples"""
+    """"arithmetic", a file, or a hub dataset; without it the problems of --samples"""
     split: Literal["train", "eval", "all"] = "train"
     """which part of --problems; all: both parts, except a hub dataset's test or validation split"""
     samples: str | None = None
@@ -337,7 +330,7 @@ def main(args: Args) -> None:
     if args.remove_duplicates:
         problems = drop_duplicates(problems, args.near_duplicate, dropped)
     if args.decontaminate:
-        held_out = load_problems(args.decontaminate, "all" if is_file(args.decontaminate) else "eval")
+        held_out = load_problems(args.decontaminate, "all" if is_undivided(args.decontaminate) else "eval")
         problems = decontaminate(problems, held_out, args.ngram, dropped)
     if args.balance_topics and problems:
         problems = balance(problems, "--balance-topics", source, args.seed, dropped)

@@ -16,8 +16,30 @@ from pathlib import Path
 from jinja2 import TemplateError
 
 from common import Rollout, Tokenizer, context_length
-from plumbing.answers import extract_answer, last_boxed, plain_unicode
+from plumbing.answers import plain_unicode
 from plumbing.flags import fail, reason
+from plumbing.rows import (
+    EMPTY,
+    NEEDED,
+    UNKEPT,
+    answer_field,
+    as_number,
+    as_prompt,
+    as_share,
+    as_text,
+    can_match,
+    check_text,
+    continued,
+    fail_on,
+    file_rows,
+    hub_rows,
+    is_file,
+    is_undivided,
+    optional_field,
+    placed_rows,
+    prompt_turns,
+    required,
+)
 
 MODES = "think", "no_think"
 
@@ -41,6 +63,7 @@ class Problem:
         row |= {"answer": self.answer} if self.answer else {}
         row |= {"id": self.id, "topic": self.topic, "difficulty": self.difficulty}
         row |= {"task": self.task} if self.task else {}
+        row = {name: value for name, value in row.items() if value or name not in self.columns}  # see optional_field
         return self.columns | row | ({} if self.pass_rate is None else {"pass_rate": self.pass_rate})
 
 
@@ -58,9 +81,9 @@ def load_problems(source: str, split: str, limit: int | None = None, seed: int =
     """Problems of one split of one source: "train", "eval" or "all". "all" is every problem except a hub dataset's test
     or validation split, because "all" is used to generate training data.
 
-    source: a task, such as "arithmetic" ("arithmetic:7-8" for other difficulties), the path of a .jsonl file, or a hub
-    dataset's name (`name:config` if it has configs). A file, and a hub dataset without a test or validation split, is
-    split by `is_held_out`.
+    source: a task, such as "arithmetic" ("arithmetic:7-8" for other difficulties), the path of a file, or a hub dataset
+    (`name`, `name:config`, `name:config:split`). A file, a named split, and a hub dataset without a test or validation
+    split are split by `is_held_out`. Prints one line about the problems of a file or a hub dataset.
     limit: at most this many. A task gives its first ones, cycling through the difficulties; other sources give a random
     choice in their own order. seed: for the task's draws and for that choice."""
     if split not in ("train", "eval", "all"):
@@ -69,32 +92,41 @@ def load_problems(source: str, split: str, limit: int | None = None, seed: int =
     task = None if is_file(source) else load_task(name)
     if task:
         problems = draw_problems(task, split, limit, seed, parse_difficulties(task, source, difficulties))
-    elif is_file(source):
-        problems = read_problems(placed_rows(source), source)
-        problems = [p for p in problems if split == "all" or is_held_out(p.question) == (split == "eval")]
     else:
-        problems = hub_problems(source, split)
+        rows, divided = (file_rows(source), False) if is_file(source) else hub_rows(source, split)
+        problems = read_problems(rows, source)
+        if split != "all" and not divided:
+            problems = [p for p in problems if is_held_out(p.question) == (split == "eval")]
     if not problems:
         hint = "; give held-out problems with --eval-data" if split == "eval" else ""
         fail(f"{source}: no problem left in its {split} split{hint}")
     if limit and limit < len(problems) and not task:
         chosen = random.Random(f"limit {seed}").sample(range(len(problems)), limit)
         problems = [problems[i] for i in sorted(chosen)]
+    if not task:
+        print(f"problems: {len(problems)} from {source} ({split}); {findings(problems)}")
     return problems
 
 
 def load_train_problems(problems: str, eval_data: str | None) -> list[Problem]:
-    """The train split of --problems, or all of it if it is a file and --eval-data gives the held-out problems."""
-    return load_problems(problems, "all" if eval_data and is_file(problems) else "train")
+    """The train split of --problems, or all of it if it is undivided and --eval-data gives the held-out problems."""
+    return load_problems(problems, "all" if eval_data and is_undivided(problems) else "train")
 
 
 def load_eval_problems(problems: str, eval_data: str | None, limit: int) -> list[Problem]:
-    """All of --eval-data if it is a file, else its eval split. Without --eval-data: the eval split of --problems."""
-    return load_problems(eval_data or problems, "all" if eval_data and is_file(eval_data) else "eval", limit)
+    """All of --eval-data if it is undivided, else its eval split. Without it: the eval split of --problems."""
+    return load_problems(eval_data or problems, "all" if eval_data and is_undivided(eval_data) else "eval", limit)
 
 
-def is_file(source: str) -> bool:
-    return source.endswith((".jsonl", ".json")) or Path(source).is_file()
+def findings(problems: list[Problem]) -> str:
+    """What is worth knowing about problems before a run: answers that can't be matched, repetitions, length."""
+    answers = [p.answer for p in problems if not verifier_of(p.task) and not can_match(p.answer)]
+    repeated = len(problems) - len({(p.question, p.messages) for p in problems})
+    shown = ", ".join(repr(answer[:60]) for answer in answers[:3])
+    unmatched = f"answers that match nothing, or only their very text: {len(answers)}, such as {shown}; "
+    longest = max(sum(len(text) for _, text in p.messages or [("", p.question)]) for p in problems)
+    counts = unmatched * bool(answers) + f"repeated questions: {repeated}; " * bool(repeated)
+    return f"{counts}longest prompt: {longest:,} characters"
 
 
 @functools.cache
@@ -146,59 +178,38 @@ def draw_problems(task, split: str, limit: int | None, seed: int, difficulties: 
     return in_turn[:limit]
 
 
-def hub_problems(source: str, split: str) -> list[Problem]:
-    try:
-        import datasets
-    except ImportError:
-        fail(f"{source}: no such file; to read it as a hub dataset: pip install datasets")
-    name, _, config = source.partition(":")
-    try:
-        splits = datasets.load_dataset(name, config or None)
-    except Exception as error:  # of many kinds: no such dataset, no network, a config is needed, ...
-        fail(f"{source}: neither a file nor a hub dataset that can be loaded: {reason(error)}")
-    held_out = next((name for name in ("test", "validation") if name in splits), None)
-    if "train" not in splits and not held_out:
-        fail(f"{source}: has no split 'train', 'test' or 'validation' (it has {', '.join(splits)})")
-    part = held_out if split == "eval" and held_out else "train"
-    rows = [(f"{source} {part} row {i}", row) for i, row in enumerate(splits.get(part, []))]
-    problems = read_problems(rows, source)
-    if held_out or split == "all":
-        return problems
-    return [p for p in problems if is_held_out(p.question) == (split == "eval")]
-
-
 def read_problems(rows: list[tuple[str, dict]], source: str) -> list[Problem]:
-    """rows: (place, row) with `question`, `prompt`, `problem` or `messages`, and `answer`; optionally `id`, `topic`,
-    `difficulty`, `pass_rate`. Other columns are kept. MATH's columns are read too: `level` as difficulty, `subject` or
-    `type` as topic, and the box in `solution` as answer. If a task has a verifier, its rows have that task's columns
-    instead of an answer (Countdown: `nums` and `target`). Bad rows end the program; the error names the first five."""
-    problems, errors, places = [], [], {}
-    names = ("question", "prompt", "problem", "messages")
+    """rows: (place, row) with a question and an answer, and optionally `id`, `topic`, `difficulty`, `pass_rate`, by any
+    of their NAMES. Other columns are kept. If a task has a verifier, its rows have that task's columns instead of an
+    answer (Countdown: `nums` and `target`). Bad rows end the program; the error names the first five. An optional
+    column that can't be read is ignored with a note."""
+    problems, errors, ignored, ids = [], [], {}, set()
+
+    def as_new_id(name: str, value) -> str:
+        if (text := as_text(name, value)) in ids:
+            raise ValueError(f"field {name!r} is {text[:80]!r} a second time")
+        ids.add(text)
+        return text
+
+    optional = {"id": as_new_id, "topic": as_text, "difficulty": as_number, "pass_rate": as_share}
     for place, row in rows:
         try:
-            row, task = from_math(row), task_of(row)
+            task = task_of(row)
             if hasattr(load_task(task), "complete_row"):
                 row = load_task(task).complete_row(row)
-            answer = "" if verifier_of(task) else text_field(row, ("answer",))
-            if "####" in answer:  # GSM8K: a worked solution that ends in "#### 72"
-                answer = extract_answer(answer) or ""
-                if not answer:
-                    raise ValueError("field 'answer' has nothing after '####'")
-            difficulty, pass_rate = number_field(row, "difficulty"), number_field(row, "pass_rate")
-            if pass_rate is not None and not 0 <= pass_rate <= 1:
-                raise ValueError(f"field 'pass_rate' is {pass_rate:g}, a number from 0 to 1 is expected")
-            question, messages = prompt_field(row, names)
-            id = place if row.get("id") is None else as_text("id", row["id"])
-            if (first := places.setdefault(id, place)) != place:
-                raise ValueError(f"id {id[:80]!r} is already used by {first}")
-            topic = as_text("topic", row["topic"]) if row.get("topic") else ""
-            read = {*names, "answer", "task", "id", "topic", "difficulty", "pass_rate", "completions", "mode"}
+            answer = "" if verifier_of(task) else answer_field(row)
+            question, messages = as_prompt(*prompt_turns(row, needed=() if task else NEEDED))
+            found = {kind: optional_field(row, kind, read, ignored) for kind, read in optional.items()}
+            read = {*UNKEPT, *(kind for kind in found if found[kind] is not None or row.get(kind) in EMPTY)}
             columns = {name: value for name, value in row.items() if name not in read}
-            answer = answer.strip()
-            problems.append(Problem(question, answer, id, topic, difficulty, pass_rate, messages, task, columns))
+            found |= {"id": found["id"] or place, "topic": found["topic"] or ""}
+            problems.append(Problem(question, answer, messages=messages, task=task, columns=columns, **found))
         except ValueError as error:
-            errors.append(f"{place}: {error}")
+            errors.append((place, error))
     fail_on(errors, source)
+    for name, ignored_errors in ignored.items():
+        count = f"{len(ignored_errors)} of {len(rows)} rows"
+        print(f"note: {source}: column {name!r} is not read in {count}: {ignored_errors[0]}")
     return problems
 
 
@@ -208,138 +219,7 @@ def task_of(row: dict) -> str:
     return name if isinstance(name, str) and load_task(name) else ""
 
 
-def from_math(row: dict) -> dict:
-    """Copies the fields of MATH (arXiv:2103.03874) and MATH-500 rows to our field names."""
-    more = {}
-    if row.get("answer") is None and isinstance(row.get("solution"), str) and (box := last_boxed(row["solution"])):
-        more["answer"] = box
-    level = re.fullmatch(r"(?:Level )?([0-9]+)", str(row.get("level")))
-    if row.get("difficulty") is None and level:
-        more["difficulty"] = int(level[1])
-    topic = row.get("subject") or row.get("type")
-    if not row.get("topic") and isinstance(topic, str):
-        more["topic"] = topic
-    return row | more
-
-
-# ---- Files: JSON lines and their fields ----------------------------------------------------------------------------
-
-
-def read_jsonl(path: str) -> list[tuple[int, dict]]:
-    """(line number, object) of every non-blank line. Malformed lines end the program; it names the first five."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig", errors="surrogateescape")
-    except OSError as error:
-        fail(f"{path}: can't be read: {error.strerror}")
-    rows, errors = [], []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            if re.search("[\udc80-\udcff]", line):
-                raise ValueError("invalid UTF-8")
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError(f"a JSON object is expected, not {type(row).__name__}")
-            rows.append((number, row))
-        except (ValueError, RecursionError) as error:
-            errors.append(f"{path}:{number}: {error}")
-    fail_on(errors, path)
-    if not rows:
-        fail(f"{path}: is empty")
-    return rows
-
-
-def placed_rows(path: str) -> list[tuple[str, dict]]:
-    """("file:line", object) of every non-blank line; "file:line" is for error messages."""
-    return [(f"{path}:{line}", row) for line, row in read_jsonl(path)]
-
-
-def fail_on(errors: list[str], source: str) -> None:
-    if errors:
-        more = f"\n... and {len(errors) - 5} more lines of {source}" if len(errors) > 5 else ""
-        fail("\n".join(error[:500] for error in errors[:5]) + more)
-
-
-def write_jsonl(path: str, rows: list[dict]) -> None:
-    """Writes a temporary file and renames it, so that an old file stays intact until the new one is complete."""
-    temporary = Path(path + ".tmp")
-    try:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        fail(f"{path}: can't be written ({error.strerror})")
-
-
-def text_field(row: dict, names: tuple[str, ...]) -> str:
-    """The first of the named fields that the row has, as text; numbers are converted. Raises ValueError otherwise."""
-    name = next((name for name in names if row.get(name) is not None), None)
-    if name is None:
-        raise ValueError(f"no field {' or '.join(map(repr, names))} (it has {', '.join(map(repr, row))})")
-    return as_text(name, row[name])
-
-
-def number_field(row: dict, name: str) -> float | None:
-    value = row.get(name)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value is not None and not (number and abs(value) < 1e9):  # also refuses NaN
-        raise ValueError(f"field {name!r} is {str(value)[:80]!r}, a number is expected")
-    return value
-
-
-MAX_FIELD_CHARS = 1_000_000
-
-
-def as_text(name: str, value) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"field {name!r} is of type {type(value).__name__}, text is expected")
-    text = str(value)
-    if not text.strip():
-        raise ValueError(f"field {name!r} is empty")
-    return check_text(name, text)
-
-
-def check_text(name: str, text: str) -> str:
-    if len(text) > MAX_FIELD_CHARS:
-        raise ValueError(f"field {name!r} has {len(text)} characters, at most {MAX_FIELD_CHARS} are allowed")
-    if re.search("[\ud800-\udfff]", text):
-        raise ValueError(f"field {name!r} holds half a surrogate pair, which no tokenizer accepts")
-    return text
-
-
-# ---- Conversations: a field may be a list of messages {"role": ..., "content": ...} instead of a text --------------
-
-
-def read_messages(name: str, value) -> list[dict]:
-    """The role and content of each message in a list. Raises ValueError if one of them is missing or not text."""
-    for message in value:
-        if not isinstance(message, dict) or {"role", "content"} - message.keys():
-            raise ValueError(f"field {name!r}: each message needs a role and a content")
-        if not isinstance(message["content"], str) or not isinstance(message["role"], str):
-            raise ValueError(f"field {name!r}: roles and contents must be text")
-        check_text(name, message["role"] + message["content"])
-    if not value:
-        raise ValueError(f"field {name!r} is empty")
-    return [{"role": message["role"], "content": message["content"]} for message in value]
-
-
-def prompt_field(row: dict, names: tuple[str, ...]) -> tuple[str, tuple | None]:
-    """(question, messages) from the first of the named fields: a text, or messages that end with the user's turn."""
-    name = next((name for name in names if row.get(name) is not None), None)
-    value = row.get(name)
-    if isinstance(value, list):
-        return as_prompt(name, read_messages(name, value))
-    return text_field(row, names), None
-
-
-def as_prompt(name: str, messages: list[dict]) -> tuple[str, tuple | None]:
-    """(question, messages) from a prompt's turns: question is their text without the system turn."""
-    if not messages or messages[-1]["role"] != "user":
-        raise ValueError(f"field {name!r}: a prompt must end with the user's turn")
-    if not messages[-1]["content"].strip():
-        raise ValueError(f"field {name!r}: the user's turn is empty")
-    question = "\n\n".join(message["content"] for message in messages if message["role"] != "system")
-    return question, None if len(messages) == 1 else tuple((m["role"], m["content"]) for m in messages)
+# ---- Prompts of several turns -------------------------------------------------------------------------------------
 
 
 def as_dicts(messages: tuple) -> list[dict]:
@@ -361,25 +241,19 @@ def add_mode(question: str, messages: tuple | None, mode: str | None) -> tuple[s
     return f"{question} /{mode}", messages
 
 
-def completion_field(row: dict, name: str) -> str:
-    """The text of a field: a text, or a list of one message by the assistant."""
-    if not isinstance(row.get(name), list):
-        return text_field(row, (name,))
-    messages = read_messages(name, row[name])
-    if [message["role"] for message in messages] != ["assistant"]:
-        raise ValueError(f"field {name!r}: one turn, the assistant's, is expected")
-    return as_text(name, messages[0]["content"])
-
-
-def split_conversation(name: str, value) -> tuple[str, tuple | None, str]:
-    """Splits a conversation into (question, messages, completion); the completion is its last turn."""
-    messages = read_messages(name, value) if isinstance(value, list) else []
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise ValueError(f"field {name!r}: a list of messages that ends with the assistant's turn is expected")
-    return *as_prompt(name, messages[:-1]), as_text(name, messages[-1]["content"])
-
-
 # ---- The samples file: problems with scored completions ------------------------------------------------------------
+
+
+def write_jsonl(path: str, rows: list[dict]) -> None:
+    """Writes a temporary file and renames it, so that an old file stays intact until the new one is complete."""
+    temporary = Path(path + ".tmp")
+    try:
+        temporary.write_text(
+            "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows), encoding="utf-8"
+        )
+        os.replace(temporary, path)
+    except OSError as error:
+        fail(f"{path}: can't be written ({error.strerror})")
 
 
 def read_samples(rows: list[tuple[str, dict]], source: str) -> list[dict]:
@@ -387,7 +261,7 @@ def read_samples(rows: list[tuple[str, dict]], source: str) -> list[dict]:
     records, errors = [], []
     for place, row in rows:
         try:
-            question, messages = prompt_field(row, ("question", "prompt"))
+            question, messages = as_prompt(*prompt_turns(row, needed=()))
             if not isinstance(row.get("completions"), list):
                 raise ValueError("no field 'completions' with a list, as a samples file has (evaluate.py --output)")
             for completion in row["completions"]:
@@ -402,7 +276,7 @@ def read_samples(rows: list[tuple[str, dict]], source: str) -> list[dict]:
                     raise ValueError(f"a completion's 'reward' is {str(score)[:80]}, a number is expected")
             records.append(row | {"question": question, "messages": messages})
         except ValueError as error:
-            errors.append(f"{place}: {error}")
+            errors.append((place, error))
     fail_on(errors, source)
     return records
 
@@ -449,8 +323,8 @@ def mix_demonstrations(sources: tuple[str, ...], count: int, keep: str) -> list[
 
 def load_demonstrations(source: str, count: int, seed: int = 0, keep: str = "correct") -> list[Demonstration]:
     """source: NAME-demonstrations, such as "arithmetic-demonstrations" (the task's teacher makes `count` of them from
-    the seed); a .jsonl file with the fields `prompt` (or `question`) and `completion`, or `messages`; or a samples
-    file, from which `chosen_samples` picks completions by `keep`."""
+    the seed); a file or hub dataset with a question and a `completion` (see NAMES), or with conversations that end with
+    the assistant's turn; or a samples file, from which `chosen_samples` picks completions by `keep`."""
     if source.endswith("-demonstrations") and (task := load_task(source.removesuffix("-demonstrations"))):
         return [Demonstration(*pair) for pair in task.demonstrations(count, seed)]
     rows = placed_rows(source)
@@ -462,14 +336,18 @@ def load_demonstrations(source: str, count: int, seed: int = 0, keep: str = "cor
     demonstrations, errors = [], []
     for place, row in rows:
         try:
-            if row.get("messages") is not None:
-                question, messages, completion = split_conversation("messages", row["messages"])
-            else:
-                question, messages = prompt_field(row, ("prompt", "question"))
-                completion = completion_field(row, "completion")
-            demonstrations.append(Demonstration(question, completion, messages))
+            if str(row.get("label")).lower() == "false":  # TRL's unpaired preferences
+                raise ValueError("field 'label' is false: not to be learned from; remove such rows")
+            asked, turns = prompt_turns(row, ("messages", "conversations", "prompt"))
+            name = asked
+            if name.lower() not in ("messages", "conversations") or turns[-1]["role"] != "assistant":
+                as_prompt(asked, turns)
+                name, value = required(row, "completion")
+                turns = continued(turns, name, value)
+            question, messages = as_prompt(asked, turns[:-1])
+            demonstrations.append(Demonstration(question, as_text(name, turns[-1]["content"]), messages))
         except ValueError as error:
-            errors.append(f"{place}: {error}")
+            errors.append((place, error))
     fail_on(errors, source)
     return demonstrations
 

@@ -23,7 +23,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import is_held_out, read_jsonl, write_jsonl  # noqa: E402
+from data import is_held_out, placed_rows, write_jsonl  # noqa: E402
 from tasks.arithmetic import draw_chain  # noqa: E402
 
 PROBLEMS, DEMONSTRATIONS, HARDEST, FEW = 4000, 300, 2, 40
@@ -62,7 +62,7 @@ def model_solutions(directory: Path) -> list[dict]:
     names = ("example_model_solutions.jsonl", "model_solutions.jsonl")
     path = next(directory / name for name in names if (directory / name).exists())
     records = []
-    for _, row in read_jsonl(str(path)):
+    for _, row in placed_rows(str(path)):
         completions = []
         for solution in (value for value in row.values() if isinstance(value, dict)):
             text = without_marks("\n####".join(solution["solution"].rsplit("\nA:", 1)))
@@ -75,13 +75,13 @@ def model_solutions(directory: Path) -> list[dict]:
 
 def gsm8k(directory: Path, out: Path) -> None:
     demonstrations = []
-    for _, row in read_jsonl(str(directory / "train.jsonl")):
+    for _, row in placed_rows(str(directory / "train.jsonl")):
         thoughts, _, answer = without_marks(row["answer"]).partition("\n#### ")
         completion = f"<think>{thoughts}</think><answer>{answer}</answer>"
         demonstrations.append({"prompt": row["question"], "completion": completion})
     write_jsonl(str(out / "gsm8k_demonstrations.jsonl"), demonstrations)
     write_jsonl(str(out / "gsm8k_samples.jsonl"), model_solutions(directory))
-    few = [row for _, row in read_jsonl(str(directory / "test.jsonl")) if is_held_out(row["question"])][:FEW]
+    few = [row for _, row in placed_rows(str(directory / "test.jsonl")) if is_held_out(row["question"])][:FEW]
     write_jsonl(str(out / "gsm8k_few.jsonl"), few)
 
 

@@ -9,22 +9,21 @@ from torch import Tensor
 
 import common
 from common import Rollout
-from data import (
-    add_mode,
-    completion_field,
-    encode_completions,
-    encode_problems,
-    encode_prompts,
-    fail_on,
-    load_problems,
-    number_field,
-    placed_rows,
-    prompt_field,
-    read_samples,
-    split_conversation,
-)
+from data import add_mode, encode_completions, encode_problems, encode_prompts, load_problems, read_samples
 from plumbing.evaluation import evaluate
 from plumbing.flags import AtLeast1, NonNegative, fail
+from plumbing.rows import (
+    as_number,
+    as_prompt,
+    check_needed,
+    continued,
+    fail_on,
+    find,
+    placed_rows,
+    prompt_turns,
+    required,
+    system_turns,
+)
 from plumbing.statistics import format_table, interval
 
 
@@ -66,9 +65,10 @@ class PairFlags:
 def load_preference_pairs(source: str, seed: int = 0, flags: PairFlags | None = None) -> list[Pair]:
     """Loads preference pairs and prints how many were kept and dropped.
 
-    source: "arithmetic-pairs", sampled from the embedded model; a .jsonl file with the fields `prompt` (or `question`),
-    `chosen`, `rejected`, optionally `weight`; or a samples file of evaluate.py, which holds several scored completions
-    of each problem. seed: for the random choices of --max-pairs-per-prompt and --balance-topics.
+    source: "arithmetic-pairs", sampled from the embedded model; a file or hub dataset with `chosen`, `rejected`, and a
+    prompt unless they contain it, optionally `weight` (see rows.NAMES); or a samples file of evaluate.py, which holds
+    several scored completions of each problem. seed: for the random choices of --max-pairs-per-prompt and
+    --balance-topics.
     """
     flags = flags or PairFlags()
     dropped = Counter()
@@ -146,26 +146,34 @@ def read_pairs(rows: list[tuple[str, dict]], source: str, dropped: Counter) -> l
     pairs, errors = {}, []
     for place, row in rows:
         try:
-            if isinstance(row.get("chosen"), list) and len(row["chosen"]) > 1:  # each contains the prompt
-                question, messages, chosen = split_conversation("chosen", row["chosen"])
-                *other, rejected = split_conversation("rejected", row.get("rejected"))
-                if other != [question, messages]:
-                    raise ValueError("chosen and rejected differ before their last turns")
-            else:
-                question, messages = prompt_field(row, ("prompt", "question"))
-                chosen, rejected = completion_field(row, "chosen"), completion_field(row, "rejected")
-            if chosen == rejected:
-                raise ValueError("chosen and rejected are equal")
-            dropped["duplicate pairs"] += (question, messages, chosen, rejected) in pairs
-            weight = number_field(row, "weight")
-            if weight is not None and weight <= 0:
+            name, prompt = "chosen", system_turns(row)
+            if asked := find(row, "question", ("prompt",)):
+                name, prompt = prompt_turns(row, ("prompt",))
+                as_prompt(name, prompt)
+            *turns, chosen = continued(prompt, *required(row, "chosen"))
+            *other, rejected = continued(prompt, *required(row, "rejected"))
+            if turns != other:
+                raise ValueError("chosen and rejected differ before their last turns")
+            if not asked:
+                check_needed(row, name, turns)
+            if turns == system_turns(row):  # chosen is no conversation
+                required(row, "question", ("prompt",))
+            question, messages = as_prompt(name, turns)
+            chosen, rejected = chosen["content"], rejected["content"]
+            weight = 1.0 if row.get("weight") is None else as_number("weight", row["weight"])
+            if weight <= 0:
                 raise ValueError(f"field 'weight' is {weight:g}, a number above 0 is expected")
-            topic, weight = str(row.get("topic") or ""), 1.0 if weight is None else weight
-            pair = Pair(question, chosen, rejected, place, topic, weight, messages=messages)
+            if chosen == rejected or not chosen.strip() or not rejected.strip():
+                dropped["equal or empty completions"] += 1
+                continue
+            dropped["duplicate pairs"] += (question, messages, chosen, rejected) in pairs
+            pair = Pair(question, chosen, rejected, place, str(row.get("topic") or ""), weight, messages=messages)
             pairs.setdefault((question, messages, chosen, rejected), pair)
         except ValueError as error:
-            errors.append(f"{place}: {error}")
+            errors.append((place, error))
     fail_on(errors, source)
+    if not pairs:
+        fail(f"{source}: no pair left; dropped: {listed(dropped)}")
     return list(pairs.values())
 
 

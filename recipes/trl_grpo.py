@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 import common  # noqa: E402
 import train_grpo  # noqa: E402
-from data import ProblemSampler, as_dicts, decode, encode_problems, is_file, load_train_problems  # noqa: E402
+from data import ProblemSampler, as_dicts, decode, encode_problems, load_train_problems  # noqa: E402
 from plumbing.flags import (  # noqa: E402
     SYSTEM_PROMPT,
     AtLeast1,
@@ -44,6 +44,7 @@ from plumbing.flags import (  # noqa: E402
     reason,
     to_flat,
 )
+from plumbing.rows import is_undivided  # noqa: E402
 from rewards import RewardFlags, Verifier, check_rewards, reward_weights, score_completions, sum_rewards  # noqa: E402
 
 VERSION = "1.16.0"  # TABLE was read off this version's source
@@ -364,7 +365,7 @@ def comparison(run: str, args: train_grpo.Args, final: Path) -> str:
     ours, source = Path(run) / "final", args.setup.eval_data or args.problems
     stages = [f"start={args.model}", f"ours={ours}" if ours.exists() else "", f"trl={final}"]
     words = ["python", "evaluate.py", "--stages", *filter(None, stages), "--problems", source]
-    words += ["--split", "all"] if args.setup.eval_data and is_file(source) else []
+    words += ["--split", "all"] if args.setup.eval_data and is_undivided(source) else []
     words += ["--max-new-tokens", str(args.max_new_tokens), "--format-style", args.rewards.format_style]
     default = args.setup.system_prompt == SYSTEM_PROMPT
     return shlex.join(words + ([] if default else ["--system-prompt", args.setup.system_prompt]))

@@ -1,5 +1,6 @@
 """Problems, prompts and samplers."""
 
+import gzip
 import json
 import runpy
 import sys
@@ -29,6 +30,7 @@ from data import (
     write_jsonl,
 )
 from plumbing.pairs import load_preference_pairs
+from plumbing.rows import can_match
 from rewards import accuracy_reward, format_reward
 from tasks.arithmetic import demonstrations
 
@@ -135,12 +137,11 @@ BAD_ROWS = [
     ('{"question": "a"', "p.jsonl:2: "),
     ("[1, 2]", "p.jsonl:2: a JSON object is expected, not list"),
     ({"question": "a"}, "p.jsonl:2: no field 'answer' (it has 'question')"),
-    ({"answer": "a"}, "p.jsonl:2: no field 'question' or 'prompt' or 'problem' or 'messages'"),
-    ({"question": "a", "answer": ["b"]}, "p.jsonl:2: field 'answer' is of type list"),
+    ({"answer": "a"}, "p.jsonl:2: no field 'question' (it has 'answer'); names that are read: question, prompt, "),
+    ({"question": "a", "answer": ["b", "c"]}, "p.jsonl:2: field 'answer' is of type list"),
     ({"question": "a", "answer": True}, "p.jsonl:2: field 'answer' is of type bool"),
     ({"question": " ", "answer": "1"}, "p.jsonl:2: field 'question' is empty"),
     ({"question": "a", "answer": "####"}, "p.jsonl:2: field 'answer' has nothing after '####'"),
-    ({"question": "a", "answer": "1", "difficulty": "hard"}, "p.jsonl:2: field 'difficulty' is 'hard', a number"),
     ("[" * 100_000, "p.jsonl:2: "),
     (
         {"question": "a" * 10_000_000, "answer": "1"},
@@ -148,16 +149,14 @@ BAD_ROWS = [
     ),
     ({"question": "a", "answer": "1" * 10_000_000}, "p.jsonl:2: field 'answer' has 10000000 characters"),
     ({"b" * 10_000_000: 1}, "p.jsonl:2: no field 'answer'"),
-    ({"question": "a", "answer": "1", "id": "first"}, "p.jsonl:2: id 'first' is already used by"),
-    ({"question": "a", "answer": "1", "id": ["x"]}, "p.jsonl:2: field 'id' is of type list"),
-    ({"question": "a", "answer": "1", "topic": {"x": 1}}, "p.jsonl:2: field 'topic' is of type dict"),
     ({"question": "\ud800", "answer": "1"}, "p.jsonl:2: field 'question' holds half a surrogate pair"),
-    ('{"question": "a", "answer": "1", "difficulty": NaN}', "p.jsonl:2: field 'difficulty' is 'nan', a number"),
-    ('{"question": "a", "answer": "1", "difficulty": 1e999}', "p.jsonl:2: field 'difficulty' is 'inf', a number"),
     ('{"question": "a", "answer": ' + "9" * 5000 + "}", "p.jsonl:2: "),
-    ({"question": "a", "answer": "1", "pass_rate": 1.5}, "p.jsonl:2: field 'pass_rate' is 1.5, a number from 0 to 1"),
-    ({"question": "a", "answer": "1", "pass_rate": -0.1}, "p.jsonl:2: field 'pass_rate' is -0.1, a number from 0 to 1"),
-    ({"question": "a", "answer": "1", "pass_rate": "high"}, "p.jsonl:2: field 'pass_rate' is 'high', a number"),
+    ({"question": "a", "solution": "1 + 1 is 2."}, "p.jsonl:2: field 'solution' has no \\boxed{...} or '####'"),
+    ({"question": "a", "answer": "1", "system": ["s"]}, "p.jsonl:2: field 'system' is of type list"),
+    (
+        {"question": "[{'role': 'user'}]", "answer": "1"},
+        "p.jsonl:2: field 'question' is a text with a list of messages",
+    ),
 ]
 
 
@@ -172,21 +171,163 @@ def test_a_bad_line_is_named(row, message, tmp_path, capsys):
 
 
 def test_many_bad_lines_are_all_counted(tmp_path, capsys):
-    path = write(tmp_path / "p.jsonl", *["{"] * 9)
-    with pytest.raises(SystemExit):
-        load_problems(path, "all")
+    """Catches: a thousand lines of one error, or errors left out without a count."""
+    rows = [{"question": "a", "answer": {}, f"b{i}": 1} for i in range(9)]
+    refused(load_problems, write(tmp_path / "p.jsonl", *rows), "all")
+    assert capsys.readouterr().err.endswith(
+        "p.jsonl:1: field 'answer' is of type dict, text is expected (and 8 more like it)\n"
+    )
+    refused(load_problems, write(tmp_path / "p.jsonl", *({f"b{i}": 1} for i in range(9))), "all")
     error = capsys.readouterr().err
-    assert all(f"p.jsonl:{line}:" in error for line in range(1, 6))
-    assert "... and 4 more" in error
+    assert all(f"p.jsonl:{line}: no field" in error for line in range(1, 6))
+    assert error.count("\n") == 6 and "... and 4 other errors" in error
+
+
+BAD_OPTIONS = [
+    ({"difficulty": "7/8"}, "column 'difficulty' is not read in 1 of 2 rows: field 'difficulty' is '7/8', a number"),
+    ({"difficulty": float("nan")}, "column 'difficulty' is not read in 1 of 2 rows: field 'difficulty' is 'nan'"),
+    ({"difficulty": float("inf")}, "column 'difficulty' is not read in 1 of 2 rows: field 'difficulty' is 'inf'"),
+    ({"topic": ["a"]}, "column 'topic' is not read in 1 of 2 rows: field 'topic' is of type list"),
+    ({"subject": {"x": 1}}, "column 'subject' is not read in 1 of 2 rows: field 'subject' is of type dict"),
+    ({"id": "first"}, "column 'id' is not read in 1 of 2 rows: field 'id' is 'first' a second time"),
+    ({"id": ["x"]}, "column 'id' is not read in 1 of 2 rows: field 'id' is of type list"),
+    (
+        {"pass_rate": 1.5},
+        "column 'pass_rate' is not read in 1 of 2 rows: field 'pass_rate' is 1.5, a number from 0 to 1",
+    ),
+    ({"pass_rate": "high"}, "column 'pass_rate' is not read in 1 of 2 rows: field 'pass_rate' is 'high', a number"),
+]
+
+
+@pytest.mark.parametrize(("column", "note"), BAD_OPTIONS, ids=[str(column) for column, _ in BAD_OPTIONS])
+def test_an_optional_column_never_blocks(column, note, tmp_path, capsys):
+    """Catches: a data set refused for a column that it need not have; such a column ignored in silence, or lost."""
+    rows = {"question": "fine", "answer": "1", "id": "first"}, {"question": "a", "answer": "1"} | column
+    first, second = load_problems(write(tmp_path / "p.jsonl", *rows), "all")
+    assert second == Problem("a", "1", f"{tmp_path}/p.jsonl:2") and first.id == "first"
+    assert f"note: {tmp_path}/p.jsonl: {note}" in capsys.readouterr().out
+    assert "id" in column or str(column)[1:-1] in str(second.to_row())
 
 
 def test_invalid_utf8_and_empty_and_missing_files(tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_bytes(b'{"question": "\xff", "answer": "1"}\n')
     (tmp_path / "empty.jsonl").write_text("\n\n")
+    (tmp_path / "zipped.jsonl").write_bytes(b"PK\3\4\0\0")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b"{}")[:-4])
+    (tmp_path / "long.csv").write_text("question,answer\n1,2,3\n")
+    (tmp_path / "pretty.json").write_text(json.dumps({"question": "a", "answer": "1"}, indent=1))
+    cases = [("zipped.jsonl", "neither UTF-8 text"), ("cut.jsonl.gz", "can't be read: Compressed file ended")]
+    cases += [("long.csv", "can't be read: line 2 has more cells"), ("pretty.json", "if they take several: jq -c .")]
+    for name, message in cases:
+        refused(load_problems, str(tmp_path / name), "all")
+        assert message in capsys.readouterr().err
     for name, message in (("bad", "bad.jsonl:1: invalid UTF-8"), ("empty", "is empty"), ("gone", "can't be read")):
         with pytest.raises(SystemExit):
             load_problems(str(tmp_path / f"{name}.jsonl"), "all")
         assert message in capsys.readouterr().err
+
+
+FIRST, SECOND = {"question": "1+1=", "answer": "2"}, {"question": "2, or\n3?", "answer": "3"}
+LINES = "".join(json.dumps(row) + "\n" for row in (FIRST, SECOND)).encode()
+
+
+def parquet(rows: list[dict]) -> bytes:
+    pyarrow, writer = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    writer.write_table(pyarrow.Table.from_pylist(rows), stream := pyarrow.BufferOutputStream())
+    return stream.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b"\xef\xbb\xbf" + LINES),
+        ("a.json", json.dumps([FIRST, SECOND], indent=1).encode()),
+        ("a.csv", b'question,answer,gold,topic\r\n1+1=,,2,\r\n"2, or\n3?",3,,\r\n'),
+        ("a.tsv", b'question\tanswer\n1+1=\t2\n"2, or\n3?"\t3\n'),
+        ("a.jsonl.gz", gzip.compress(LINES)),
+        ("a.json.gz", gzip.compress(json.dumps([FIRST, SECOND]).encode())),
+        ("a.csv.gz", gzip.compress(b'question,answer\n1+1=,2\n"2, or\n3?",3\n')),
+        ("a.parquet", [FIRST, SECOND]),
+    ],
+    ids=lambda value: value if isinstance(value, str) and len(value) < 20 else "content",
+)
+def test_formats(name, content, tmp_path, capsys):
+    """Catches: a file that people have, read as other rows than JSON Lines, or turned away."""
+    (tmp_path / name).write_bytes(parquet(content) if isinstance(content, list) else content)
+    read = load_problems(str(tmp_path / name), "all")
+    assert [(p.question, p.answer, p.topic) for p in read] == [("1+1=", "2", ""), ("2, or\n3?", "3", "")]
+    assert f"problems: 2 from {tmp_path / name} (all); longest prompt: 8 characters\n" == capsys.readouterr().out
+
+
+def test_parquet_without_its_library_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    refused(load_problems, str(tmp_path / "a.parquet"), "all")
+    assert capsys.readouterr().err == f"error: {tmp_path}/a.parquet: to read Parquet: pip install datasets\n"
+
+
+VERL = {"data_source": "openai/gsm8k", "prompt": [{"role": "user", "content": "q"}]}
+PROBLEM_SHAPES = [
+    (VERL | {"reward_model": {"ground_truth": "72", "style": "rule"}, "extra_info": {"index": 0}}, ("q", "72")),
+    ({"problem": "q", "solution": r"So it is \boxed{\frac{1}{2}}.", "level": "Level 5"}, ("q", r"\frac{1}{2}")),
+    ({"prompt": "q", "solution": r"$\dfrac{1}{2}$"}, ("q", r"$\dfrac{1}{2}$")),
+    ({"ID": "2024-I-1", "Problem": "q", "Solution": "worked", "Answer": 204}, ("q", "204")),
+    ({"question": "q", "final_answer": ["2"], "answer": None}, ("q", "2")),
+    ({"problem": "q", "expected_answer": r"\boxed{5}"}, ("q", "5")),
+    ({"query": "q", "ground_truth": 1.5}, ("q", "1.5")),
+    ({"instruction": "Add.", "input": "1 and 2", "output": "So\n#### 3"}, ("Add.\n\n1 and 2", "3")),
+    ({"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}], "answer": "1"}, ("q", "1")),
+    ({"question": "q", "answer": "1", "system": "s"}, ("q", "1")),
+    ({"prompt": "\n\nHuman: q\n\nAssistant:", "answer": "1"}, ("q", "1")),
+    ({"question": "q\nA) 1\nB) 2", "choices": ["1", "2"], "answer": "B"}, ("q\nA) 1\nB) 2", "B")),
+]
+
+
+@pytest.mark.parametrize(("row", "read"), PROBLEM_SHAPES, ids=[str(row)[:50] for row, _ in PROBLEM_SHAPES])
+def test_columns_of_problems(row, read, tmp_path):
+    """Catches: a published data set's question or answer read from the wrong column, or not at all."""
+    (problem,) = load_problems(write(tmp_path / "p.jsonl", row), "all")
+    assert (problem.question, problem.answer) == read
+    system = "system" in row or "conversations" in row
+    assert problem.messages == ((("system", "s"), ("user", "q")) if system else None)
+    again = write(tmp_path / "again.jsonl", problem.to_row())
+    assert load_problems(again, "all") == [problem]
+
+
+def test_an_unread_column_that_the_question_needs_is_refused(tmp_path, capsys):
+    """Catches: problems that nobody could answer, trained on in silence."""
+    cases = {"choices": {"text": ["red", "blue"], "label": ["A", "B"]}, "Body": "Ann has 3.", "context": "text"}
+    for name, value in (cases | {"images": [{"bytes": "x"}], "tools": [{"name": "f"}], "input": 17}).items():
+        refused(load_problems, write(tmp_path / "p.jsonl", {"question": "q?", "answer": "1", name: value}), "all")
+        error = capsys.readouterr().err
+        assert f"p.jsonl:1: field {name!r} is not read, but the question may need it: write it into 'question'" in error
+    empty = {"choices": [], "input": "", "context": None, "options": {"A": None}}
+    assert load_problems(write(tmp_path / "p.jsonl", {"question": "q?", "answer": "1"} | empty), "all")
+
+
+def test_one_line_about_the_data(tmp_path, capsys):
+    """Catches: gold answers that nothing can match, found after a day of training; and false alarms."""
+    never = ["NaN", "$$", "The answer is 1.", "3 of the 5 boys", "5 < 6> </answer>"]
+    fine = [
+        "18",
+        "9 (apples)",
+        "18 eggs",
+        "1,072",
+        r"\frac{1}{2}",
+        "x^2+1",
+        "(C)",
+        "New York",
+        r"x=1 \text{ or } x=-2",
+        "sin(2x)",
+    ]
+    fine += [r"\left( 3, \frac{\pi}{2} \right)", r"12\pi \text{ cm}", "even", r"(-\infty, 2) \cup (3, \infty)", "1:30"]
+    assert [answer for answer in never + fine if not can_match(answer)] == never
+    rows = [{"question": "q" * 1200, "answer": answer} for answer in (*never[:4], "1")]
+    load_problems(write(tmp_path / "p.jsonl", *rows, {"nums": [1, 2], "target": 3}), "all")
+    assert capsys.readouterr().out == (
+        f"problems: 6 from {tmp_path}/p.jsonl (all); answers that match nothing, or only their very text: 4, such as "
+        "'NaN', '$$', 'The answer is 1.'; repeated questions: 4; longest prompt: 1,200 characters\n"
+    )
 
 
 def test_no_held_out_problem_left_names_the_flag(tmp_path, capsys):
@@ -197,7 +338,7 @@ def test_no_held_out_problem_left_names_the_flag(tmp_path, capsys):
     assert "--eval-data" in capsys.readouterr().err
 
 
-def test_hub_datasets_through_the_datasets_library(tmp_path):
+def test_hub_datasets_through_the_datasets_library(tmp_path, capsys):
     """`datasets` reads a directory of files as a dataset, so the code for hub names runs here too."""
     pytest.importorskip("datasets")
     for split, count in (("train", 30), ("test", 5)):
@@ -206,6 +347,11 @@ def test_hub_datasets_through_the_datasets_library(tmp_path):
         )
     assert len(load_problems(str(tmp_path), "train")) == 30
     assert [p.answer for p in load_problems(str(tmp_path), "eval")] == list("01234")
+    named = load_problems(f"{tmp_path}::test", "all")  # a split that is named is used as a file is
+    assert len(named) == 5 == len(load_eval_problems("arithmetic", f"{tmp_path}::test", 10))
+    assert len(load_problems(f"{tmp_path}::train", "train")) == sum(not is_held_out(f"train{i}") for i in range(30))
+    refused(load_problems, f"{tmp_path}::valid", "all")
+    assert f"no rows in split 'valid' (it has train, test); to name one: {tmp_path}::train" in capsys.readouterr().err
     asked = {p.question for p in load_problems(str(tmp_path), "all")}
     assert len(asked) == 30 and not any("test" in question for question in asked)  # Catches: training on the test split
 
@@ -249,6 +395,12 @@ def test_templates(embedded):
     tokenizer.bos_token = "<eos>"
     tokenizer.chat_template = "{{ bos_token }}{{ messages[-1].content }}"
     assert encode_prompts(tokenizer, ["7+1="])[0].count(tokenizer.bos_token_id) == 1
+
+
+def refused(load, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        load(*arguments)
+    assert stopped.value.code == 2
 
 
 def turn(role, content):
@@ -388,9 +540,17 @@ BAD_CONVERSATIONS = [
     ({"prompt": [turn("user", " ")], "answer": "1"}, "field 'prompt': the user's turn is empty"),
 ]
 BAD_DEMONSTRATIONS = [
-    ({"messages": [turn("user", "a")]}, "field 'messages': a list of messages that ends with the assistant's turn"),
-    ({"messages": "a"}, "field 'messages': a list of messages that ends with the assistant's turn"),
-    ({"prompt": "a", "completion": [turn("user", "b")]}, "field 'completion': one turn, the assistant's, is expected"),
+    ({"messages": [turn("user", "a")]}, "no field 'completion'"),
+    ({"messages": "a"}, "no field 'completion'"),
+    ({"prompt": "a", "completion": [turn("user", "b")]}, "field 'completion': its last turn must be the assistant's"),
+    ({"prompt": "a", "completion": [turn("user", "b"), turn("assistant", "c")]}, "field 'completion': its first turns"),
+    ({"prompt": "a", "completion": " "}, "field 'completion' is empty"),
+    ({"prompt": "a", "completion": "b", "label": False}, "field 'label' is false"),
+    ({"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}, "field 'tools' is not read"),
+    (
+        {"messages": [turn("user", "a"), turn("assistant", "b") | {"tool_calls": [1]}]},
+        "field 'messages': a message has",
+    ),
 ]
 
 
@@ -402,6 +562,101 @@ def test_a_bad_conversation_is_named(row, message, tmp_path, capsys):
         load(path, "all" if "answer" in row else 0)
     assert stopped.value.code == 2
     assert f"p.jsonl:1: {message}" in capsys.readouterr().err
+
+
+def chat(*texts, system=()):
+    """Turns that alternate between user and assistant, the last one the assistant's."""
+    roles = ["assistant", "user"] * len(texts)
+    return [*system, *(turn(role, text) for role, text in zip(roles[len(texts) - 1 :: -1], texts, strict=True))]
+
+
+def test_chat():
+    assert chat("a", "b") == [turn("user", "a"), turn("assistant", "b")] and chat("b") == [turn("assistant", "b")]
+
+
+SYSTEM = ({"role": "system", "content": "s"},)
+HH = "\n\nHuman: q\n\nAssistant: b\n\nHuman: c\n\nAssistant: "
+PAIR_SHAPES = [
+    ({"chosen": HH + "d", "rejected": HH + "e"}, "q\n\nb\n\nc", None),
+    ({"prompt": HH, "chosen": " d", "rejected": " e"}, "q\n\nb\n\nc", None),
+    ({"prompt": chat("q", "b", "c", "x")[:3], "chosen": chat("d"), "rejected": chat("e")}, "q\n\nb\n\nc", None),
+    (
+        {"prompt": chat("q", "x")[:1], "chosen": chat("b", "c", "d"), "rejected": chat("b", "c", "e")},
+        "q\n\nb\n\nc",
+        None,
+    ),
+    ({"prompt": "q", "chosen": chat("q", "b", "c", "d"), "rejected": chat("q", "b", "c", "e")}, "q\n\nb\n\nc", None),
+    ({"prompt": "q", "chosen": chat("q", "d"), "rejected": chat("q", "e"), "messages": chat("q", "d")}, "q", None),
+    ({"chosen": chat("q", "d", system=SYSTEM), "rejected": chat("q", "e", system=SYSTEM)}, "q", "s"),
+    ({"prompt": [*SYSTEM, turn("user", "q")], "chosen": chat("q", "d"), "rejected": chat("q", "e")}, "q", "s"),
+    ({"system": "s", "chosen": chat("q", "d"), "rejected": chat("q", "e")}, "q", "s"),
+    ({"system": "s", "question": "q", "chosen": "d", "rejected": "e"}, "q", "s"),
+    (
+        {"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "d"}}
+        | {"rejected": {"from": "gpt", "value": "e"}},
+        *("q", None),
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "question", "system"), PAIR_SHAPES, ids=[str(row)[:50] for row, *_ in PAIR_SHAPES])
+def test_columns_of_pairs(row, question, system, tmp_path):
+    """Catches: a prompt that is lost, doubled, or cut; a pair of whole conversations."""
+    (pair,) = load_preference_pairs(write(tmp_path / "c.jsonl", row))
+    assert (pair.question, pair.chosen.strip(), pair.rejected.strip()) == (question, "d", "e")
+    turns = [turn for turn in pair.messages or (("user", question),) if turn[0] != "system"]
+    assert "\n\n".join(text for _, text in turns) == question and [role for role, _ in turns] == (
+        ["user", "assistant", "user"] if "\n" in question else ["user"]
+    )
+    assert ((pair.messages or ())[:1] == (("system", "s"),)) == (system == "s")
+
+
+def test_pairs_that_contradict_themselves_are_refused_and_useless_ones_counted(tmp_path, capsys):
+    """Catches: chosen answers of another prompt than the row's; a large data set refused for two equal answers."""
+    other = {"prompt": "q", "chosen": chat("x", "d"), "rejected": chat("x", "e")}
+    systems = {"system": "t", "chosen": chat("q", "d", system=SYSTEM), "rejected": chat("q", "e", system=SYSTEM)}
+    tools = {"chosen": chat("q", "d"), "rejected": chat("q", "e"), "tools": [{"name": "f"}]}
+    told = "'chosen': its first turns are not the prompt's", "different system turns", "field 'tools' is not read"
+    for row, message in zip((other, systems, tools), told, strict=True):
+        refused(load_preference_pairs, write(tmp_path / "c.jsonl", row))
+        assert message in capsys.readouterr().err
+    good, useless = {"prompt": "q", "chosen": "d", "rejected": "e"}, {"prompt": "r", "chosen": "d", "rejected": "d"}
+    assert len(load_preference_pairs(write(tmp_path / "c.jsonl", good, useless, useless | {"rejected": ""}))) == 1
+    assert "dropped: 2 equal or empty completions" in capsys.readouterr().out
+
+
+THINKING = turn("assistant", "2") | {"reasoning_content": "1+1\n", "tool_calls": None}
+DEMONSTRATION_SHAPES = [
+    ({"messages": [turn("user", "q"), THINKING]}, ("q", "<think>\n1+1\n</think>\n\n2", None)),
+    ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, ("q", "a", None)),
+    ({"instruction": "i", "input": "x", "output": "a"}, ("i\n\nx", "a", None)),
+    ({"instruction": "i", "input": "", "output": "a", "system": "s"}, ("i", "a", (("system", "s"), ("user", "i")))),
+    ({"system_prompt": "s", "question": "q", "response": "a"}, ("q", "a", (("system", "s"), ("user", "q")))),
+    (
+        {"problem": "q", "solution": r"So \boxed{2}", "messages": chat("q", r"So \boxed{2}")},
+        ("q", r"So \boxed{2}", None),
+    ),
+    ({"prompt": "q", "completion": "a", "label": True}, ("q", "a", None)),
+    (
+        {"prompt": chat("q", "x")[:1], "completion": [turn("assistant", [{"type": "text", "text": "a"}])]},
+        ("q", "a", None),
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "read"), DEMONSTRATION_SHAPES, ids=[str(row)[:50] for row, _ in DEMONSTRATION_SHAPES])
+def test_columns_of_demonstrations(row, read, tmp_path):
+    """Catches: reasoning, an input or a system text that is lost on the way to SFT."""
+    (d,) = load_demonstrations(write(tmp_path / "d.jsonl", row), 0)
+    assert (d.question, d.completion, d.messages) == read
+
+
+def test_demonstrations_and_pairs_from_the_hub(tmp_path):
+    """Catches: names of hub data sets that only --problems understands."""
+    pytest.importorskip("datasets")
+    write(tmp_path / "train.jsonl", {"prompt": "q", "completion": "a", "chosen": "a", "rejected": "b"})
+    assert [d.completion for d in load_demonstrations(str(tmp_path), 0)] == ["a"]
+    assert [p.rejected for p in load_preference_pairs(f"{tmp_path}::train")] == ["b"]
 
 
 def test_a_bad_conversational_pair_is_named(tmp_path, capsys):

@@ -273,8 +273,7 @@ def test_the_samples_file_of_evaluate_is_read(tmp_path):
 BAD_PAIRS = [
     ([{"prompt": "1+1=", "chosen": "2"}], "p.jsonl:2: no field 'rejected'"),
     ([{"prompt": "1+1=", "rejected": "2"}], "p.jsonl:2: no field 'chosen'"),
-    ([{"chosen": "2", "rejected": "3"}], "p.jsonl:2: no field 'prompt' or 'question'"),
-    ([{"prompt": "1+1=", "chosen": "2", "rejected": "2"}], "p.jsonl:2: chosen and rejected are equal"),
+    ([{"chosen": "2", "rejected": "3"}], "p.jsonl:2: no field 'question'"),
     ([{"prompt": "1+1=", "chosen": ["2"], "rejected": "2"}], "p.jsonl:2: field 'chosen': each message needs a role"),
     ([{"prompt": "1+1=", "chosen": {"a": 1}, "rejected": "2"}], "p.jsonl:2: field 'chosen' is of type dict"),
     ([{"prompt": "1+" * 140 + "1=", "chosen": "2", "rejected": "3"}], "leaves no room in the model's context of 256"),

@@ -24,14 +24,15 @@ MAY_IMPORT = {  # of our own modules; a train script may import any of these, bu
     "plumbing.engine": "plumbing.flags",
     "plumbing.statistics": "plumbing.answers",
     "common": "plumbing.engine plumbing.flags",
-    "data": "common plumbing.answers plumbing.flags",  # and tasks, by name
+    "plumbing.rows": "plumbing.answers plumbing.flags",
+    "data": "common plumbing.rows plumbing.answers plumbing.flags",  # and tasks, by name
     "rewards": "data common plumbing.answers plumbing.flags",
     "plumbing.runs": "data common plumbing.flags",
     "plumbing.logs": "data common plumbing.flags",
     "plumbing.evaluation": "rewards data common plumbing.answers plumbing.statistics",
-    "plumbing.pairs": "plumbing.evaluation data common plumbing.flags plumbing.statistics",
+    "plumbing.pairs": "plumbing.evaluation data common plumbing.rows plumbing.flags plumbing.statistics",
     "evaluate": "plumbing.evaluation rewards data common plumbing.flags plumbing.statistics",
-    "curate": "plumbing.pairs rewards data plumbing.answers plumbing.flags",
+    "curate": "plumbing.pairs rewards data plumbing.rows plumbing.answers plumbing.flags",
 }
 COMMANDS = {"evaluate", "curate"}
 TASKS = {f"tasks.{path.stem}": path for path in Path("tasks").glob("*.py")}

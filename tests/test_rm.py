@@ -220,7 +220,7 @@ def test_a_new_head_begins_at_zero_and_keeps_the_backbone(embedded):
 BAD = [
     ({"minibatch_size": 0}, "--minibatch-size 0: must be 1 or more"),
     ({"margin": -1.0}, "--margin -1.0: must be 0 or more"),
-    ({}, "p.jsonl:1: chosen and rejected are equal"),
+    ({}, "p.jsonl: no pair left; dropped: 1 equal or empty completions"),
 ]
 
 

@@ -188,6 +188,12 @@ plumbing/logs.py test_updates.py
     entropy over padding: <<(entropy.detach() * trained).sum() / trained.sum()=>entropy.detach().mean()>>
     clipped share ignores the advantage's sign: <<(advantages < 0) & =>>>(ratio < 1 - clip_low)
     a gradient that is not finite is applied: math.isfinite(loss)<< and math.isfinite(grad_norm)=>>>
+plumbing/rows.py test_data.py
+    trained without the choices: if extra.lower() in <<needed=>()>> and extra != name
+    chosen answers of another prompt: if own[: len(asked)] != <<asked=>own[: len(asked)]>>:
+    an Alpaca row without its input: join((turns[-1]["content"], <<*added=>>>))
+    reasoning lost: for text in <<thoughts[:1]=>()>>) + content
+    a worked solution is the answer: if name.lower() in <<WORKED=>()>> and not plain
 plumbing/pairs.py test_dpo.py test_rm.py
     pairs left in the order of their lengths: return <<[sorted(rows) for rows in batches]=>batches>>
     a cut completion gets an EOS: tuple(i<< if whole else i[:-1]=>>>)

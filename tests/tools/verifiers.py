@@ -24,7 +24,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from benchmarks.real_data import model_solutions  # noqa: E402
-from data import read_jsonl  # noqa: E402
+from data import placed_rows  # noqa: E402
 from plumbing.answers import answers_match, extract_answer, last_boxed  # noqa: E402
 from rewards import accuracy_reward  # noqa: E402
 
@@ -70,7 +70,7 @@ def writings(answer: str) -> list[str]:
 
 
 def gsm8k_answers(directory: Path) -> None:
-    rows = [row for name in ("train", "test") for _, row in read_jsonl(str(directory / f"{name}.jsonl"))]
+    rows = [row for name in ("train", "test") for _, row in placed_rows(str(directory / f"{name}.jsonl"))]
     answers = [extract_answer(row["answer"]) for row in rows]
     own = Tally(f"GSM8K: {len(answers)} answers in five writings")
     for answer in answers:
@@ -103,7 +103,7 @@ def math_verify_says(solution: str, answer: str) -> bool:
 
 def math500(path: Path) -> None:
     text = path.read_text()
-    rows = json.loads(text) if text.startswith("[") else [row for _, row in read_jsonl(str(path))]
+    rows = json.loads(text) if text.startswith("[") else [row for _, row in placed_rows(str(path))]
     own, written = Tally("MATH-500: own worked solution"), Tally("MATH-500: own answer in four writings")
     library, others = Tally("MATH-500: own solution, ours : math-verify"), Tally("MATH-500: two others' : math-verify")
     for i, row in enumerate(rows):
