@@ -294,7 +294,7 @@ class Args:
 
 
 def main(args: Args) -> None:
-    check_output(args.output)
+    check_output(args.output, args.problems, args.samples, args.guesses, args.decontaminate)
     if not args.problems and not args.samples:
         fail("--problems or --samples: one of them is needed")
     if args.make != "problems" and not args.samples:

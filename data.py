@@ -245,13 +245,16 @@ def add_mode(question: str, messages: tuple | None, mode: str | None) -> tuple[s
 
 
 def write_jsonl(path: str, rows: list[dict]) -> None:
-    """Writes a temporary file and renames it, so that an old file stays intact until the new one is complete."""
-    temporary = Path(path + ".tmp")
+    """Writes a temporary file and renames it, so that an old file stays intact until the new one is complete. A link's
+    target is replaced, not the link; a pipe or a device is written to."""
+    target = Path(path).resolve()
+    special = target.exists() and not target.is_file()
+    temporary = target if special else target.with_name(target.name + ".tmp")
+    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
     try:
-        temporary.write_text(
-            "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows), encoding="utf-8"
-        )
-        os.replace(temporary, path)
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        if not special:
+            os.replace(temporary, target)
     except OSError as error:
         fail(f"{path}: can't be written ({error.strerror})")
 
@@ -268,12 +271,17 @@ def read_samples(rows: list[tuple[str, dict]], source: str) -> list[dict]:
                 if not isinstance(completion, dict) or not isinstance(completion.get("text"), str):
                     raise ValueError("a completion has no field 'text'")
                 check_text("text", completion["text"])
+                for name in ("correct", "finished"):
+                    if not isinstance(completion.get(name, True), bool):
+                        raise ValueError(f"a completion's {name!r} is {completion[name]!r}, true or false is expected")
                 ids = completion.get("ids", [])
                 if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
                     raise ValueError("a completion's 'ids' are no list of token ids; leave the field out")
                 score = completion.get("reward")
                 if not isinstance(score, int | float) or not abs(score) < 1e9:  # also refuses NaN
                     raise ValueError(f"a completion's 'reward' is {str(score)[:80]}, a number is expected")
+            if row.get("mode") not in (None, *MODES):
+                raise ValueError(f"field 'mode' is {row['mode']!r}, {' or '.join(MODES)} is expected")
             records.append(row | {"question": question, "messages": messages})
         except ValueError as error:
             errors.append((place, error))

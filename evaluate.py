@@ -100,7 +100,7 @@ class Args:
 
 
 def main(args: Args) -> None:
-    check_output(args.output)
+    check_output(args.output, args.problems)
     modes = [mode.strip() for mode in args.modes.split(",")] if args.modes else [""]
     if unknown := [mode for mode in modes if args.modes and mode not in MODES]:
         fail(f"--modes {args.modes}: {unknown[0]!r} is none of {', '.join(MODES)}")

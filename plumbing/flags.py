@@ -101,8 +101,11 @@ def check_folder(flag: str, folder: str) -> None:
         fail(f"{flag} {folder}: can't be written ({nearest} is not a writable directory)")
 
 
-def check_output(path: str | None) -> None:
-    """Fails unless --output is a file that can be written."""
+def check_output(path: str | None, *inputs: str | None) -> None:
+    """Fails unless --output is a file that can be written, and none of the inputs."""
+    files = {Path(source).resolve() for source in inputs if source and Path(source).is_file()}
+    if path and Path(path).resolve() in files:
+        fail(f"--output {path}: is an input, which it would replace: take another name")
     if path and Path(path).is_dir():
         fail(f"--output {path}: is a directory, a file's name is expected")
     if path and not os.access(Path(path).resolve().parent, os.W_OK):

@@ -7,6 +7,7 @@ import functools
 import gzip
 import io
 import json
+import math
 import re
 import zlib
 from collections.abc import Callable
@@ -233,6 +234,8 @@ MAX_FIELD_CHARS = 1_000_000
 def as_text(name: str, value) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"field {name!r} is of type {type(value).__name__}, text is expected")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"field {name!r} is {value}, no text: leave it out, or put it in quotes")
     text = str(value)
     if not text.strip():
         raise ValueError(f"field {name!r} is empty")

@@ -1,5 +1,6 @@
 """A run on disk: directory, arguments, source, checkpoints, event writer, and Ctrl-C that saves a checkpoint."""
 
+import contextlib
 import errno
 import gc
 import hashlib
@@ -40,8 +41,8 @@ class Run:
             self.writer = self._write_beginning(resumed=bool(state))
         except OSError as error:
             fail(f"--run-root {args.run.run_root}: {error.filename or self.dir} can't be written ({error.strerror})")
-        print(f"run directory: {self.dir}")
         self._stop = take_over_process()
+        print(f"run directory: {self.dir}")
 
     def _write_beginning(self, resumed: bool) -> SummaryWriter:
         """Writes what a run writes before it learns: flags and source. Returns the open event writer."""
@@ -171,19 +172,43 @@ def explain(kind, error, trace) -> None:
 
 def take_over_process() -> "StopSignal":
     """Settings of the process for the run's time: errors in one line, Ctrl-C that saves a checkpoint, and a garbage
-    collector that skips the libraries' million objects, which stay alive."""
+    collector that skips the libraries' million objects, which stay alive. Output that can't be written is lost, the run
+    is not."""
     sys.excepthook = explain
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     gc.freeze()
     return StopSignal()
 
 
+class Output:
+    """A text stream that goes on where the stream behind it can't be written: a pipe whose reader has died, a terminal
+    that went away, a full disk."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
 class StopSignal:
-    """The first Ctrl-C or SIGTERM only sets `number`: the run finishes the iteration, saves a checkpoint and exits. The
-    second one stops at once."""
+    """The first Ctrl-C, SIGTERM or SIGHUP (a lost connection) only sets `number`: the run finishes the iteration, saves
+    a checkpoint and exits. The second one stops at once."""
 
     def __init__(self):
         self.number = 0
-        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+        numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # nohup
+        self.before = {number: signal.signal(number, self.handle) for number in numbers}
 
     def handle(self, number, frame) -> None:
         self.number = number
@@ -205,6 +230,9 @@ def save_model(target: Path, model, tokenizer, state: dict | None = None, keep: 
     It writes to a temporary directory and renames that, so `target` is never incomplete, even if the process is killed.
     keep: once this checkpoint is complete, only this many of the newest are kept; 0: all.
     """
+    if broken := next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None):
+        what = f"{target}: not saved, {broken} holds NaN or infinite weights"
+        fail(f"{what}: go on from an older checkpoint, with a lower --learning-rate")
     aside, old = target.with_name(target.name + ".tmp"), target.with_name(target.name + ".old")
     try:
         shutil.rmtree(aside, ignore_errors=True)
@@ -226,7 +254,8 @@ def save_model(target: Path, model, tokenizer, state: dict | None = None, keep: 
         shutil.rmtree(aside, ignore_errors=True)
         fail(f"{target} can't be written ({reason(error)}; {free}). Make room, then go on with --resume")
     shutil.rmtree(old, ignore_errors=True)
-    written = [path for path in checkpoints(target.parent) if path.name <= target.name]  # newer ones are damaged
+    newest_first = checkpoints(target.parent)
+    written = newest_first[newest_first.index(target) :] if target in newest_first else []  # newer ones are damaged
     for outdated in written[keep:] if keep else []:
         shutil.rmtree(outdated)
 
@@ -253,7 +282,7 @@ def add_older_names(directory: Path) -> None:
 
 
 def checkpoints(directory: Path) -> list[Path]:  # the newest first
-    return sorted(directory.glob("step_*[0-9]"), reverse=True)
+    return sorted(directory.glob("step_*[0-9]"), key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
 
 
 def file_digests(directory: Path, names: list[str] | None = None) -> dict[str, str]:

@@ -501,7 +501,7 @@ def test_changed_expressions_differ(one, other, power):
 
 
 @pytest.mark.slow
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(st.recursive(LEAVES, larger, max_leaves=8), EXPRESSIONS, st.integers(-60, 60), st.integers(1, 10**30))
 def test_grammar_long(one, other, power, n):
     check_expression(one[0], other[0], power)

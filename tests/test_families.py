@@ -8,7 +8,7 @@ from conftest import slow_case
 # attention of its own.
 DIFFERENT = ["llama", "gpt2", "bloom", "gpt_neox", "phi3", "qwen3_moe", "gemma2", "gemma3", "mamba", "diffllama"]
 OTHERS = [name for name in [*families.FAMILIES, *families.VARIANTS] if name not in DIFFERENT]
-SOME = OTHERS[::12]  # python tests/families.py tries all of them, in some eight minutes
+SOME = OTHERS[::24]  # python tests/families.py tries all of them, in some eight minutes
 
 
 @pytest.mark.parametrize("name", [*DIFFERENT, *map(slow_case, SOME)])

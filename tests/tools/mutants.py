@@ -139,7 +139,7 @@ plumbing/runs.py test_resume.py test_run_directory.py test_faults.py
     old events not purged: purge_step=<<purge=>None>>
     progress not saved: "global_step": global_step}<< | progress=>>>
     resumed from the start model: = <<state.get("model", args.model)=>args.model>>,
-    the oldest checkpoint first: glob("step_*[0-9]")<<, reverse=True=>>>)
+    the oldest checkpoint first: removeprefix("step_"))<<, reverse=True=>>>)
     damaged checkpoint accepted: if digests <<!==>is None and digests !=>> file_digests(directory, list(digests)):
     the newest checkpoints removed: in written[<<keep:=>:-keep>>] if keep
 data.py test_data.py test_resume.py test_naive_forks.py
