@@ -60,9 +60,9 @@ class Args:
     model: str = "models/tiny-arithmetic"
     """the policy to start from, and the reference: local model directory or hub name"""
     data: str = "arithmetic-pairs"
-    """pairs: "arithmetic-pairs", a .jsonl file (prompt, chosen, rejected), or a samples file; a tenth is held out"""
+    """pairs: "arithmetic-pairs", a file (docs/data.md), or a samples file; a tenth is held out"""
     problems: str = "arithmetic"
-    """problems whose held-out part is evaluated: "arithmetic", "countdown", a .jsonl file, or a hub dataset"""
+    """problems whose held-out part is evaluated: "arithmetic", "countdown", a file (docs/data.md), or a hub dataset"""
     seed: int = 1
     """random seed"""
     iterations: flags.AtLeast0 = 200

@@ -54,7 +54,7 @@ class Args:
     model: str = "models/tiny-arithmetic"
     """the policy to start from: local model directory or hub name"""
     problems: str = "arithmetic"
-    """training problems: "arithmetic", "countdown", a .jsonl file (question, answer), or a hub dataset (name:config)"""
+    """training problems: "arithmetic", "countdown", a file (docs/data.md), or a hub dataset (name:config)"""
     seed: int = 1
     """random seed"""
     iterations: flags.AtLeast0 = 100

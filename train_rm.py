@@ -45,7 +45,7 @@ class Args:
     model: str = "models/tiny-arithmetic"
     """model whose backbone the reward model starts from: local model directory or hub name"""
     data: str = "arithmetic-pairs"
-    """pairs: "arithmetic-pairs", a .jsonl file (prompt, chosen, rejected), or a samples file; a tenth is held out"""
+    """pairs: "arithmetic-pairs", a file (docs/data.md), or a samples file; a tenth is held out"""
     seed: int = 1
     """random seed"""
     iterations: flags.AtLeast0 = 200

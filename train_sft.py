@@ -43,7 +43,7 @@ class Args:
     keep: Literal["correct", "best"] = "correct"
     """completions used from a samples file: every right one | the best right one of each problem"""
     problems: str = "arithmetic"
-    """problems whose held-out part is evaluated: "arithmetic", "countdown", a .jsonl file, or a hub dataset"""
+    """problems whose held-out part is evaluated: "arithmetic", "countdown", a file (docs/data.md), or a hub dataset"""
     seed: int = 1
     """random seed"""
     iterations: flags.AtLeast0 = 200
