@@ -127,11 +127,15 @@ def load_tokenizer(path: str, flag: str = "--model") -> Tokenizer:
     return tokenizer
 
 
+def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
+    """The texts of the special tokens, by id."""
+    return {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
 def pad_apart(tokenizer: Tokenizer) -> int:
     """A pad id that never ends a text. transformers' sequence classifiers read the last token that is not padding, so
     with pad = EOS, as many tokenizers have it, they read another token than the EOS."""
-    ids = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id]
-    ids += [id for id, token in tokenizer.added_tokens_decoder.items() if token.special]
+    ids = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, *special_tokens(tokenizer)]
     apart = [id for id in ids if id not in (None, tokenizer.eos_token_id)]
     return apart[0] if apart else max({*tokenizer.get_vocab().values()} - {tokenizer.eos_token_id})
 
@@ -143,8 +147,8 @@ def end_of_turn(tokenizer: Tokenizer) -> str | None:
         rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("%%")[2]
     except Exception:  # a template may raise anything; encode_prompts will report it
         return tokenizer.eos_token
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    found = {rest.find(token): token for token in sorted({*special, tokenizer.eos_token} - {None}, key=len)}
+    special = {*special_tokens(tokenizer).values(), tokenizer.eos_token} - {None}
+    found = {rest.find(token): token for token in sorted(special, key=len)}  # of two at one place, the longer
     return next((token for at, token in sorted(found.items()) if at >= 0), tokenizer.eos_token)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from jinja2 import TemplateError
 
-from common import Rollout, Tokenizer, context_length
+from common import Rollout, Tokenizer, context_length, special_tokens
 from plumbing.answers import plain_unicode
 from plumbing.flags import fail, reason
 from plumbing.rows import (
@@ -423,10 +423,9 @@ def encode_prompts(tokenizer, prompts: list, system_prompt: str = "") -> list[li
             fail(f"the chat template of {whose} can't render {prompt!r} ({reason(error)})")
     # The template writes the BOS itself, if there is one. With add_special_tokens there would be two.
     encoded = token_ids(tokenizer, texts)
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    special = re.compile("|".join(map(re.escape, special_tokens(tokenizer).values())) or "(?!)")
     for i, messages in enumerate(turns):
-        written = "".join(message["content"] for message in messages if message["role"] == "user")
-        if any(token in written for token in special):
+        if any(special.search(message["content"]) for message in messages if message["role"] == "user"):
             encoded[i] = encode_around(tokenizer, texts[i], messages)
     return encoded
 
@@ -473,7 +472,8 @@ def encode_completions(
     texts = [text.removeprefix(head).removesuffix(eos) for text, head in zip(completions, heads, strict=True)]
     encoded = ids_after(tokenizer, prompts, texts)
     known = [i for i, ids in enumerate(sampled or []) if ids and max(ids) < len(tokenizer)]
-    for i, text in zip(known, tokenizer.batch_decode([list(sampled[i]) for i in known]) if known else [], strict=True):
+    decoded = tokenizer.batch_decode([list(sampled[i]) for i in known]) if known else []  # of [] it would be [""]
+    for i, text in zip(known, decoded, strict=True):
         encoded[i] = list(sampled[i]) if text == texts[i] else encoded[i]
     return [ids + [tokenizer.eos_token_id] for ids in encoded]
 

@@ -1,5 +1,6 @@
 """The forward pass over a batch of groups, which computes each prompt once for all its completions: packed or padded
-rows in training, KV caches and CUDA graphs in decoding. Token ids in, hidden states and logits out.
+rows in training, KV caches and CUDA graphs in decoding; and the trial of which of these is exact for a model. Token ids
+in, hidden states and logits out.
 
 transformers' models call an attention function that we register and pass extra arguments through to it. So a batch is
 packed into one row of tokens without padding, prompts first, and only the attention knows which token belongs to which
@@ -471,7 +472,9 @@ def batch_class(model: PreTrainedModel) -> type:
     if model not in BATCHES:
         prompts, completions = probe_ids(model)
         implementation, group = model.config.get_text_config()._attn_implementation, torch.tensor([0, 0, 1, 1])
-        expected = rows_alone(model, prompts, completions).flatten(0, 1)
+        mask = torch.ones_like(completions).bool()
+        mask[1, 2] = False  # rows of different lengths
+        expected = rows_alone(model, prompts, completions)[mask]
 
         def compute(kind: type) -> Tensor:
             if kind is PackedGroups and not layer_types(model) <= {"full_attention", "attention"}:
@@ -479,14 +482,8 @@ def batch_class(model: PreTrainedModel) -> type:
             model.set_attn_implementation("groups" if kind is PackedGroups else implementation)
             if kind is PaddedRows:
                 check_causality(model)
-            mask = torch.ones_like(completions).bool()
-            mask[1, 2] = False  # rows of different lengths
             batch = kind(prompts, completions, mask, group.to(model.device))
-            rows = torch.zeros_like(expected)
-            outputs = batch.logits(model) if generates(model) else batch.run(model.base_model)[batch.predictor]
-            rows[mask.flatten()] = outputs
-            rows[5] = expected[5]
-            return rows
+            return batch.logits(model) if generates(model) else batch.run(model.base_model)[batch.predictor]
 
         BATCHES[model] = first_exact(model, (PackedGroups, PaddedRows), compute, expected)
     return BATCHES[model]

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import make_model, refusal, rl_args, run
+from families import tiny_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
@@ -220,8 +221,6 @@ def test_embeddings_smaller_than_the_vocabulary_are_refused(tmp_path, capsys):
 def test_output_flags_of_a_config_are_off(flag, tmp_path):
     """A traceback in the first pass, or a run that could not be saved at its end."""
     name = "mixtral" if "router" in flag else "llama"
-    from families import tiny_model
-
     model = tiny_model(name)[0]
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -245,8 +244,6 @@ def test_weights_that_are_not_finite_are_refused(value, tmp_path, capsys):
 
 def test_a_way_that_is_not_exact_is_not_taken(capsys):
     """Layers that attend twice share a cache slot of the group decoder; others have no cache that could be used."""
-    from families import tiny_model
-
     twice, recurrent = tiny_model("diffllama")[0], tiny_model("mamba")[0]
     assert decoder_class(twice) is PlainDecoder and "GroupDecoder: its outputs differ by" in capsys.readouterr().err
     assert decoder_class(recurrent) is UncachedDecoder and "which is slow" in capsys.readouterr().err
@@ -260,13 +257,10 @@ def test_a_way_that_is_not_exact_is_not_taken(capsys):
 
 def test_the_context_of_a_rope_that_changes_is_its_original_one():
     """Past it a row's logprobs depended on the other rows of its micro-batch."""
-    from families import tiny_model
-
     assert common.context_length(tiny_model("phi3+rope_longrope")[1]) == 16
     assert common.context_length(tiny_model("llama")[1]) > 16
 
 
-ROPE = {"rope_type": "default", "rope_theta": 123456.0}
 # ---- Saved models ----------------------------------------------------------------------------------------------------
 
 
@@ -302,6 +296,9 @@ def test_a_checkpoint_takes_any_file(saved_run, tmp_path):
     changed.write_text("changed")
     with pytest.raises(SystemExit):
         runs.load_checkpoint(str(tmp_path))
+
+
+ROPE = {"rope_type": "default", "rope_theta": 123456.0}
 
 
 def test_a_saved_model_has_the_names_of_transformers_4(tmp_path):
