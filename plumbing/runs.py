@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 
+from plumbing.engine import out_of_memory
 from plumbing.flags import check_run_directory, fail, named_directory, reason, to_flat
 
 
@@ -157,9 +158,10 @@ def git_commit(folder: Path) -> str:
 
 def explain(kind, error, trace) -> None:
     """Prints a run's last error: one line if memory or disk space ran out or on Ctrl-C, else the traceback."""
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    if out_of_memory(error):
         lower = "--micro-batch-tokens (training), or --prompts-per-step, --group-size or --max-new-tokens (sampling)"
         advice = f"lower {lower}, add --gradient-checkpointing or --offload-optimizer"
+        advice += ", take another GPU (--device cuda:1)" if torch.cuda.device_count() > 1 else ""
         advice += "; python benchmarks/memory.py says which flags fit"
         print(f"error: out of memory ({reason(error)}); {advice}", file=sys.stderr)
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -308,7 +310,8 @@ def load_checkpoint(run: str | None) -> dict:
             digests = json.loads((directory / "digests.json").read_text())
             if digests != file_digests(directory, list(digests)):  # other files, such as .DS_Store, don't matter
                 raise ValueError("its files don't match their digests")
-            state = torch.load(directory / "trainer.pt", weights_only=True, map_location="cpu")
+            # mapped: an offloaded optimizer fills the memory that a copy of its state would take
+            state = torch.load(directory / "trainer.pt", weights_only=True, map_location="cpu", mmap=True)
         except Exception as error:  # json, torch and the file system raise anything on damaged files
             print(f"warning: {directory} is damaged ({reason(error)}); trying the one before it", file=sys.stderr)
             continue

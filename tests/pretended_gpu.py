@@ -27,7 +27,6 @@ import torch
 import torch._dynamo  # noqa: F401  this and the constructors first: their tables must not hold what is replaced below
 import torch.utils._device
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 torch.utils._device._device_constructors()
@@ -42,6 +41,24 @@ INDEXED = aten.index.Tensor, aten.index_put_.default, aten.index_put.default, at
 WAITING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.bincount.default}
 WAITING |= {aten._unique2.default, aten.equal.default, aten.unique_dim.default, aten.repeat_interleave.Tensor}
 NO_CPU_SCALAR = aten.index_copy_.default, aten.gather.default, aten.mm.default  # most operations take one
+
+
+def leaves(tree) -> list:
+    """What the nested lists, tuples and dicts hold."""
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, list | tuple):
+        return [tree]
+    return [leaf for part in tree for leaf in leaves(part)]
+
+
+def mapped(function, tree):
+    """The same tree of function(leaf). Torch's tree_map takes several times as long."""
+    if isinstance(tree, dict):
+        return {name: mapped(function, part) for name, part in tree.items()}
+    if isinstance(tree, list | tuple) and type(tree) is not torch.Size:
+        return type(tree)([mapped(function, part) for part in tree])
+    return function(tree)
 
 
 def on_gpu(device) -> bool:
@@ -113,7 +130,7 @@ def as_index(index):
 
 def move(tensor, *args, **kwargs):
     """Tensor.to, with the pretended device for cuda."""
-    args, kwargs = tree_map(lambda d: INNER if on_gpu(d) else d, (args, kwargs))
+    args, kwargs = mapped(lambda d: INNER if on_gpu(d) else d, (args, kwargs))
     return torch._C.TensorBase.to(tensor, *args, **kwargs)
 
 
@@ -155,7 +172,7 @@ class PretendedGpu(TorchDispatchMode):
         return self.call(func, args, kwargs or {})
 
     def call(self, func, args, kwargs):
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        tensors = [t for t in leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         ours, theirs = ([t for t in tensors if isinstance(t, PretendedTensor) == kind] for kind in (True, False))
         target, to_gpu = kwargs.get("device"), on_gpu(kwargs.get("device"))
         pins = kwargs.get("pin_memory")
@@ -169,10 +186,10 @@ class PretendedGpu(TorchDispatchMode):
         inner, options = unwrap(args), unwrap(kwargs) | ({"device": CPU} if target is not None else {})
         out = self.compute(func, inner, options)
         if self.recording is not None:
-            self.recording.append((func, inner, options, out))
+            self.recording.append((func, inner, options, leaves(out)))
         if func is aten._local_scalar_dense.default or (target is not None and not to_gpu):
             return out
-        wrapped = tree_map(lambda t: PretendedTensor(t) if isinstance(t, torch.Tensor) else t, out)
+        wrapped = mapped(lambda t: PretendedTensor(t) if isinstance(t, torch.Tensor) else t, out)
         return return_and_correct_aliasing(func, args, kwargs, wrapped)
 
     def check_devices(self, func, args, on_cpu: list, crosses: bool) -> None:
@@ -259,6 +276,7 @@ class PretendedGpu(TorchDispatchMode):
         self.replace(cuda, mem_get_info=lambda *_: (20 * 10**9, 24 * 10**9), max_memory_allocated=lambda *_: 0)
         self.replace(cuda, synchronize=lambda *_: self.wait("synchronize"))
         self.replace(cuda, set_sync_debug_mode=lambda mode: setattr(self, "sync_debug_mode", mode))
+        self.replace(cuda, get_sync_debug_mode=lambda: self.sync_debug_mode)
         self.replace(cuda, CUDAGraph=Graph, graph=capture, Stream=Stream, stream=on_stream)
         self.replace(cuda, current_stream=lambda *_: self.streams[-1])
         torch.Tensor.to = move
@@ -314,7 +332,7 @@ class Graph:
         self.replays += 1
         for func, args, options, out in self.steps:
             again = PretendedGpu.now.compute(func, args, options)
-            for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+            for old, new in zip(out, leaves(again), strict=True):
                 if old.data_ptr() != new.data_ptr():  # neither in place nor a view
                     old.copy_(new)
 
@@ -335,7 +353,7 @@ def capture(graph, pool=None, stream=None, **options):
 
 
 def unwrap(tree):
-    return tree_map(lambda t: t.inner if isinstance(t, PretendedTensor) else t, tree)
+    return mapped(lambda t: t.inner if isinstance(t, PretendedTensor) else t, tree)
 
 
 # ---- As a plugin of pytest, and as a command ----

@@ -1,5 +1,5 @@
-"""Whole runs on a GPU, against the CPU's: every script, stages, resumes, families of models, the GPU check. Skipped where
-there is none; test_pretended_gpu.py runs them on a pretended one."""
+"""Whole runs on a GPU: every script, stages, resumes, families of models, the GPU check. Skipped where there is none;
+test_pretended_gpu.py runs them on a pretended one."""
 
 import pytest
 import torch

@@ -27,7 +27,7 @@ MAY_IMPORT = {  # of our own modules; a train script may import any of these, bu
     "plumbing.rows": "plumbing.answers plumbing.flags",
     "data": "common plumbing.rows plumbing.answers plumbing.flags",  # and tasks, by name
     "rewards": "data common plumbing.answers plumbing.flags",
-    "plumbing.runs": "data common plumbing.flags",
+    "plumbing.runs": "data common plumbing.engine plumbing.flags",
     "plumbing.logs": "data common plumbing.flags",
     "plumbing.evaluation": "rewards data common plumbing.answers plumbing.statistics",
     "plumbing.pairs": "plumbing.evaluation data common plumbing.rows plumbing.flags plumbing.statistics",
