@@ -52,11 +52,12 @@ def resolve_device(device: str) -> torch.device:
     name = ("cuda" if sees_gpu() else "cpu") if device == "auto" else device
     try:
         resolved = torch.device(name)
+        torch.zeros(1, device=resolved).add(1).item()  # computes: a wheel may have no kernels for the card
+        if resolved.type == "cuda" and resolved.index is not None:
+            torch.cuda.set_device(resolved)  # CUDA streams and graphs use the current device
         if resolved.type == "cuda":
-            torch.cuda.set_device(resolved if resolved.index is not None else 0)  # streams and graphs use the current
             torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans again for each new shape: nearly every batch
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums in fp32, as on a CPU
-        torch.zeros(1, device=resolved).add(1).item()  # a wheel may have no kernels for the card
     except (RuntimeError, AssertionError) as error:
         others = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if name.partition(":")[0] == "cuda" else []
         others = [other for other in others if other != (name if ":" in name else "cuda:0")] + ["cpu"]
@@ -91,10 +92,8 @@ def sees_gpu() -> bool:
         why = reason(warned[-1].message) if warned else "CUDA_VISIBLE_DEVICES or the container hides it"
         why = why if torch.version.cuda else f"torch {torch.__version__} is built without CUDA"
         index = "https://download.pytorch.org/whl/cu126"
-        what = "this machine has an NVIDIA driver, but torch can't use a GPU, so the run takes the CPU"
-        print(
-            f"note: {what} ({why}). For a driver older than 580: pip install torch --index-url {index}", file=sys.stderr
-        )
+        what = f"an NVIDIA driver is here, but torch sees no GPU ({why}), so the run takes the CPU"
+        print(f"note: {what}. If the driver is older than 580: pip install torch --index-url {index}", file=sys.stderr)
     return False
 
 
