@@ -485,10 +485,9 @@ class GraphDecoder(GroupDecoder):
         inputs = self.tokens[:R], self.positions[:R]
         stream = GraphDecoder.stream = GraphDecoder.stream or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
+        # A step that waits for the GPU would break the capture, and with it the error that says why: raise before that.
         mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode(
-            "error"
-        )  # a step that waits for the GPU would break the capture: raise before it
+        torch.cuda.set_sync_debug_mode("error")
         try:
             with torch.cuda.stream(stream):  # warm up: a library's first allocations must not be captured
                 for _ in range(2):

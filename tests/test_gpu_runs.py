@@ -194,7 +194,7 @@ SCRIPTS = {
     "grpo-float32": (train_grpo, {"dtype": "float32", "dynamic_sampling": True, "truncated": "mask"}),
     "ppo": (train_ppo, {"gradient_checkpointing": True, "reward_model": "REWARD"}),
     "pg": (train_pg, {"baseline": "value", "offload_optimizer": True}),
-    "kimi": (train_kimi, {"minibatch_size": 8}),
+    "kimi": (train_kimi, {"minibatch_size": 4}),
     "sft": (train_sft, {"gradient_checkpointing": True}),
     "dpo": (train_dpo, {"kl_coef": 0.1}),
     "rm": (train_rm, {"offload_optimizer": True}),
@@ -227,7 +227,7 @@ def final_weights(run_dir) -> torch.Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first, then", [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])
+@pytest.mark.parametrize("first, then", [("cuda:0", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])
 def test_a_run_resumes_on_another_device(first, then, tmp_path):
     """Catches: a checkpoint with a device in it; moments or masters that a resume leaves where they were."""
     changes = {"dtype": "float32", "save_every": 2, "learning_rate": 1e-3}
@@ -258,8 +258,10 @@ def test_stages_are_evaluated(tmp_path, capsys, pretended):
 
 
 @pytest.mark.slow
-def test_the_gpu_check_prints_its_table(capsys, pretended):
+@pytest.mark.parametrize("capability", [(8, 0), (7, 5)])
+def test_the_gpu_check_prints_its_table(capability, capsys, pretended, monkeypatch):
     """Catches: the first command on a new machine ends in a traceback. Speed and memory are pretended, too."""
+    monkeypatch.setattr(pretended, "capability", capability)
     with pytest.raises(SystemExit):
         gpu_check.main(gpu_check.Args(sizes=["mini"], rows=[16], new_tokens=8, device="cuda"))
     table = capsys.readouterr().out

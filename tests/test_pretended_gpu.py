@@ -15,7 +15,8 @@ import torch
 from conftest import make_model, remember
 
 import common
-from plumbing import engine, logs, runs
+import data
+from plumbing import engine, evaluation, logs, runs
 
 needs_none = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU, or a pretended one already")
 
@@ -56,7 +57,8 @@ def gpu_statements() -> dict[str, list[tuple[int, int]]]:
     found: dict[str, list[tuple[int, int]]] = {}
     for path in (path for folder in (".", "plumbing", "benchmarks") for path in sorted(Path(folder).glob("*.py"))):
         for node in ast.walk(ast.parse(path.read_text())):
-            branch = isinstance(node, ast.If) and re.search(r"\bcuda\b|is_cuda", ast.unparse(node.test))
+            test = ast.unparse(node.test) if isinstance(node, ast.If) else ""
+            branch = re.search(r"\bcuda\b|is_cuda", test) and not re.search(r"not [\w.]*is_cuda|!= 'cuda'", test)
             if branch or (isinstance(node, ast.ClassDef) and node.name == "GraphDecoder"):
                 found.setdefault(str(path), []).extend(span for part in node.body for span in spans(part))
     return found
@@ -108,6 +110,20 @@ def test_a_driver_without_a_gpu_is_noticed(cuda, warning, why, monkeypatch, tmp_
     assert line.startswith("note: an NVIDIA driver is here") and why in line and "whl/cu126" in line
     common.resolve_device("cpu")
     assert capfd.readouterr().err == ""
+
+
+def test_an_evaluation_begins_with_whole_batches_of_long_prompts(embedded, monkeypatch):
+    """Catches: buffers and graphs that fit the first batch only. The results don't depend on the order."""
+    calls = remember(monkeypatch, evaluation, "decode")
+    policy, tokenizer = embedded
+    problems = data.load_problems("arithmetic", "eval", 19)
+    problems = data.encode_problems(tokenizer, problems, "", policy.config, 12)
+    records = evaluation.evaluate(policy, tokenizer, problems, 1, 12, batch_size=5)
+    assert [record["question"] for record in records] == [problem.question for problem in problems]
+    batches = [[len(prompt) for prompt in arguments["rollout"].prompt_ids] for arguments, _ in calls]
+    assert [len(lengths) for lengths in batches] == [5, 5, 5, 4]
+    longest = [max(lengths) for lengths in batches]
+    assert longest[0] > longest[2] and longest[:3] == sorted(longest[:3], reverse=True)
 
 
 def hidden(error: Exception, behind: Exception) -> Exception:
