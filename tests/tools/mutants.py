@@ -183,8 +183,8 @@ plumbing/algebra.py test_answers.py
     a set may hold more: return <<not others=>True>>
     a chain is its last side: <<all(equal(value, values[-1]) for value in values)=>True>>
 plumbing/logs.py test_updates.py
-    last value instead of the maximum: = <<max(float(value), self.sums.get(name, -float("inf")))=>float(value)>>
-    positive and negative gaps cancel: - old_logprobs)[trained]<<.abs()=>>>
+    last value instead of the maximum: = <<max(value, sums.get(name, -float("inf")))=>value>>, 1.0
+    positive and negative gaps cancel: - old_logprobs)<<.abs()=>>>.masked_fill
     entropy over padding: <<(entropy.detach() * trained).sum() / trained.sum()=>entropy.detach().mean()>>
     clipped share ignores the advantage's sign: <<(advantages < 0) & =>>>(ratio < 1 - clip_low)
     a gradient that is not finite is applied: math.isfinite(loss)<< and math.isfinite(grad_norm)=>>>
@@ -231,7 +231,7 @@ common.py test_pretended_gpu.py
     a restored moment stays mapped: {name: <<value.clone()=>value>> for name, value in own.items()
     a driver that is too old is not noticed: if NVIDIA.exists()<<=> and False>>:
 plumbing/logs.py test_pretended_gpu.py
-    on a GPU, logged values read one by one: return <<value.detach().float().clone() if on_gpu else float(value)=>float(value)>>
+    on a GPU, logged values read one by one: <<value.detach().float().clone() if on_gpu=>value if False>> else
     a Mac's clock does not wait: if self.device.type <<!= "cpu"=>== "cuda">>:
 plumbing/runs.py test_pretended_gpu.py
     a checkpoint is in memory twice: map_location="cpu"<<, mmap=True=>>>
