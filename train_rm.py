@@ -61,7 +61,7 @@ class Args:
     device: str = "auto"
     """auto | cpu | cuda | cuda:1 ..."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """dtype of the weights; auto: bfloat16 on a GPU (with fp32 master weights), float32 on a CPU"""
+    """dtype of the weights; auto: bfloat16 on a GPU that has it (with fp32 master weights), else float32"""
     selection: flags.Group[pairs.PairFlags] = field(default_factory=pairs.PairFlags)
     optimization: flags.Group[flags.OptimizationFlags] = field(
         default_factory=lambda: flags.OptimizationFlags(warmup_iterations=20, micro_batch_tokens=4096)

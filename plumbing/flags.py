@@ -147,7 +147,7 @@ class SetupFlags:
     device: str = "auto"
     """auto | cpu | cuda | cuda:1 ..."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """dtype of the weights; auto: bfloat16 on a GPU (with fp32 master weights), float32 on a CPU"""
+    """dtype of the weights; auto: bfloat16 on a GPU that has it (with fp32 master weights), else float32"""
 
 
 @dataclass

@@ -243,6 +243,8 @@ class PretendedGpu(TorchDispatchMode):
         if isinstance(q, PretendedTensor):
             if q.shape[1] != k.shape[1] and not enable_gqa:
                 raise RuntimeError("query and key have different numbers of heads: needs enable_gqa")
+            if attn_mask is not None and attn_mask.dtype not in (torch.bool, q.dtype):
+                raise RuntimeError("invalid dtype for bias - should match query's dtype")
             params = Params(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa)
             kernel = "flash" if self.flash(params) else "efficient" if self.efficient(params) else "MATH, keeps scores"
             self.attention[
