@@ -105,9 +105,8 @@ def rows_bias(lengths: Tensor, T: int, L: int, dtype: torch.dtype) -> Tensor:
     and on the row's later tokens."""
     padded = torch.arange(L, device=lengths.device) >= lengths[:, None]
     prompt = torch.zeros(padded.shape, device=lengths.device).masked_fill(padded, -torch.inf)[:, None]  # (R, 1, L)
-    return torch.cat([part.expand(len(lengths), T, -1) for part in (prompt, causal_bias(T, lengths.device))], 2).to(
-        dtype
-    )
+    parts = prompt, causal_bias(T, lengths.device)
+    return torch.cat([part.expand(len(lengths), T, -1) for part in parts], 2).to(dtype)
 
 
 def move_together(device: torch.device, tensors: list[Tensor]) -> list[Tensor]:

@@ -126,8 +126,6 @@ def test_the_table_of_models_and_gpus():
     assert [row[0] for row in rows] == sizes
     assert rows[0][2:6] == ["--micro-batch-tokens 4096", "as it is", "as it is", "as it is"]
     assert all("--offload-optimizer" in cell for cell in rows[3][2:6])
-        "--offload-optimizer" in cell for cell in rows[3][2:6]
-    )
     offloaded = "--micro-batch-tokens 4096 --offload-optimizer"
     assert rows[1][2:] == [offloaded, "--micro-batch-tokens 4096", "as it is", "as it is", "25 GB"]
 
