@@ -28,10 +28,10 @@ from data import (
     read_problems,
     read_samples,
     verifier_of,
-    write_jsonl,
 )
 from plumbing.answers import extract_answer, plain_unicode
-from plumbing.flags import AtLeast1, Range, Share, check_output, fail, parse_args
+from plumbing.files import write_jsonl
+from plumbing.flags import AtLeast1, Range, Share, check_output, fail, start
 from plumbing.pairs import balance, listed
 from plumbing.rows import can_match, is_undivided, placed_rows
 from rewards import verifier_prompt
@@ -363,4 +363,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args(Args))
+    start(main, Args)

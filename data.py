@@ -4,9 +4,7 @@ they are drawn."""
 import functools
 import hashlib
 import importlib
-import json
 import math
-import os
 import random
 import re
 from collections.abc import Callable
@@ -242,21 +240,6 @@ def add_mode(question: str, messages: tuple | None, mode: str | None) -> tuple[s
 
 
 # ---- The samples file: problems with scored completions ------------------------------------------------------------
-
-
-def write_jsonl(path: str, rows: list[dict]) -> None:
-    """Writes a temporary file and renames it, so that an old file stays intact until the new one is complete. A link's
-    target is replaced, not the link; a pipe or a device is written to."""
-    target = Path(path).resolve()
-    special = target.exists() and not target.is_file()
-    temporary = target if special else target.with_name(target.name + ".tmp")
-    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-    try:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-        if not special:
-            os.replace(temporary, target)
-    except OSError as error:
-        fail(f"{path}: can't be written ({error.strerror})")
 
 
 def read_samples(rows: list[tuple[str, dict]], source: str) -> list[dict]:
@@ -559,6 +542,7 @@ CONTENTS = {  # what an item holds that a run learns from, and its name in an er
     "completion_ids": "the demonstrations' tokens",
     "chosen_ids": "the chosen completions' tokens",
     "rejected_ids": "the rejected completions' tokens",
+    "weight": "the pairs' weights",
 }
 
 
@@ -572,14 +556,25 @@ class ProblemSampler:
     "prioritized": with weight 1 - s, at least `floor` (Kimi K1.5, arXiv:2501.12599, section 2.3.4). s is the recent
     success rate. It starts as the problem's `pass_rate` (if unknown: the mean of the known ones); each draw moves it
     halfway to the success rate of the group.
+
+    contents: what a resumed run must find unchanged; None: the items.
     """
 
-    def __init__(self, items: list, mode: str = "uniform", seed: int = 0, floor: float = 0.05, total_draws: int = 0):
+    def __init__(
+        self,
+        items: list,
+        mode: str = "uniform",
+        seed: int = 0,
+        floor: float = 0.05,
+        total_draws: int = 0,
+        contents: list | None = None,
+    ):
         if mode not in ("uniform", "curriculum", "prioritized"):
             raise ValueError(f"mode is 'uniform', 'curriculum' or 'prioritized', not {mode!r}")
         if mode == "curriculum" and any(item.difficulty is None for item in items):
             fail("--problem-sampling curriculum: needs problems that all have a difficulty")
         self.items, self.size, self.mode, self.seed, self.floor = items, len(items), mode, seed, floor
+        self.contents = items if contents is None else contents
         self.drawn, self.total_draws, self.unweighted = 0, max(1, total_draws), 0
         self.attempts, self.successes = [0] * self.size, [0.0] * self.size
         rates = {i: getattr(item, "pass_rate", None) for i, item in enumerate(items)}
@@ -651,9 +646,9 @@ class ProblemSampler:
 
     @functools.cached_property
     def digests(self) -> dict[str, str]:
-        """A digest of what the items are made of, by kind: prompts as token ids, answers, and so on."""
-        kinds = [name for name in CONTENTS if hasattr(self.items[0], name)] if self.items else []
-        content = {name: repr([getattr(item, name) for item in self.items]) for name in kinds}
+        """A digest of the contents by kind: prompts as token ids, answers, and so on."""
+        kinds = [name for name in CONTENTS if hasattr(self.contents[0], name)] if self.contents else []
+        content = {name: repr([getattr(item, name) for item in self.contents]) for name in kinds}
         return {name: hashlib.sha256(text.encode(errors="replace")).hexdigest() for name, text in content.items()}
 
     def state_dict(self) -> dict:

@@ -16,9 +16,10 @@ from typing import Literal
 
 import common
 from common import Rollout, continue_groups, derive_seed, sample_groups
-from data import MODES, decode, encode_problems, ids_after, load_problems, write_jsonl
+from data import MODES, decode, encode_problems, ids_after, load_problems
 from plumbing.evaluation import evaluate
-from plumbing.flags import SYSTEM_PROMPT, AtLeast1, Positive, check_output, fail, parse_args
+from plumbing.files import write_jsonl
+from plumbing.flags import SYSTEM_PROMPT, AtLeast1, Positive, check_output, fail, start
 from plumbing.statistics import diversity, format_table, group_by, interval, majority_accuracy, summarize
 from rewards import Verifier
 
@@ -146,8 +147,6 @@ def main(args: Args) -> None:
             label = ", ".join(part for part in (name, mode) if part) or "all"
             rows.append(accuracy_row(label, records, greedy) + others)
             del run  # it holds the policy, whose memory the next model needs
-    if args.output:
-        write_jsonl(args.output, [record | ({"mode": modes[0]} if modes[0] else {}) for record in records])
     if not several:
         for field in ("difficulty", "topic"):
             greedy_groups = group_by(greedy, field)
@@ -170,7 +169,8 @@ def main(args: Args) -> None:
         if shares := verify.summary():
             shown = (f"{name.removeprefix('verifier/')} {share:.3f}" for name, share in shares.items())
             print("right by: " + "  ".join(shown))
-    if args.output:
+    if args.output:  # last, so that what can't be written costs no table
+        write_jsonl(args.output, [record | ({"mode": modes[0]} if modes[0] else {}) for record in records])
         print(f"samples file: {args.output}")
 
 
@@ -182,4 +182,4 @@ def accuracy_row(name: str, sampled: list[dict], greedy: list[dict]) -> list:
 
 
 if __name__ == "__main__":
-    main(parse_args(Args))
+    start(main, Args)

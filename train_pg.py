@@ -262,4 +262,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(flags.parse_args(Args))
+    flags.start(main, Args)

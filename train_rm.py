@@ -119,7 +119,7 @@ def main(args: Args) -> None:
     train = [pair for pair in dataset if not is_held_out(pair.question)]
     if len(train) < args.minibatch_size:
         flags.fail(f"--minibatch-size {args.minibatch_size}: only {len(train)} pairs are left to train on; lower it")
-    sampler = ProblemSampler(train, seed=args.seed)
+    sampler = ProblemSampler(train, seed=args.seed, contents=dataset)
 
     run = runs.Run(args, tokenizer)
     rm = common.load_reward_model(run.start_from, tokenizer, device, dtype, new_head=run.start_from == args.model)
@@ -194,4 +194,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(flags.parse_args(Args))
+    flags.start(main, Args)

@@ -15,7 +15,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common import Rollout
-from data import decode, write_jsonl
+from data import decode
+from plumbing.files import write_jsonl
 from plumbing.flags import fail
 
 
@@ -229,7 +230,7 @@ class Health:
             not_finite = [name for name, value in values.items() if not value[row].isfinite().all()]
             ids = rollout.completion_ids[row][rollout.mask[row]].tolist()
             records.append({"not_finite": not_finite, "prompt": prompt, "completion": texts[row], "ids": ids})
-        write_jsonl(str(file), [r for r in records if r["not_finite"]] or records)
+        write_jsonl(file, [r for r in records if r["not_finite"]] or records)
         limit = f"--max-bad-updates {self.max_bad_updates} updates in a row were not finite"
         fail(f"{limit} (the last: {what}); they did not change the weights. The last one's rows are in {file}")
 

@@ -1,9 +1,7 @@
 """A run on disk: directory, arguments, source, checkpoints, event writer, and Ctrl-C that saves a checkpoint."""
 
 import contextlib
-import errno
 import gc
-import hashlib
 import json
 import os
 import re
@@ -18,8 +16,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
+from transformers.utils import cached_file
 
-from plumbing.flags import check_run_directory, fail, named_directory, reason, to_flat
+from common import resolve_model
+from plumbing.files import file_digests, lock, model_fingerprints, replacing
+from plumbing.flags import NO_ROOM, as_flag, catch_signals, check_run_directory, fail, named_directory, reason, to_flat
 
 
 class Run:
@@ -36,21 +37,29 @@ class Run:
         self.start_from, self._saved = state.get("model", args.model), state.get("stateful")
         if self.progress["iteration"] > args.iterations:
             fail(f"--iterations {args.iterations}: the run has done {self.progress['iteration']} already")
+        self._models = start_models(args)
+        for name, files in state.get("models", {}).items():
+            if differ := sorted(dict(files.items() ^ self._models.get(name, {}).items())):
+                what = f"{as_flag(name)} {to_flat(args)[name]}: {differ[0]} is not the file that the run began with"
+                fail(f"--resume {args.run.resume}: {what}; restore it, or start a new run with --model RUN/final")
         try:
             self.dir = run_directory(args)
+            self._lock = lock(self.dir)
             self.writer = self._write_beginning(resumed=bool(state))
         except OSError as error:
             fail(f"--run-root {args.run.run_root}: {error.filename or self.dir} can't be written ({error.strerror})")
-        self._stop = take_over_process()
+        self._stop = StopSignal()
+        gc.freeze()  # the libraries' million objects stay alive: garbage collection skips them
         print(f"run directory: {self.dir}")
 
     def _write_beginning(self, resumed: bool) -> SummaryWriter:
         """Writes what a run writes before it learns: flags and source. Returns the open event writer."""
         args, source = self._args, Path(getfile(type(self._args)))
         (self.dir / "checkpoints").mkdir(exist_ok=True)
-        (self.dir / "args.json.tmp").write_text(json.dumps(to_flat(args) | {"resume": None}, indent=2) + "\n")
-        os.replace(self.dir / "args.json.tmp", self.dir / "args.json")
+        with replacing(self.dir / "args.json") as file:
+            file.write_text(json.dumps(to_flat(args) | {"resume": None}, indent=2) + "\n")
         keep_source(source, self.dir, self.progress["iteration"])
+        put_events_in_order(self.dir)
         # purge events that the interrupted run wrote after its last checkpoint
         purge = self.progress["global_step"] + resumed if args.run.resume else None
         writer = SummaryWriter(str(self.dir), purge_step=purge)
@@ -80,6 +89,7 @@ class Run:
         if self._stop.number or (flags.save_every and (last or iteration % flags.save_every == 0)):
             self.writer.flush()
             state = {"progress": {"iteration": iteration, "global_step": global_step} | progress}
+            state["models"] = self._models
             state["stateful"] = {name: value.state_dict() for name, value in self._stateful.items()}
             target = self.dir / "checkpoints" / f"step_{iteration:06d}"
             save_model(target, model, self._tokenizer, state, flags.keep_checkpoints)
@@ -121,7 +131,8 @@ def run_directory(args) -> Path:
             model = Path(model.resolve().parent.name.partition("__")[0] + "-final")
         data = getattr(args, "data", None) or args.problems
         data = "+".join(Path(source).stem for source in (data if isinstance(data, tuple) else [data]))
-        parts = script, data, model.name, f"s{args.seed}", time.strftime("%Y%m%d-%H%M%S")
+        names = (part[:60] for part in (script, data, model.name))  # a file's name has at most 255 bytes
+        parts = *names, f"s{args.seed}", time.strftime("%Y%m%d-%H%M%S")
         directory = Path(flags.run_root) / re.sub(r"[^\w.-]", "-", "__".join(parts))
     directory.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -132,6 +143,28 @@ def run_directory(args) -> Path:
             if flags.run_name is not None:
                 fail(f"--run-name {flags.run_name}: {directory} exists; --resume it, or take another name")
             directory = directory.with_name(directory.name + "x")
+
+
+def start_models(args) -> dict[str, dict[str, str]]:
+    """The fingerprints of the models that a run is made from, by flag."""
+    found = {}
+    for name, path in to_flat(args).items():
+        if path and re.search("(^|_)model$", name):
+            with contextlib.suppress(OSError):  # no such model: whoever loads it says so
+                if config := cached_file(resolve_model(path), "config.json"):
+                    found[name] = model_fingerprints(Path(config).parent)
+    return found
+
+
+def put_events_in_order(directory: Path) -> None:
+    """TensorBoard reads event files in the order of their names, which begin with the time. Gives files from the
+    future, after the clock was set back, names that come first: else a resumed run's values would be purged by older
+    ones."""
+    files = sorted(directory.glob("events.out.tfevents.*"))
+    if files and int(files[-1].name.split(".")[3]) >= int(time.time()):
+        for number, file in enumerate(files):
+            parts = file.name.split(".")
+            file.rename(file.with_name(".".join([*parts[:3], f"{number:010d}", *parts[4:]])))
 
 
 def keep_source(source: Path, directory: Path, iteration: int) -> None:
@@ -155,60 +188,12 @@ def git_commit(folder: Path) -> str:
         return "unknown"
 
 
-def explain(kind, error, trace) -> None:
-    """Prints a run's last error: one line if memory or disk space ran out or on Ctrl-C, else the traceback."""
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        lower = "--micro-batch-tokens (training), or --prompts-per-step, --group-size or --max-new-tokens (sampling)"
-        advice = f"lower {lower}, add --gradient-checkpointing or --offload-optimizer"
-        advice += "; python benchmarks/memory.py says which flags fit"
-        print(f"error: out of memory ({reason(error)}); {advice}", file=sys.stderr)
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        print(f"error: {reason(error)}; make room on the disk, then go on with --resume", file=sys.stderr)
-    elif isinstance(error, KeyboardInterrupt):
-        print("stopped at once; go on from the newest checkpoint with --resume", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-def take_over_process() -> "StopSignal":
-    """Settings of the process for the run's time: errors in one line, Ctrl-C that saves a checkpoint, and a garbage
-    collector that skips the libraries' million objects, which stay alive. Output that can't be written is lost, the run
-    is not."""
-    sys.excepthook = explain
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
-    gc.freeze()
-    return StopSignal()
-
-
-class Output:
-    """A text stream that goes on where the stream behind it can't be written: a pipe whose reader has died, a terminal
-    that went away, a full disk."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self.stream.flush()
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
-
-
 class StopSignal:
     """The first Ctrl-C, SIGTERM or SIGHUP (a lost connection) only sets `number`: the run finishes the iteration, saves
     a checkpoint and exits. The second one stops at once."""
 
     def __init__(self):
-        self.number = 0
-        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-        numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # nohup
-        self.before = {number: signal.signal(number, self.handle) for number in numbers}
+        self.number, self.before = 0, catch_signals(self.handle)
 
     def handle(self, number, frame) -> None:
         self.number = number
@@ -250,9 +235,15 @@ def save_model(target: Path, model, tokenizer, state: dict | None = None, keep: 
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and not re.search("StreamWriter|inline_container|iostream", str(error)):
             raise  # not one of torch's write errors
-        free = f"{shutil.disk_usage(target.parent).free / 1e9:.3f} GB are free there"
         shutil.rmtree(aside, ignore_errors=True)
-        fail(f"{target} can't be written ({reason(error)}; {free}). Make room, then go on with --resume")
+        place = next(folder for folder in target.parents if folder.exists())
+        free = f"{shutil.disk_usage(place).free / 1e9:.3f} GB are free there"
+        denied = isinstance(error, OSError) and error.errno not in NO_ROOM
+        do = "Make it writable" if denied else "Make room"
+        fail(f"{target} can't be written ({reason(error)}; {free}). {do}, then go on with --resume")
+    except KeyboardInterrupt:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     shutil.rmtree(old, ignore_errors=True)
     newest_first = checkpoints(target.parent)
     written = newest_first[newest_first.index(target) :] if target in newest_first else []  # newer ones are damaged
@@ -283,18 +274,6 @@ def add_older_names(directory: Path) -> None:
 
 def checkpoints(directory: Path) -> list[Path]:  # the newest first
     return sorted(directory.glob("step_*[0-9]"), key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
-
-
-def file_digests(directory: Path, names: list[str] | None = None) -> dict[str, str]:
-    """The sha256 of the named files, by path within the directory; None: of all files, in its folders too."""
-
-    def digest(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    if names is None:
-        names = [str(path.relative_to(directory)) for path in sorted(directory.rglob("*")) if path.is_file()]
-    return {name: digest(directory / name) for name in names}
 
 
 def load_checkpoint(run: str | None) -> dict:

@@ -8,7 +8,6 @@ Training begins at the run's start model, not at its result. evaluate.py reads t
 """
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import io
 import json
@@ -18,8 +17,6 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -40,7 +37,6 @@ from plumbing.flags import (  # noqa: E402
     check_ranges,
     fail,
     from_flat,
-    ranges,
     reason,
     to_flat,
 )
@@ -247,37 +243,12 @@ def read_run(run: str) -> train_grpo.Args:
         args = from_flat(train_grpo.Args(), saved)
         if missing := sorted(to_flat(args).keys() - saved.keys()):
             raise ValueError(f"no field {missing[0]!r}")
-        for name, hint in flat_hints(train_grpo.Args).items():
-            if not allows(hint, saved[name]):
-                raise ValueError(f"{json.dumps(saved[name])[:80]} in {name!r}")
     except OSError as error:
         fail(f"--run {run}: no run directory ({file} can't be read: {error.strerror})")
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         fail(f"--run {run}: {file} does not hold this version's arguments ({reason(error)}); start the run again")
+    check_ranges(args)
     return args
-
-
-def flat_hints(Args) -> dict:
-    """Every flag's type by name, including flags in groups."""
-    hints = {}
-    for name, hint in get_type_hints(Args, include_extras=True).items():
-        group = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-        hints |= flat_hints(group) if dataclasses.is_dataclass(group) else {name: hint}
-    return hints
-
-
-def allows(hint, value) -> bool:
-    """True if a flag of this type and range can have this value from args.json."""
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        return allows(parts[0], value) and all(limit.allows(value) for limit in ranges(hint))
-    if origin in (Union, UnionType):
-        return any(allows(part, value) for part in parts)
-    if origin is Literal:
-        return value in parts
-    if origin is tuple:
-        return isinstance(value, list) and all(allows(parts[0], part) for part in value)
-    return type(value) is hint or (hint is float and type(value) is int)
 
 
 def prepare(flags: Args, processes: int, gpu: bool):

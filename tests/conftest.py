@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralC
 import common
 import data
 import train_grpo
+from plumbing.files import write_jsonl
 from plumbing.flags import from_flat
 
 EMBEDDED = "models/tiny-arithmetic"
@@ -163,7 +164,7 @@ def few_problems() -> str:
     """A file of 240 easy problems: drawing and encoding the 6,000 of "arithmetic" takes longer than a short run."""
     file = Path(tempfile.mkdtemp()) / "few.jsonl"
     atexit.register(shutil.rmtree, file.parent)
-    data.write_jsonl(str(file), [problem.to_row() for problem in data.load_problems("arithmetic:1-3", "train", 240)])
+    write_jsonl(str(file), [problem.to_row() for problem in data.load_problems("arithmetic:1-3", "train", 240)])
     return str(file)
 
 

@@ -19,8 +19,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import common
 import train_grpo
 import train_sft
-from data import encode_problems, load_eval_problems, load_problems, write_jsonl
+from data import encode_problems, load_eval_problems, load_problems
 from plumbing.evaluation import SAMPLES, HeldOut, evaluate
+from plumbing.files import write_jsonl
 from plumbing.flags import parse_args
 from rewards import Verifier
 

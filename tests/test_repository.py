@@ -19,6 +19,7 @@ SUPERVISED = [Path(f"train_{name}.py") for name in ("sft", "dpo", "rm")]
 
 MAY_IMPORT = {  # of our own modules; a train script may import any of these, but no command
     "plumbing.flags": "",
+    "plumbing.files": "plumbing.flags",
     "plumbing.algebra": "",
     "plumbing.answers": "plumbing.algebra",
     "plumbing.engine": "plumbing.flags",
@@ -27,12 +28,12 @@ MAY_IMPORT = {  # of our own modules; a train script may import any of these, bu
     "plumbing.rows": "plumbing.answers plumbing.flags",
     "data": "common plumbing.rows plumbing.answers plumbing.flags",  # and tasks, by name
     "rewards": "data common plumbing.answers plumbing.flags",
-    "plumbing.runs": "data common plumbing.flags",
-    "plumbing.logs": "data common plumbing.flags",
+    "plumbing.runs": "common plumbing.files plumbing.flags",
+    "plumbing.logs": "data common plumbing.files plumbing.flags",
     "plumbing.evaluation": "rewards data common plumbing.answers plumbing.statistics",
     "plumbing.pairs": "plumbing.evaluation data common plumbing.rows plumbing.flags plumbing.statistics",
-    "evaluate": "plumbing.evaluation rewards data common plumbing.flags plumbing.statistics",
-    "curate": "plumbing.pairs rewards data plumbing.rows plumbing.answers plumbing.flags",
+    "evaluate": "plumbing.evaluation rewards data common plumbing.files plumbing.flags plumbing.statistics",
+    "curate": "plumbing.pairs rewards data plumbing.rows plumbing.answers plumbing.files plumbing.flags",
 }
 COMMANDS = {"evaluate", "curate"}
 TASKS = {f"tasks.{path.stem}": path for path in Path("tasks").glob("*.py")}
@@ -207,7 +208,7 @@ PARALLEL = {  # family, from the line with this to the line with that
     "step": ([GRPO, KIMI], "        grad_norm = ", 'clock.lap("update")'),
     "log": (POLICY_GRADIENT, "--- 6 log", "--- 7 evaluate and save"),
     "evaluate and save": (POLICY_GRADIENT, "--- 7 evaluate and save", "run.checkpoint("),
-    "end": ([*POLICY_GRADIENT, SFT], "    run.finish(", "main(flags.parse_args(Args))"),
+    "end": ([*POLICY_GRADIENT, SFT], "    run.finish(", "flags.start(main, Args)"),
     "data, supervised": ([SFT, DPO], "    device = ", "tokenizer, config = "),
     "pairs": ([DPO, RM], "    if len(train) < ", "sampler = "),
     "first evaluation, supervised": (SUPERVISED, "        before = scores = ", "log_scalars("),

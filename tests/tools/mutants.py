@@ -81,7 +81,7 @@ train_dpo.py test_dpo.py
     SimPO's gamma with the wrong sign: margins <<-=>+>> gamma if
     label smoothing without the flipped label: label_smoothing * logsigmoid(<<-=>>>logits)
     mean over padding too: return <<logps / mask.sum(1).clamp(min=1)=>logprobs.mean(1)>> if mean
-    another model's reference from the cache: name.encode()<< + tensor.cpu().flatten().view(torch.uint8)=>)#>>
+    the policy for the reference after a resume: <<not simpo and ref_logprobs is None=>not simpo>>
 train_rm.py test_rm.py test_updates.py
     margin with the wrong sign: logsigmoid(margins <<-=>+>> margin)
     pair weights ignored: reward_model_loss(row_scores[0::2], row_scores[1::2], args.margin<<, weights=>>>)
@@ -134,6 +134,10 @@ plumbing/engine.py test_logprobs.py test_sampling.py
     decoding one position late: self.compute(tokens, self.lengths + self.done<< - 1=>>>)
     plain decoding one position late: (self.lengths + self.done<<=>+ 1>>)[:, None]
     remaining rows get other rows' lengths: = self.group[rows], self.lengths[<<rows=>: len(rows)>>], self.bias[rows]
+plumbing/files.py test_survival.py
+    an old file is lost while the new one is written: else target.with_name(<<f".{os.getpid()}.tmp"=>target.name>>)
+    two processes write one run: fcntl.lockf(file, <<fcntl.LOCK_EX | fcntl.LOCK_NB=>fcntl.LOCK_UN>>)
+    another model passes for the run's own: range(<<blocks=>0>>):
 plumbing/runs.py test_resume.py test_run_directory.py test_faults.py
     state not restored: <<value.load_state_dict(self._saved.pop(name))=>self._saved.pop(name)>>
     old events not purged: purge_step=<<purge=>None>>
