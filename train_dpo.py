@@ -252,7 +252,7 @@ def main(args: Args) -> None:
     start_rewards = run.progress.get("start_rewards") or judge_samples(policy, None, tokenizer, eval_problems, args)[0]
     if before is None:  # a new run
         before = scores = evaluate_now()
-        logs.log_scalars(run.writer, scores, global_step)
+        logs.log_scalars(run.writer, scores, global_step, held_out.samples)
 
     bar = tqdm(total=args.iterations, initial=iteration, desc="DPO", unit="it")
     health = logs.Health(run.dir, tokenizer, args.optimization.max_bad_updates, dtype)
@@ -299,7 +299,7 @@ def main(args: Args) -> None:
         # ------------------------------------------------------------------------------------------ 4 evaluate and save
         if iteration == args.iterations or (args.run.eval_every and iteration % args.run.eval_every == 0):
             scores = evaluate_now()
-            logs.log_scalars(run.writer, scores, global_step)
+            logs.log_scalars(run.writer, scores, global_step, held_out.samples)
         progress = {"before": before, "scores": scores, "start_rewards": start_rewards, "ref_logprobs": ref_logprobs}
         run.checkpoint(policy, iteration, global_step, **progress)
 

@@ -206,7 +206,7 @@ def main(args: Args) -> None:
     before, scores = run.progress.get("before"), run.progress.get("scores")
     if before is None:  # a new run
         before = scores = held_out.evaluate(policy)
-        logs.log_scalars(run.writer, scores, global_step)
+        logs.log_scalars(run.writer, scores, global_step, held_out.samples)
     one_update = args.update_epochs == 1 and minibatch_size == batch_size
     if one_update:
         print("note: one update per batch: every ratio is 1, no clip acts, a loss near 0 is normal (docs/curves.md)")
@@ -315,7 +315,7 @@ def main(args: Args) -> None:
         # ------------------------------------------------------------------------------------------ 7 evaluate and save
         if iteration == args.iterations or (args.run.eval_every and iteration % args.run.eval_every == 0):
             scores = held_out.evaluate(policy)
-            logs.log_scalars(run.writer, scores, global_step)
+            logs.log_scalars(run.writer, scores, global_step, held_out.samples)
             logs.log_samples(run.writer, tokenizer, rollout, texts, components, global_step)
         run.checkpoint(policy, iteration, global_step, before=before, scores=scores)
         metrics, clock, kept = logs.Metrics(), logs.Clock(device), []

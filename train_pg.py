@@ -154,7 +154,7 @@ def main(args: Args) -> None:
     before, scores = run.progress.get("before"), run.progress.get("scores")
     if before is None:  # a new run
         before = scores = held_out.evaluate(policy)
-        logs.log_scalars(run.writer, scores, global_step)
+        logs.log_scalars(run.writer, scores, global_step, held_out.samples)
 
     bar = tqdm(total=args.iterations, initial=iteration, unit="it")
     health = logs.Health(run.dir, tokenizer, args.optimization.max_bad_updates, dtype)
@@ -253,7 +253,7 @@ def main(args: Args) -> None:
         # ------------------------------------------------------------------------------------------ 7 evaluate and save
         if iteration == args.iterations or (args.run.eval_every and iteration % args.run.eval_every == 0):
             scores = held_out.evaluate(policy)
-            logs.log_scalars(run.writer, scores, global_step)
+            logs.log_scalars(run.writer, scores, global_step, held_out.samples)
             logs.log_samples(run.writer, tokenizer, rollout, texts, components, global_step)
         run.checkpoint(policy, iteration, global_step, before=before, scores=scores)
         metrics, clock = logs.Metrics(), logs.Clock(device)

@@ -138,7 +138,8 @@ def main(args: Args) -> None:
         loss, values = reward_model_loss(chosen, rejected, args.margin)
         values = {name: values[f"rewards/{name}"] for name in ("accuracy", "margin")} | {"loss": loss.item()}
         scores = {f"eval/pair_{name}": value for name, value in values.items()}
-        return scores | {"eval/calibration": calibration_error(chosen - rejected)}
+        scores |= {"eval/calibration": calibration_error(chosen - rejected), "eval/pairs": float(len(held_out_pairs))}
+        return scores
 
     iteration, global_step = run.progress["iteration"], run.progress["global_step"]  # global_step: pairs seen
     before, scores = run.progress.get("before"), run.progress.get("scores")

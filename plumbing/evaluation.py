@@ -93,6 +93,7 @@ class HeldOut:
     verify: Verifier = field(default_factory=Verifier)
     sample: Callable = sample_groups
     rewards: dict[str, Callable] = field(default_factory=dict)  # the mean of each is eval/<name>
+    samples: list[dict] = field(default_factory=list)  # the last evaluation's records of the first eight problems
 
     def evaluate(self, policy) -> dict[str, float]:
         """The eval/* scalars. Completions are sampled at temperature 1 unless the tag says greedy."""
@@ -105,6 +106,7 @@ class HeldOut:
         counts = self.verify.counts.copy()
         sampled, greedy = run(SAMPLES, 1.0), run(1, 0.0)
         self.verify.counts = counts  # verifier/* is about training batches only
+        self.samples = [record | {"completions": without_ids(record["completions"])} for record in sampled[:8]]
         if not sampled or not greedy:
             return {}  # nothing could be judged
         summary = summarize(sampled)
@@ -112,6 +114,7 @@ class HeldOut:
         if f"pass_at_{SAMPLES}" in summary:
             scores["eval/pass_at_k"] = summary[f"pass_at_{SAMPLES}"]
         scores["eval/accuracy_greedy"] = summarize(greedy)["accuracy"]
+        scores["eval/problems"] = float(len(sampled))
         for name in self.rewards:
             values = [completion[name] for record in sampled for completion in record["completions"]]
             scores[f"eval/{name}"] = sum(values) / len(values)
@@ -119,6 +122,10 @@ class HeldOut:
             for difficulty, group in group_by(records, "difficulty").items():
                 scores[f"eval/{name}_difficulty_{difficulty:g}"] = summarize(group)["accuracy"]
         return scores
+
+
+def without_ids(completions: list[dict]) -> list[dict]:
+    return [{name: value for name, value in c.items() if name != "ids"} for c in completions]
 
 
 # ---- Tables --------------------------------------------------------------------------------------------------------

@@ -40,6 +40,23 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
 
+def read_jsonl(path: Path, cut: bool = False) -> list[dict]:
+    """The objects of a file with one a line; [] without a file. cut: the last line may be cut short, by a kill or a
+    full disk, and is then left out. Any other damage ends the program in one line."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    if cut and lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    rows = []
+    for line_number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+            if not isinstance(rows[-1], dict):
+                raise ValueError
+        except (ValueError, RecursionError):
+            fail(f"{path}: line {line_number} is damaged (no JSON object)")
+    return rows
+
+
 def lock(directory: Path) -> object:
     """Locks a run directory until the process ends, even by kill -9; an error if another process has it. Returns the
     open file that is the lock."""

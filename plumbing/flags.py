@@ -220,6 +220,11 @@ def check_run_directory(flags) -> None:
         fail(f"--run-name {flags.run_name}: {directory} exists; --resume it, or take another name")
 
 
+def checkpoint_interval(save_every: int | None, eval_every: int) -> int:
+    """Iterations between checkpoints, 0 for none: by default one at every evaluation, so that each has its accuracy."""
+    return (eval_every or 50) if save_every is None else save_every
+
+
 # ---- Groups of flags -----------------------------------------------------------------------------------------------
 
 SYSTEM_PROMPT = (
@@ -280,14 +285,14 @@ class RunFlags:
     """iterations between evaluations; 0: only before and after training"""
     eval_problems: AtLeast1 = 300
     """number of held-out problems per evaluation (SFT, DPO, reward model: also of demonstrations or pairs)"""
-    save_every: AtLeast0 = 50
-    """iterations between checkpoints; 0: save only the final model (final/)"""
+    save_every: AtLeast0 | None = None
+    """iterations between checkpoints; None: at every evaluation (50 without any); 0: save only the final model"""
     keep_checkpoints: AtLeast0 = 0
     """number of newest checkpoints to keep; 0: all"""
     run_root: str = "runs"
     """parent directory of the run directories"""
     run_name: str | None = None
-    """name of the run directory; None: made of script, problems, model, seed and time"""
+    """name of the run directory; None: made of script, problems, model, flags that differ, seed and time"""
     resume: str | None = None
     """run directory to continue from its newest checkpoint, with its saved arguments"""
 

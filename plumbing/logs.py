@@ -18,6 +18,7 @@ from common import Rollout
 from data import decode
 from plumbing.files import write_jsonl
 from plumbing.flags import fail
+from plumbing.runs import Writer
 
 
 class Metrics:
@@ -67,17 +68,21 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def log_scalars(writer: SummaryWriter, scalars: dict[str, float], global_step: int) -> None:
-    for tag, value in scalars.items():
-        writer.add_scalar(tag, value, global_step)
+def log_scalars(writer: Writer, scalars: dict[str, float], global_step: int, samples: list[dict] | None = None) -> None:
+    """Writes the scalars as events and as one line of metrics.jsonl. samples: an evaluation's records, a line each of
+    samples.jsonl (`HeldOut.samples`)."""
+    writer.add_scalars_as_row(scalars, global_step)
+    for record in samples or ():
+        writer.add_row("samples", record, global_step)
 
 
-def log_iteration(writer: SummaryWriter, metrics: Metrics, clock: Clock, global_step: int, bar: tqdm) -> dict:
+def log_iteration(writer: Writer, metrics: Metrics, clock: Clock, global_step: int, bar: tqdm) -> dict:
     """Writes the iteration's means, times and memory, and moves the progress bar. Returns what was written."""
     scalars = metrics.means() | {f"time/{name}": seconds for name, seconds in clock.seconds.items()}
     scalars["memory/peak_gb"] = peak_memory_gb(clock.device)
     if metrics.tokens:
         scalars["rollout/tokens_per_second"] = metrics.tokens / clock.seconds["sample"]
+    writer.iteration += 1
     log_scalars(writer, scalars, global_step)
     shown = {"loss/policy": "loss", "loss/pair": "loss", "rewards/accuracy": "acc"}
     if metrics.tokens:

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+import math
 import os
 import re
 import shutil
@@ -16,11 +17,26 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from transformers.utils import cached_file
 
 from common import resolve_model
-from plumbing.files import file_digests, lock, model_fingerprints, replacing
-from plumbing.flags import NO_ROOM, as_flag, catch_signals, check_run_directory, fail, named_directory, reason, to_flat
+from plumbing.files import file_digests, lock, model_fingerprints, read_jsonl, replacing, write_jsonl
+from plumbing.flags import (
+    NO_ROOM,
+    RESUME_MAY_CHANGE,
+    as_flag,
+    catch_signals,
+    check_run_directory,
+    checkpoint_interval,
+    fail,
+    named_directory,
+    reason,
+    to_flat,
+)
+from plumbing.statistics import format_table, interval
+
+HEADLINES = "eval/accuracy", "eval/accuracy_greedy", "eval/pair_accuracy"  # columns of TensorBoard's HPARAMS tab
 
 
 class Run:
@@ -52,7 +68,7 @@ class Run:
         gc.freeze()  # the libraries' million objects stay alive: garbage collection skips them
         print(f"run directory: {self.dir}")
 
-    def _write_beginning(self, resumed: bool) -> SummaryWriter:
+    def _write_beginning(self, resumed: bool) -> "Writer":
         """Writes what a run writes before it learns: flags and source. Returns the open event writer."""
         args, source = self._args, Path(getfile(type(self._args)))
         (self.dir / "checkpoints").mkdir(exist_ok=True)
@@ -62,11 +78,15 @@ class Run:
         put_events_in_order(self.dir)
         # purge events that the interrupted run wrote after its last checkpoint
         purge = self.progress["global_step"] + resumed if args.run.resume else None
-        writer = SummaryWriter(str(self.dir), purge_step=purge)
+        writer = Writer(self.dir, purge, self.progress["iteration"])
         if not resumed:
             rows = "\n".join(f"| {name} | {value} |" for name, value in to_flat(args).items())
             table = f"| flag | value |\n|---|---|\n{rows}\n\ngit commit: {git_commit(source.parent)}"
             writer.add_text("hyperparameters", table, 0)
+            # TensorBoard's HPARAMS tab; SummaryWriter.add_hparams would make a second run for it
+            values = {name: plain(value) for name, value in to_flat(args).items()}
+            for summary in hparams(values, dict.fromkeys(HEADLINES, 0.0)):
+                writer.file_writer.add_summary(summary)
         return writer
 
     def restore(self, **stateful) -> None:
@@ -86,7 +106,8 @@ class Run:
         progress: further plain values or tensors, available in `self.progress` after a resume."""
         check_plain(progress, "run.checkpoint")
         flags, last = self._args.run, iteration == self._args.iterations
-        if self._stop.number or (flags.save_every and (last or iteration % flags.save_every == 0)):
+        every = checkpoint_interval(flags.save_every, flags.eval_every)
+        if self._stop.number or (every and (last or iteration % every == 0)):
             self.writer.flush()
             state = {"progress": {"iteration": iteration, "global_step": global_step} | progress}
             state["models"] = self._models
@@ -98,11 +119,70 @@ class Run:
             raise SystemExit(128 + self._stop.number)
 
     def finish(self, model, report: str) -> None:
-        """Saves the model in final/ and prints the report."""
+        """Saves the model in final/, and the report with a row for each checkpoint in report.txt. Prints the report."""
         self.writer.close()
-        save_model(self.dir / "final", model, self._tokenizer)
+        with replacing(self.dir / "report.txt") as file:
+            table = report_table(self.dir) if checkpoints(self.dir / "checkpoints") else "no checkpoint but final/"
+            file.write_text(f"{report}\n\n{table}\n", encoding="utf-8")
+        save_model(self.dir / "final", model, self._tokenizer)  # last: a run with final/ has finished
         self._stop.restore()
         print(f"\n{report}\n\nmodel: {self.dir / 'final'}\ncurves: tensorboard --logdir {self.dir}")
+
+
+class Writer(SummaryWriter):
+    """TensorBoard's writer. Scalars also go to metrics.jsonl, held-out samples to samples.jsonl. Each line is written
+    at once, so before the checkpoint that counts it; a resumed run drops the lines from purge_step on."""
+
+    def __init__(self, directory: Path, purge_step: int | None, iteration: int):
+        super().__init__(str(directory), purge_step=purge_step)
+        self.iteration = iteration  # the number of iterations logged
+        self.paths = {name: directory / f"{name}.jsonl" for name in ("metrics", "samples")}
+        for path in self.paths.values():
+            write_jsonl(path, [row for row in read_jsonl(path, cut=True) if row["step"] < (purge_step or 0)])
+
+    def add_scalar(self, tag, scalar_value, global_step=None, *args, **options) -> None:
+        super().add_scalar(tag, scalar_value, global_step, *args, **options)
+        self.add_row("metrics", {tag: scalar_value}, global_step)
+
+    def add_scalars_as_row(self, scalars: dict[str, float], global_step: int) -> None:
+        for tag, value in scalars.items():
+            super().add_scalar(tag, value, global_step)
+        self.add_row("metrics", scalars, global_step)
+
+    def add_row(self, name: str, values: dict, global_step: int) -> None:
+        """Appends a line. Strict JSON has no NaN and no infinity: they become null."""
+        values = {key: number(value) if name == "metrics" else value for key, value in values.items()}
+        row = {"iteration": self.iteration, "step": global_step or 0} | values
+        with self.paths[name].open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+
+
+def number(value) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def report_table(directory: Path) -> str:
+    """A row for each checkpoint: accuracy on held-out problems (a reward model's: pairs) with its 95% interval."""
+    evaluations = {}
+    for row in read_jsonl(directory / "metrics.jsonl"):
+        if any(tag.startswith("eval/") for tag in row):
+            evaluations[row["iteration"]] = row
+    rows = []
+    for path in reversed(checkpoints(directory / "checkpoints")):
+        row = evaluations.get(int(path.name.removeprefix("step_")), {})
+        rate, count = (
+            row.get("eval/accuracy", row.get("eval/pair_accuracy")),
+            row.get("eval/problems", row.get("eval/pairs")),
+        )
+        known = rate is not None and count is not None
+        rows.append(
+            [
+                path.name,
+                rate if known else "not evaluated",
+                "{:.3f} to {:.3f}".format(*interval(rate, count)) if known else "",
+            ]
+        )
+    return format_table(["checkpoint", "held-out accuracy", "95% interval"], rows)
 
 
 def check_plain(value, name: str) -> None:
@@ -118,7 +198,8 @@ def check_plain(value, name: str) -> None:
 
 def run_directory(args) -> Path:
     """The resumed run's directory, or a new one under --run-root, made here; its name is --run-name, or made of script,
-    data, model, seed and time. No other run has it, even if it starts at the same moment."""
+    data, model, flags that differ from the defaults, seed and time. No other run has it, even if it starts at the same
+    moment."""
     flags = args.run
     if flags.resume:
         return Path(flags.resume)
@@ -131,8 +212,8 @@ def run_directory(args) -> Path:
             model = Path(model.resolve().parent.name.partition("__")[0] + "-final")
         data = getattr(args, "data", None) or args.problems
         data = "+".join(Path(source).stem for source in (data if isinstance(data, tuple) else [data]))
-        names = (part[:60] for part in (script, data, model.name))  # a file's name has at most 255 bytes
-        parts = *names, f"s{args.seed}", time.strftime("%Y%m%d-%H%M%S")
+        names = [cut(part, 50) for part in (script, data, model.name)] + changed_flags(args, 60)
+        parts = *names, f"s{args.seed}", time.strftime("%Y%m%d-%H%M%S")  # a file's name has at most 255 bytes
         directory = Path(flags.run_root) / re.sub(r"[^\w.-]", "-", "__".join(parts))
     directory.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -143,6 +224,38 @@ def run_directory(args) -> Path:
             if flags.run_name is not None:
                 fail(f"--run-name {flags.run_name}: {directory} exists; --resume it, or take another name")
             directory = directory.with_name(directory.name + "x")
+
+
+def cut(text: str, size: int) -> str:
+    """The first `size` bytes of the text, in whole characters."""
+    return text.encode()[:size].decode(errors="ignore")
+
+
+IN_THE_NAME = {"model", "data", "problems", "seed", "run_root", "run_name", "resume"}
+
+
+def changed_flags(args, size: int) -> list[str]:
+    """[] or one text of at most `size` bytes: the flags that differ from the script's defaults, such as
+    "learning-rate-0.0003_no-normalize-std"; those that --resume may change come last. Where not all fit, the last word
+    counts the others."""
+    default, words = to_flat(type(args)()), []
+    for name, value in sorted(to_flat(args).items(), key=lambda flag: flag[0] in RESUME_MAY_CHANGE):
+        if name in IN_THE_NAME or value == default[name]:
+            continue
+        shown = "+".join(map(plain, value)) if isinstance(value, tuple | list) else plain(value)
+        flag = name.replace("_", "-")
+        words.append(
+            ("" if value else "no-") + flag if isinstance(value, bool) else f"{flag}-{Path(str(shown)).name[:20]}"
+        )
+    kept = len(words)
+    while kept and len("_".join(words[:kept]).encode()) > size - (len("_and-99-more") if kept < len(words) else 0):
+        kept -= 1
+    more = [f"and-{len(words) - kept}-more"] if kept < len(words) else []
+    return ["_".join(words[:kept] + more)] if words else []
+
+
+def plain(value) -> bool | int | float | str:
+    return value if isinstance(value, bool | int | float) else str(value)
 
 
 def start_models(args) -> dict[str, dict[str, str]]:

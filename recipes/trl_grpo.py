@@ -35,6 +35,7 @@ from plumbing.flags import (  # noqa: E402
     check_folder,
     check_minibatch,
     check_ranges,
+    checkpoint_interval,
     fail,
     from_flat,
     reason,
@@ -139,6 +140,7 @@ def translate(flags: dict, processes: int, prompt_tokens: int, gpu: bool) -> dic
         fail(f"--prompts-per-step {prompts}: not a multiple of the {processes} processes; change --num_processes")
     if minibatch_size % processes:
         fail(f"--minibatch-size {minibatch_size}: not a multiple of the {processes} processes; change --num_processes")
+    save_every = checkpoint_interval(flags["save_every"], flags["eval_every"])
     rows = minibatch_size // processes  # in one optimizer step on one device
     fitting = flags["micro_batch_tokens"] // (prompt_tokens + flags["max_new_tokens"])
     device_rows = max(size for size in range(1, rows + 1) if rows % size == 0 and size <= max(1, fitting))
@@ -150,8 +152,8 @@ def translate(flags: dict, processes: int, prompt_tokens: int, gpu: bool) -> dic
         "logging_steps": steps,  # once an iteration
         "bf16": flags["dtype"] == "bfloat16" or (flags["dtype"] == "auto" and gpu),
         "use_cpu": not gpu,
-        "save_strategy": "steps" if flags["save_every"] else "no",
-        "save_steps": max(1, flags["save_every"]) * steps,
+        "save_strategy": "steps" if save_every else "no",
+        "save_steps": max(1, save_every) * steps,
         "save_total_limit": flags["keep_checkpoints"] or None,
     }
     return fields

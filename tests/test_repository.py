@@ -28,8 +28,8 @@ MAY_IMPORT = {  # of our own modules; a train script may import any of these, bu
     "plumbing.rows": "plumbing.answers plumbing.flags",
     "data": "common plumbing.rows plumbing.answers plumbing.flags",  # and tasks, by name
     "rewards": "data common plumbing.answers plumbing.flags",
-    "plumbing.runs": "common plumbing.files plumbing.flags",
-    "plumbing.logs": "data common plumbing.files plumbing.flags",
+    "plumbing.runs": "common plumbing.files plumbing.flags plumbing.statistics",
+    "plumbing.logs": "plumbing.runs data common plumbing.files plumbing.flags",
     "plumbing.evaluation": "rewards data common plumbing.answers plumbing.statistics",
     "plumbing.pairs": "plumbing.evaluation data common plumbing.rows plumbing.flags plumbing.statistics",
     "evaluate": "plumbing.evaluation rewards data common plumbing.files plumbing.flags plumbing.statistics",
@@ -211,11 +211,11 @@ PARALLEL = {  # family, from the line with this to the line with that
     "end": ([*POLICY_GRADIENT, SFT], "    run.finish(", "flags.start(main, Args)"),
     "data, supervised": ([SFT, DPO], "    device = ", "tokenizer, config = "),
     "pairs": ([DPO, RM], "    if len(train) < ", "sampler = "),
-    "first evaluation, supervised": (SUPERVISED, "        before = scores = ", "log_scalars("),
+    "first evaluation, supervised": ([SFT, DPO], "        before = scores = ", "log_scalars("),
     "learning rate, supervised": (SUPERVISED, "        rise = ", "common.set_learning_rate("),
     "step, supervised": ([SFT, DPO], "        grad_norm = ", 'clock.lap("update")'),
     "log, supervised": (SUPERVISED, "--- 3 log", "--- 4 evaluate and save"),
-    "evaluate, supervised": (SUPERVISED, "--- 4 evaluate and save", "log_scalars("),
+    "evaluate, supervised": ([SFT, DPO], "--- 4 evaluate and save", "log_scalars("),
 }
 
 
