@@ -20,7 +20,16 @@ from data import MODES, decode, encode_problems, ids_after, load_problems
 from plumbing.evaluation import evaluate
 from plumbing.files import write_jsonl
 from plumbing.flags import SYSTEM_PROMPT, AtLeast1, Positive, check_output, fail, start
-from plumbing.statistics import diversity, format_table, group_by, interval, majority_accuracy, summarize
+from plumbing.statistics import (
+    diversity,
+    format_table,
+    group_by,
+    interval,
+    majority_accuracy,
+    paired_difference,
+    paired_problems,
+    summarize,
+)
 from rewards import Verifier
 
 
@@ -117,7 +126,7 @@ def main(args: Args) -> None:
     flag = "--stages" if args.stages else "--model"
     for _, path in stages:
         common.load_config(path, flag)
-    verify, rows = Verifier(args, device, dtype, args.micro_batch_tokens), []
+    verify, rows, first = Verifier(args, device, dtype, args.micro_batch_tokens), [], None
     for name, path in stages:
         tokenizer, config, policy = common.load_tokenizer(path, flag), common.load_config(path), None
         room, limits, sample = args.max_new_tokens, "--max-new-tokens", sample_groups
@@ -146,6 +155,9 @@ def main(args: Args) -> None:
             others = [summarize(run(args.num_samples, temperature=t))["accuracy"] for t in args.temperatures]
             label = ", ".join(part for part in (name, mode) if part) or "all"
             rows.append(accuracy_row(label, records, greedy) + others)
+            if several:
+                rows[-1] += [""] * 2 if first is None else difference_cells(records, first)
+                first = first or records
             del run  # it holds the policy, whose memory the next model needs
     if not several:
         for field in ("difficulty", "topic"):
@@ -155,6 +167,7 @@ def main(args: Args) -> None:
                 rows.append(row + [""] * len(args.temperatures))
     header = ["", "problems", f"accuracy (T={args.temperature:g})", "95% interval", "greedy", "95% interval"]
     header += ["format", "greedy format", "length", *(f"T={t:g}" for t in args.temperatures)]
+    header += ["minus the first", "95% interval"] if several else []
     print(format_table(header, rows))
     if not several:
         summary = summarize(records) | diversity(records)
@@ -179,6 +192,15 @@ def accuracy_row(name: str, sampled: list[dict], greedy: list[dict]) -> list:
     ranges = ["{:.3f}-{:.3f}".format(*interval(s["accuracy"], len(sampled))) for s in (summary, best)]
     columns = [name, len(sampled), summary["accuracy"], ranges[0], best["accuracy"], ranges[1]]
     return [*columns, summary["format"], best["format"], summary["length"]]
+
+
+def difference_cells(records: list[dict], first: list[dict]) -> list[str]:
+    """Sampled accuracy minus the first row's, paired by problem: all answer the same ones."""
+    pairs = paired_problems(records, first)
+    if not pairs[0]:
+        return ["no problem", "judged in both"]
+    mean, low, high = paired_difference(*pairs)
+    return [f"{mean:+.3f}", f"{low:+.3f} to {high:+.3f}"]
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ class Run:
             table = f"| flag | value |\n|---|---|\n{rows}\n\ngit commit: {git_commit(source.parent)}"
             writer.add_text("hyperparameters", table, 0)
             # TensorBoard's HPARAMS tab; SummaryWriter.add_hparams would make a second run for it
-            values = {name: plain(value) for name, value in to_flat(args).items()}
+            values = {"script": source.stem} | {name: plain(value) for name, value in to_flat(args).items()}
             for summary in hparams(values, dict.fromkeys(HEADLINES, 0.0)):
                 writer.file_writer.add_summary(summary)
         return writer
@@ -121,10 +121,9 @@ class Run:
     def finish(self, model, report: str) -> None:
         """Saves the model in final/, and the report with a row for each checkpoint in report.txt. Prints the report."""
         self.writer.close()
+        save_model(self.dir / "final", model, self._tokenizer)
         with replacing(self.dir / "report.txt") as file:
-            table = report_table(self.dir) if checkpoints(self.dir / "checkpoints") else "no checkpoint but final/"
-            file.write_text(f"{report}\n\n{table}\n", encoding="utf-8")
-        save_model(self.dir / "final", model, self._tokenizer)  # last: a run with final/ has finished
+            file.write_text(f"{report}\n\n{report_table(self.dir)}\n", encoding="utf-8")
         self._stop.restore()
         print(f"\n{report}\n\nmodel: {self.dir / 'final'}\ncurves: tensorboard --logdir {self.dir}")
 
@@ -165,24 +164,13 @@ def report_table(directory: Path) -> str:
     """A row for each checkpoint: accuracy on held-out problems (a reward model's: pairs) with its 95% interval."""
     evaluations = {}
     for row in read_jsonl(directory / "metrics.jsonl"):
-        if any(tag.startswith("eval/") for tag in row):
-            evaluations[row["iteration"]] = row
-    rows = []
-    for path in reversed(checkpoints(directory / "checkpoints")):
-        row = evaluations.get(int(path.name.removeprefix("step_")), {})
-        rate, count = (
-            row.get("eval/accuracy", row.get("eval/pair_accuracy")),
-            row.get("eval/problems", row.get("eval/pairs")),
-        )
-        known = rate is not None and count is not None
-        rows.append(
-            [
-                path.name,
-                rate if known else "not evaluated",
-                "{:.3f} to {:.3f}".format(*interval(rate, count)) if known else "",
-            ]
-        )
-    return format_table(["checkpoint", "held-out accuracy", "95% interval"], rows)
+        for rate, count in (("eval/accuracy", "eval/problems"), ("eval/pair_accuracy", "eval/pairs")):
+            if row.get(rate) is not None and row.get(count):
+                low, high = interval(row[rate], row[count])
+                evaluations[row["iteration"]] = [row[rate], f"{low:.3f} to {high:.3f}"]
+    saved = [path.name for path in reversed(checkpoints(directory / "checkpoints"))]
+    rows = [[name, *evaluations.get(int(name.removeprefix("step_")), ["not evaluated", ""])] for name in saved]
+    return format_table(["checkpoint", "held-out accuracy", "95% interval"], rows) if rows else "no checkpoints"
 
 
 def check_plain(value, name: str) -> None:

@@ -1,4 +1,5 @@
-"""Statistics of evaluated completions (accuracy, intervals, pass@k, majority vote), and the tables that show them.
+"""Statistics: of evaluated completions (accuracy, intervals, pass@k, majority vote), of paired differences and the rule
+that judges them, and the tables that show them.
 
 A record is one problem's row in a samples file, as plumbing/evaluation.py makes it: its `completions` is a list of
 dicts with text, answer, correct, format, length, finished and logprob.
@@ -6,6 +7,7 @@ dicts with text, answer, correct, format, length, finished and logprob.
 
 import math
 import re
+import statistics
 
 from plumbing.answers import answers_match
 
@@ -103,6 +105,87 @@ def majority_is_right(completions: list[dict]) -> bool:
 def majority_accuracy(records: list[dict]) -> float:
     """The share of problems whose majority answer is right. Compares all answers of a problem."""
     return sum(majority_is_right(record["completions"]) for record in records) / len(records)
+
+
+# ---- Paired differences --------------------------------------------------------------------------------------------
+
+HIGHER, LOWER, AS_GOOD, DIFFERENT = ">", "<", ">=", "!="
+
+
+def students_t(n: int) -> float:
+    """The 97.5% quantile of Student's t with n - 1 degrees of freedom, for n >= 2: half a 95% interval of n values, in
+    standard errors. From the series of the distribution for whole degrees (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+    """
+    degrees = n - 1
+
+    def inside(t: float) -> float:  # the probability between -t and t
+        angle = math.atan(t / math.sqrt(degrees))
+        sine, cosine = math.sin(angle), math.cos(angle)
+        term = total = cosine if degrees % 2 else 1.0
+        for i in range(3 + degrees % 2, degrees + 1, 2):
+            term *= cosine * cosine * (i - 2) / (i - 1)
+            total += term
+        if degrees % 2 == 0:
+            return sine * total
+        return 2 / math.pi * (angle + (sine * total if degrees > 1 else 0.0))
+
+    low, high = 0.0, 13.0  # 12.71 is the quantile for two values
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < 0.95 else (low, middle)
+    return high
+
+
+def paired_difference(first: list[float], second: list[float]) -> tuple[float, float, float]:
+    """The mean of first - second, pair by pair, and the ends of its 95% interval by Student's t; nan and nan for one
+    pair."""
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    mean, n = statistics.mean(differences), len(differences)
+    if n < 2:
+        return mean, math.nan, math.nan
+    half = students_t(n) * statistics.stdev(differences) / math.sqrt(n)
+    return mean, mean - half, mean + half
+
+
+def judge(low: float, high: float, claimed: str, margin: float = 0.02) -> str:
+    """The verdict on a claim about a difference with this 95% interval: "holds", "does not" or "not visible", by the
+    rule at the top of claims/claims.py. claimed: HIGHER, LOWER, AS_GOOD or DIFFERENT."""
+    if math.isnan(low):
+        return "not visible"
+    if claimed == LOWER:
+        low, high, claimed = -high, -low, HIGHER
+    if claimed == DIFFERENT:
+        return "holds" if low > 0 or high < 0 else "does not" if -margin <= low and high <= margin else "not visible"
+    if claimed == AS_GOOD:
+        return "holds" if low >= -margin else "does not" if high < 0 else "not visible"
+    return "holds" if low > 0 else "does not" if high < 0 or (-margin <= low and high <= margin) else "not visible"
+
+
+def pairs_for_half(n: int) -> int:
+    """How many more pairs make an interval half as wide, if the differences go on to spread as they do."""
+    more = 1
+    while students_t(n + more) / math.sqrt(n + more) > students_t(n) / math.sqrt(n) / 2:
+        more += 1
+    return more
+
+
+def paired_problems(first: list[dict], second: list[dict]) -> tuple[list[float], list[float]]:
+    """For each problem that has completions in both lists of records, its accuracy in the first and in the second."""
+    first, second = accuracy_by_problem(first), accuracy_by_problem(second)
+    both = [problem for problem in first if problem in second]
+    return [first[problem] for problem in both], [second[problem] for problem in both]
+
+
+def accuracy_by_problem(records: list[dict]) -> dict[tuple, float]:
+    """Accuracy by (question, answer)."""
+    found: dict[tuple, list[bool]] = {}
+    for record in records:
+        problem = record["question"], str(record.get("answer"))
+        found.setdefault(problem, []).extend(completion["correct"] for completion in record["completions"])
+    return {problem: statistics.mean(map(float, correct)) for problem, correct in found.items()}
+
+
+# ---- Tables --------------------------------------------------------------------------------------------------------
 
 
 def format_table(header: list[str], rows: list[list]) -> str:

@@ -32,7 +32,7 @@ SECTIONS = {
     for title, body in re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", Path("docs/forking.md").read_text(), re.M | re.S)
     if BLOCK.search(body)
 }
-LEAVE_ONE_OUT, OWN_LOSS, ENTROPY, LION, BEST, OWN_REWARD, OWN_TASK, MOVING_REF, LAYERS, ADAPTERS, *RECENT = SECTIONS
+_, LEAVE_ONE_OUT, OWN_LOSS, ENTROPY, LION, BEST, OWN_REWARD, OWN_TASK, MOVING_REF, LAYERS, ADAPTERS, *RECENT = SECTIONS
 HIGH_ENTROPY, TOP_P, DISTILLATION, TOOL, JUDGE = RECENT
 FLAGS = {  # that give a section's fork something to resume
     LEAVE_ONE_OUT: {"kl_coef": 0.5},

@@ -33,9 +33,10 @@ MAY_IMPORT = {  # of our own modules; a train script may import any of these, bu
     "plumbing.evaluation": "rewards data common plumbing.answers plumbing.statistics",
     "plumbing.pairs": "plumbing.evaluation data common plumbing.rows plumbing.flags plumbing.statistics",
     "evaluate": "plumbing.evaluation rewards data common plumbing.files plumbing.flags plumbing.statistics",
+    "compare": "plumbing.files plumbing.flags plumbing.statistics",
     "curate": "plumbing.pairs rewards data plumbing.rows plumbing.answers plumbing.files plumbing.flags",
 }
-COMMANDS = {"evaluate", "curate"}
+COMMANDS = {"evaluate", "curate", "compare"}
 TASKS = {f"tasks.{path.stem}": path for path in Path("tasks").glob("*.py")}
 ROOMS = {
     **{path.stem: path for path in Path(".").glob("*.py") if not path.name.startswith("train_")},

@@ -68,7 +68,7 @@ def test_flags_arrive_in_their_fields():
     assert (fields["epsilon"], fields["epsilon_high"], fields["beta"]) == (0.2, 0.28, 0.04)
     assert fields["use_bias_correction_kl"] is False and fields["mask_truncated_completions"] is True
     assert fields["bf16"] and not fields["use_cpu"]
-    assert fields["save_steps"] == 50 and fields["save_total_limit"] is None
+    assert fields["save_steps"] == 25 and fields["save_total_limit"] is None
 
 
 @pytest.mark.parametrize(

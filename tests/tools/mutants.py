@@ -143,9 +143,17 @@ plumbing/runs.py test_resume.py test_run_directory.py test_faults.py
     old events not purged: purge_step=<<purge=>None>>
     progress not saved: "global_step": global_step}<< | progress=>>>
     resumed from the start model: = <<state.get("model", args.model)=>args.model>>,
+    lines past the checkpoint stay: if row["step"] < <<(purge_step or 0)=>2**60>>
+    a line of another iteration's accuracy: evaluations.get(int(name.removeprefix("step_"))<<=> - 1>>,
     the oldest checkpoint first: removeprefix("step_"))<<, reverse=True=>>>)
     damaged checkpoint accepted: if digests <<!==>is None and digests !=>> file_digests(directory, list(digests)):
     the newest checkpoints removed: in written[<<keep:=>:-keep>>] if keep
+plumbing/statistics.py test_compare.py test_claims.py
+    one degree of freedom too many: degrees = n<< - 1=>>>
+    the deviation of the pairs, not of their mean: statistics.stdev(differences)<< / math.sqrt(n)=>>>
+compare.py test_compare.py
+    paired by position: <<for seed in groups[base] if seed in groups[name]=>for seed in groups[base]>>
+    evaluations of other problems compared: if run.task != <<first[0].task=>run.task>>:
 data.py test_data.py test_resume.py test_naive_forks.py
     ledger by position, not by problem: index = <<self.place[problem]=>problems.index(problem)>>
     every epoch in one order: random.Random(f"epoch <<{epoch} =>>>{self.seed}")
