@@ -40,8 +40,9 @@ class Args:
     held out. FILE:COUNT draws COUNT demonstrations of FILE at random, to mix files"""
     demonstrations: flags.AtLeast1 = 20000
     """number of demonstrations that a task's teacher generates"""
-    keep: Literal["correct", "best"] = "correct"
-    """completions used from a samples file: every right one | the best right one of each problem"""
+    keep: Literal["correct", "longest", "shortest", "random"] = "correct"
+    """completions used from a samples file: every right one | the longest, shortest or a random one of each problem's
+    right ones, in the right format if there is any"""
     problems: str = "arithmetic"
     """problems whose held-out part is evaluated: "arithmetic", "countdown", a file (docs/data.md), or a hub dataset"""
     seed: int = 1

@@ -39,7 +39,8 @@ def count_reflection_words(text: str) -> int:
 
 
 def summarize(records: list[dict]) -> dict[str, float]:
-    """Means over all completions of the records; `pass_at_<k>` is a mean over problems."""
+    """Means over all completions of the records; `pass_at_<k>` is a mean over problems. A completion whose `correct` is
+    None, because its problem has no answer, counts as neither right nor wrong."""
     completions = [c for record in records for c in record["completions"]]
     n = max(len(record["completions"]) for record in records)
 
@@ -48,17 +49,17 @@ def summarize(records: list[dict]) -> dict[str, float]:
         return sum(values) / len(values) if values else float("nan")
 
     summary = {
-        "accuracy": mean(c["correct"] for c in completions),
+        "accuracy": mean(c["correct"] for c in completions if c["correct"] is not None),
         "format": mean(c["format"] for c in completions),
         "length": mean(c["length"] for c in completions),
         "length_right": mean(c["length"] for c in completions if c["correct"]),
-        "length_wrong": mean(c["length"] for c in completions if not c["correct"]),
+        "length_wrong": mean(c["length"] for c in completions if c["correct"] is False),
         "truncated": mean(not c["finished"] for c in completions),
         "no_answer": mean(c["answer"] is None for c in completions),
         "reflection_words": mean(count_reflection_words(c["text"]) for c in completions),
     }
     for k in sorted({2**i for i in range(n.bit_length())} | {n}):
-        tried = [[c["correct"] for c in record["completions"]] for record in records]
+        tried = [[c["correct"] for c in record["completions"] if c["correct"] is not None] for record in records]
         summary[f"pass_at_{k}"] = mean(pass_at_k(len(right), sum(right), k) for right in tried if len(right) >= k)
     return summary
 

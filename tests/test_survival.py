@@ -78,7 +78,7 @@ def test_an_output_that_is_an_input_is_refused(command, tmp_path, capsys):
     ("changes", "said"),
     [
         ({"correct": "false"}, "'correct' is 'false', true or false is expected"),
-        ({"correct": None}, "'correct' is None"),
+        ({"correct": 1}, "'correct' is 1, true or false"),
         ({"finished": "false"}, "'finished' is 'false'"),
     ],
 )
