@@ -6,7 +6,7 @@ NotImplementedError with the reason.
 """
 
 import copy
-import math
+import functools
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -17,7 +17,7 @@ from conformance import exact, toy
 from conformance.exact import Formula, Rows, World
 from conformance.toy import EOS, Case, Exact
 
-TOLERANCE = 1e-3  # norm of the update's error / norm of the exact update; fp32 leaves some 1e-6
+TOLERANCE = 1e-4  # norm of the update's error / norm of the exact update; fp32 leaves some 1e-6
 LEVEL = 1e-3  # check B finds something where the sample's p-value is below this
 SAMPLES = 1000  # completions for each prompt in check B
 
@@ -87,9 +87,14 @@ class Seen:
             formula, rows = change.change(formula, rows, self.case)
         return exact.exact_update(formula, self.case, self.start, rows)
 
+    @functools.cached_property
+    def wanted(self) -> Tensor:
+        """The exact update, if the trainer computes what it says or what check A found."""
+        return self.expected()
+
     def explain(self, prefer: tuple[str, ...] = ()) -> tuple[float, str, World | None]:
         """The update's error, what it is instead ("" if it is exact), and in which world it would be exact."""
-        wanted = self.expected()
+        wanted = self.wanted
         error = difference(self.update, wanted)
         if error < TOLERANCE:
             return error, "", None
@@ -232,7 +237,8 @@ class Invariance:
 
 INVARIANCES = [
     Invariance("micro-batches", (*RL, *GIVEN), [{"micro_batch": 2}, {"micro_batch": 4}, {"micro_batch": 5}]),
-    Invariance("order of rows", RL, [{"texts": ("bb", "a", "bab", "a")}], ("groups hold",)),
+    Invariance("order of rows", ("grpo", "kimi"), [{"texts": ("bb", "a", "bab", "a")}], ("groups hold",)),
+    Invariance("order of rows", ("pg", "ppo"), [{"texts": ("bb", "a", "bab", "a")}]),
     Invariance("order of rows", GIVEN, [{"data": DATA[4:] + DATA[:4]}]),
     Invariance(
         "padding",
@@ -290,7 +296,7 @@ def check_invariance(adapter, check: Invariance, base: World | None) -> Result:
 def shows(seen: Seen, beginning: str) -> bool:
     """True if the update would have been another one in that wrong world."""
     world = next(w for w in [*exact.WORLDS, at_temperature(1.0)] if w.line.startswith(beginning.rstrip()))
-    return difference(seen.expected(world), seen.expected()) > 10 * TOLERANCE
+    return difference(seen.expected(world), seen.wanted) > 10 * TOLERANCE
 
 
 def check_all(adapter) -> list[Result]:

@@ -6,6 +6,7 @@ have at most three tokens.
 """
 
 import copy
+import functools
 import random
 from dataclasses import dataclass, field
 
@@ -76,7 +77,7 @@ class Case:
     data: list[tuple[int, list[int]]] | None = None  # SFT, DPO: (index of the prompt, completion); DPO: chosen, rejected
     seed: int = 0
 
-    @property
+    @functools.cached_property
     def prompts(self) -> list[list[int]]:
         return [self.tokenizer(text).input_ids for text in self.texts]
 
