@@ -4,6 +4,7 @@ Every objective's gradient is a sum over tokens of a number times grad log pi(to
 numbers from the papers' equations. They share no code with any trainer, and need no loss and no autograd.
 """
 
+import itertools
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,6 +50,7 @@ class Formula:
     #                      and in no mean
     reference: str = "case"  # or "policy": the starting policy; "none"
     temperature: float | None = None  # None: the case's
+    positions: str = "real"  # or "padded": the prompts' left padding counts
 
 
 def padded(values: list[list], fill=0.0, dtype=torch.float64) -> Tensor:
@@ -72,10 +74,9 @@ def group_advantages(rewards: Tensor, groups: Tensor, known: Tensor, formula: Fo
     batch_std = rewards[known].std()
     for group in groups.unique():
         rows = (groups == group) & known
-        r = rewards[rows]
-        if len(r) == 0:
+        r, alone = rewards[rows], (groups == group).sum() == 1
+        if len(r) < 2 and not alone:
             continue
-        alone = len(r) == 1
         mean = rewards[known].mean() if formula.baseline == "batch" else 0.0 if alone else r.mean()
         std = {"group": r.std() if not alone else 1.0, "biased": r.std(correction=0), "batch": batch_std, "none": 1.0}
         A[rows] = (r - mean) / (std[formula.std] + (1e-4 if formula.std != "none" and not alone else 0.0))
@@ -175,27 +176,31 @@ def coefficients(formula: Formula, case: Case, rows: Rows, logp: Tensor, old: Te
     return c
 
 
-def table(model: nn.Module, rows: Rows, temperature: float) -> Tensor:
+def table(model: nn.Module, rows: Rows, temperature: float, positions: str) -> Tensor:
     """(B, T) log pi of every token, from the enumeration, with gradient; 0 on padding."""
+    longest = max(map(len, rows.prompts)) if positions == "padded" else 0
     ids = padded(rows.completions, 0, torch.long)
     mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows.completions])[:, None]
     logp = torch.zeros(ids.shape, dtype=torch.float64)
     for prompt in {tuple(prompt) for prompt in rows.prompts}:
         mine = torch.tensor([tuple(p) == prompt for p in rows.prompts]).nonzero()[:, 0]
-        logp = logp.index_put((mine,), Exact(model, list(prompt), temperature).logprobs(ids[mine]))
+        exact = Exact(model, list(prompt), temperature, max(0, longest - len(prompt)))
+        logp = logp.index_put((mine,), exact.logprobs(ids[mine]))
     return logp.masked_fill(~mask, 0.0)
 
 
-def exact_update(formula: Formula, case: Case, start: nn.Module, rows: Rows) -> Tensor:
-    """All parameters' change in one vector, after case.updates steps of SGD from `start`, which stays as it is."""
-    temperature = case.temperature if formula.temperature is None else formula.temperature
-    model, reference = Exact.of(start), Exact.of(case.reference)
+def exact_update(formula: Formula, case: Case, rows: Rows) -> Tensor:
+    """All parameters' change in one vector, after case.updates steps of SGD from case.model, which stays as it is."""
+    options = case.temperature if formula.temperature is None else formula.temperature, formula.positions
+    model, reference = Exact.of(case.model), Exact.of(case.reference)
     before = nn.utils.parameters_to_vector(model.parameters()).detach()
     with torch.no_grad():
-        old, ref = table(model, rows, temperature), table(reference, rows, temperature)
+        old = ref = table(model, rows, *options)
+        if case.kl_coef or formula.objective in ("dpo", "ipo"):
+            ref = table(reference, rows, *options)
     ref = {"case": ref, "policy": old, "none": 0 * ref}[formula.reference]
     for _ in range(case.updates):
-        logp = table(model, rows, temperature)
+        logp = table(model, rows, *options)
         current = logp.detach()
         c = coefficients(formula, case, rows, current, current if formula.old == "current" else old, ref)
         gradients = torch.autograd.grad((c * logp).sum(), [*model.parameters()], allow_unused=True)
@@ -217,6 +222,18 @@ def again(case: Case, ids: list[int]) -> list[int]:
 def with_completions(rows: Rows, completions: list[list[int]]) -> Rows:
     ones = [[True] * len(ids) for ids in completions]
     return replace(rows, completions=completions, trained=ones, values=[[0.0] * len(ids) for ids in completions])
+
+
+def joined(rows: Rows, case: Case) -> Rows:
+    """Prompt and completion as one text. The completion starts where a pair's token ids first differ from the prompt's."""
+    decode = case.tokenizer.decode
+    both = zip(rows.prompts, rows.completions, strict=True)
+    wholes = [case.tokenizer(decode(p[1:]) + decode(ids)).input_ids for p, ids in both]
+    shared = [sum(1 for _ in itertools.takewhile(lambda ab: ab[0] == ab[1], zip(p, ids, strict=False)))
+              for p, ids in zip(rows.prompts, wholes, strict=True)]
+    starts = [min(shared[i - i % 2 : i - i % 2 + 2]) for i in range(len(wholes))]
+    rows = replace(rows, prompts=[p[:n] for p, n in zip(rows.prompts, starts, strict=True)])
+    return with_completions(rows, [ids[n:] for ids, n in zip(wholes, starts, strict=True)])
 
 
 def without_eos(rows: Rows) -> Rows:
@@ -260,6 +277,7 @@ FIELDS = [  # what a trainer may compute instead -> the formula's fields
     ("completions that the length limit cut get no loss", {"truncated": "masked"}),
     ("completions that the length limit cut get a loss", {"truncated": "scored"}),
     ("completions that the length limit cut get no loss and count in no mean", {"truncated": "absent"}),
+    ("position ids count the left padding", {"positions": "padded"}),
     ("completions without a reward count in the means over rows and tokens", {"unscored": "counted"}),
     ("completions without a reward leak into their group's baseline, as 0", {"unscored": "baseline"}),
     ("completions without a reward are trained, as 0", {"unscored": "zero"}),
@@ -267,10 +285,13 @@ FIELDS = [  # what a trainer may compute instead -> the formula's fields
 ROWS = [  # the same, for the rows
     ("each completion is a group of its own: no baseline", lambda rows, case: replace(rows, groups=[*range(len(rows.groups))])),
     ("groups hold completions of different prompts", lambda rows, case: interleaved(rows)),
+    ("completions that end with <pad> count as finished",
+     lambda rows, case: replace(rows, finished=[c[-1] in (EOS, case.tokenizer.pad_token_id) for c in rows.completions])),
     ("EOS is not trained", lambda rows, case: without_eos(rows)),
     ("the tokens of the second turn's prompt are trained", lambda rows, case: with_completions(rows, rows.completions)),
     ("trained tokens are not the sampled ones: text was encoded again",
      lambda rows, case: with_completions(rows, [again(case, ids) or ids for ids in rows.completions])),
+    ("prompt and completion were encoded as one text: tokens merge at the prompt's end", joined),
     ("an EOS is appended to completions that were cut",
      lambda rows, case: with_completions(rows, [ids if EOS in ids else (ids + [EOS])[:3] for ids in rows.completions])),
     ("the prompt begins with two BOS", lambda rows, case: replace(rows, prompts=[[p[0], *p] for p in rows.prompts])),

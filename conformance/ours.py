@@ -28,13 +28,18 @@ class SGD(common.Masters, torch.optim.SGD):
 class Ours:
     """One of train_pg, train_ppo, train_grpo, train_kimi. The methods are sections 1 to 5 of the scripts' main."""
 
+    learning_rate, filter = 1.0, None
+
     def __init__(self, name: str, formula: Formula):
         self.name, self.formula = name, formula
 
+    def prompts(self, case: Case) -> list[list[int]]:
+        return case.prompts
+
     def sample(self, case: Case) -> common.Rollout:
         limit = 1 if case.second_turn else case.max_new_tokens
-        options = {"temperature": case.temperature, "seed": case.seed, "eos_token_ids": EOS}
-        rollout = common.sample_groups(case.model, case.prompts, case.group_size, limit, **options)
+        options = {"temperature": case.temperature, "seed": case.seed, "eos_token_ids": EOS, "filter": self.filter}
+        rollout = common.sample_groups(case.model, self.prompts(case), case.group_size, limit, **options)
         if case.second_turn:
             case.model.generation_config.eos_token_id = EOS
             inserts = [case.second_turn] * len(rollout.mask)
@@ -95,7 +100,7 @@ class Ours:
         critic = torch.rand(old.shape, generator=torch.Generator().manual_seed(case.seed)) * rollout.mask
         values = critic if self.formula.objective == "ppo" or self.formula.baseline == "value" else torch.zeros(old.shape)
         A, trained = self.prepare(case, rollout, rewards, scored, old, ref, values), rollout.trained
-        optimizer = SGD(case.model, 1.0)
+        optimizer = SGD(case.model, self.learning_rate)
         for _ in range(case.updates):
             weights = self.weights(trained, case)
             for micro in common.micro_batches(rollout, [*range(len(trained))], budget):

@@ -89,12 +89,14 @@ class Case:
 
 class Exact:
     """Every next-token distribution of a model after a prompt, in float64, with gradient. One forward pass without
-    padding covers all completions."""
+    padding covers all completions. offset: the first token's position."""
 
-    def __init__(self, model: PreTrainedModel, prompt: list[int], temperature: float = 1.0):
+    def __init__(self, model: PreTrainedModel, prompt: list[int], temperature: float = 1.0, offset: int = 0):
         pairs = torch.cartesian_prod(torch.arange(V), torch.arange(V))  # (V * V, 2): all first and second tokens
         ids = torch.cat([torch.tensor(prompt).expand(V * V, -1), pairs], dim=1)
-        logits = model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, -3:]
+        positions = torch.arange(offset, offset + ids.shape[1]).expand(ids.shape)
+        inputs = {"attention_mask": torch.ones_like(ids), "position_ids": positions, "use_cache": False}
+        logits = model(ids, **inputs).logits[:, -3:]
         assert logits.dtype == torch.float64, "exact results need a float64 model: see Exact.of"
         first, second, third = (logits / temperature).log_softmax(-1).unbind(1)  # (V * V, V) each
         # log pi of the token after no token (V,), after one (V, V), after two (V, V, V)
