@@ -192,16 +192,16 @@ def table(model: nn.Module, rows: Rows, temperature: float, positions: str) -> T
 def exact_update(formula: Formula, case: Case, rows: Rows) -> Tensor:
     """All parameters' change in one vector, after case.updates steps of SGD from case.model, which stays as it is."""
     options = case.temperature if formula.temperature is None else formula.temperature, formula.positions
-    model, reference = Exact.of(case.model), Exact.of(case.reference)
+    model, old = Exact.of(case.model), None
     before = nn.utils.parameters_to_vector(model.parameters()).detach()
-    with torch.no_grad():
-        old = ref = table(model, rows, *options)
-        if case.kl_coef or formula.objective in ("dpo", "ipo"):
-            ref = table(reference, rows, *options)
-    ref = {"case": ref, "policy": old, "none": 0 * ref}[formula.reference]
     for _ in range(case.updates):
         logp = table(model, rows, *options)
         current = logp.detach()
+        if old is None:  # the policy that sampled
+            old = ref = current
+            if formula.reference == "case" and (case.kl_coef or formula.objective in ("dpo", "ipo")):
+                ref = table(Exact.of(case.reference), rows, *options).detach()
+            ref = 0 * ref if formula.reference == "none" else ref
         c = coefficients(formula, case, rows, current, current if formula.old == "current" else old, ref)
         gradients = torch.autograd.grad((c * logp).sum(), [*model.parameters()], allow_unused=True)
         with torch.no_grad():
@@ -274,8 +274,8 @@ FIELDS = [  # what a trainer may compute instead -> the formula's fields
     ("a ratio per completion, the product over its tokens", {"ratio": "sequence"}),
     ("a ratio per completion, its geometric mean (GSPO)", {"ratio": "gspo"}),
     ("advantages are not whitened", {"whiten": False}),
-    ("completions that the length limit cut get no loss", {"truncated": "masked"}),
     ("completions that the length limit cut get a loss", {"truncated": "scored"}),
+    ("completions that the length limit cut get no loss", {"truncated": "masked"}),
     ("completions that the length limit cut get no loss and count in no mean", {"truncated": "absent"}),
     ("position ids count the left padding", {"positions": "padded"}),
     ("completions without a reward count in the means over rows and tokens", {"unscored": "counted"}),

@@ -28,10 +28,12 @@ class SGD(common.Masters, torch.optim.SGD):
 class Ours:
     """One of train_pg, train_ppo, train_grpo, train_kimi. The methods are sections 1 to 5 of the scripts' main."""
 
-    learning_rate, filter = 1.0, None
+    learning_rate, filter, sampler = 1.0, None, None
 
     def __init__(self, name: str, formula: Formula):
         self.name, self.formula = name, formula
+        if name != "train_grpo.py" and (type(self).filter, type(self).prompts) == (None, Ours.prompts):
+            self.sampler = "train_grpo.py"  # common.sample_groups: checked once
 
     def prompts(self, case: Case) -> list[list[int]]:
         return case.prompts

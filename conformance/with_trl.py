@@ -33,8 +33,9 @@ class Trained:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
             with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
                 warnings.simplefilter("ignore")
-                case.reference.save_pretrained(folder)  # GRPOTrainer loads its reference from the policy's path
-                case.model.config._name_or_path = case.model.name_or_path = folder
+                if case.kl_coef:  # GRPOTrainer loads its reference from the policy's path
+                    case.reference.save_pretrained(folder)
+                    case.model.config._name_or_path = case.model.name_or_path = folder
                 config = Config(**MINIMAL | fields | self.flags, output_dir=folder)
                 sgd = torch.optim.SGD(case.model.parameters(), lr=1.0)
                 constant = torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: 1.0)
