@@ -65,7 +65,7 @@ def difference(update: Tensor, expected: Tensor) -> float:
 
 @dataclass
 class Seen:
-    """A trainer's step, and the worlds to compare it with. base: what check A found it to compute, if not its formula."""
+    """A trainer's step, and the worlds to compare it with. base: what check A found, if not the stated formula."""
 
     case: Case  # with models that the trainer did not touch
     rows: Rows
@@ -118,7 +118,11 @@ class Seen:
             if difference(self.update, self.expected(world)) < TOLERANCE:
                 return error, world.line, world
         cosine = torch.cosine_similarity(self.update, wanted, dim=0).item()
-        return error, f"unexplained: cosine {cosine:.3f}, length {(self.update.norm() / wanted.norm()).item():.3f}", None
+        return (
+            error,
+            f"unexplained: cosine {cosine:.3f}, length {(self.update.norm() / wanted.norm()).item():.3f}",
+            None,
+        )
 
 
 def both(one: World, two: World) -> World:
@@ -133,7 +137,7 @@ def at_temperature(t: float) -> World:
 
 RL, PAIRS = ("pg", "ppo", "grpo", "kimi"), ("dpo", "ipo", "simpo")
 GIVEN = (*PAIRS, "sft")  # objectives of given completions: nothing is sampled
-# Chosen, rejected, ...: (prompt, completion). Decoding and encoding changes none of them, nor do they merge with the prompt.
+# Chosen, rejected, ...: (prompt, completion). Decoding and encoding changes none, and none merges with its prompt.
 DATA = [(0, [toy.A, toy.A, EOS]), (0, [toy.AB, EOS]), (1, [toy.B, toy.A, EOS]), (1, [toy.A, EOS])]
 DATA += [(2, [toy.B, EOS]), (2, [toy.AB, toy.B, EOS])]
 MERGED = [(0, [toy.A, toy.B, EOS]), (0, [toy.B, EOS]), *DATA[2:]]  # "ab" in a completion, and across the prompt's end
@@ -187,11 +191,13 @@ def top_p(p: float):
 
 @torch.no_grad()
 def sampling_p_value(seen: Seen, temperature: float, cut=None, extra_bos: bool = False) -> float:
-    """How well the completions fit the enumerated distribution: the smallest p-value of the prompts, times their number.
+    """How well the completions fit the enumerated distribution: the prompts' smallest p-value times their number.
     cut: what a sampler does to the log-probabilities, such as top_k(3)."""
     values = []
     for prompt in {tuple(prompt) for prompt in seen.rows.prompts}:
-        mine = Counter(tuple(c) for p, c in zip(seen.rows.prompts, seen.rows.completions, strict=True) if tuple(p) == prompt)
+        mine = Counter(
+            tuple(c) for p, c in zip(seen.rows.prompts, seen.rows.completions, strict=True) if tuple(p) == prompt
+        )
         model = Exact(Exact.of(seen.case.model), [prompt[0]] * extra_bos + list(prompt), temperature)
         if cut is not None:
             model.steps = tuple(cut(step).log_softmax(-1) for step in model.steps)
@@ -226,7 +232,9 @@ def what_was_sampled(seen: Seen, stated: float) -> str:
     best, line = max(fits)
     if best < LEVEL:
         p = sampling_p_value(seen, stated)
-        return f"frequencies are not those of the softmax at T {stated:g} (p {p:.0e}), nor of another temperature or top-p"
+        return (
+            f"frequencies are not those of the softmax at T {stated:g} (p {p:.0e}), nor of another temperature or top-p"
+        )
     if "BOS" in line:
         return line
     for t in [stated, *exact.TEMPERATURES]:
@@ -270,7 +278,9 @@ INVARIANCES = [
     Invariance("truncated", GIVEN, [{"data": CUT}], ("an EOS is",)),
     Invariance("token ids", GIVEN, [{"data": MERGED}], ("trained tokens",)),
     Invariance("second turn", RL, [{"second_turn": [toy.B]}], ("the tokens of",)),
-    Invariance("KL", ("grpo", "ppo"), [{"kl_coef": 0.3, "updates": 2}, {"kl_coef": 0.3}], ("the KL's sign", "there is no")),
+    Invariance(
+        "KL", ("grpo", "ppo"), [{"kl_coef": 0.3, "updates": 2}, {"kl_coef": 0.3}], ("the KL's sign", "there is no")
+    ),
     Invariance("no reward", RL, [{"unscored": True}], ("completions without a reward are",)),
     Invariance("dropout", (*RL, *GIVEN), [{"dropout": 0.5}], (), "dropout is on in the update, not in sampling"),
 ]
@@ -317,7 +327,7 @@ def shows(seen: Seen, beginning: str) -> bool:
 
 
 def check_all(adapter) -> list[Result]:
-    """Checks A, B and C. If the update is another formula's than the stated one, the others go on from what was found."""
+    """Checks A, B and C. If the update is another formula's than the stated one, the others go on from that."""
     first, base = check_update(adapter)
     results = [first]
     if adapter.formula.objective not in GIVEN:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from conformance.toy import EOS, Case, Exact
+from conformance.toy import EOS, Case, Exact, T
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Formula:
     """An objective by name with its options, as the trainer states them; minimized by SGD with learning rate 1."""
 
     objective: str  # "pg", "ppo", "grpo", "kimi", "dpo", "ipo", "simpo", "sft"
-    loss_norm: str = "sequence"  # "sequence": mean per completion, then over them | "token" | "constant": / max_new_tokens
+    loss_norm: str = "sequence"  # or "token" or "constant", see `normalizer`
     baseline: str = "group"  # grpo: "group" or "batch" mean; pg: "none", "batch" or "value" (GAE)
     std: str = "group"  # grpo divides by it + 1e-4: "group" (Bessel), "biased", "batch", or "none"
     clip: tuple[float, float] | None = (0.2, 0.2)  # low, high; None: no clip
@@ -44,7 +44,9 @@ class Formula:
     tau: float = 0.1  # Kimi
     gae_lambda: float = 0.95
     whiten: bool = True  # PPO
-    unscored: str = "absent"  # rows without a reward: "absent" | "counted" in the means over rows and tokens | "baseline":
+    unscored: str = (
+        "absent"  # rows without a reward: "absent" | "counted" in the means over rows and tokens | "baseline":
+    )
     #                           reward 0 in their group's mean, but no loss | "zero": reward 0
     truncated: str = "case"  # as the case asks; masked rows count in the means. "masked" | "scored" | "absent": masked,
     #                      and in no mean
@@ -58,7 +60,8 @@ def padded(values: list[list], fill=0.0, dtype=torch.float64) -> Tensor:
 
 
 def normalizer(mask: Tensor, loss_norm: str, max_new_tokens: int) -> Tensor:
-    """(B, T) weight of each token in the loss. Rows without a token don't count."""
+    """(B, T) weight of each token in the loss. Rows without a token don't count. "sequence": mean over a row's tokens,
+    then over rows; "token": mean over all tokens; "constant": sum / max_new_tokens, mean over rows."""
     m, rows = mask.double(), mask.any(1).sum()
     weights = {
         "sequence": m / m.sum(1, keepdim=True).clamp(min=1) / rows,
@@ -69,7 +72,7 @@ def normalizer(mask: Tensor, loss_norm: str, max_new_tokens: int) -> Tensor:
 
 
 def group_advantages(rewards: Tensor, groups: Tensor, known: Tensor, formula: Formula) -> Tensor:
-    """(B,) r - mean, divided by the std as the formula says. A group of one has no mean to subtract (as verl has it)."""
+    """(B,) r - mean, divided by the std as the formula says. A group of one keeps its reward, as verl has it."""
     A = torch.zeros_like(rewards)
     batch_std = rewards[known].std()
     for group in groups.unique():
@@ -224,31 +227,59 @@ def with_completions(rows: Rows, completions: list[list[int]]) -> Rows:
     return replace(rows, completions=completions, trained=ones, values=[[0.0] * len(ids) for ids in completions])
 
 
+def encoded_again(rows: Rows, case: Case) -> Rows:
+    return with_completions(rows, [again(case, ids) or ids for ids in rows.completions])
+
+
 def joined(rows: Rows, case: Case) -> Rows:
-    """Prompt and completion as one text. The completion starts where a pair's token ids first differ from the prompt's."""
+    """Prompt and completion as one text. The completion starts where a pair's ids first differ from the prompt's."""
     decode = case.tokenizer.decode
     both = zip(rows.prompts, rows.completions, strict=True)
     wholes = [case.tokenizer(decode(p[1:]) + decode(ids)).input_ids for p, ids in both]
-    shared = [sum(1 for _ in itertools.takewhile(lambda ab: ab[0] == ab[1], zip(p, ids, strict=False)))
-              for p, ids in zip(rows.prompts, wholes, strict=True)]
+    shared = [
+        sum(1 for _ in itertools.takewhile(lambda ab: ab[0] == ab[1], zip(p, ids, strict=False)))
+        for p, ids in zip(rows.prompts, wholes, strict=True)
+    ]
     starts = [min(shared[i - i % 2 : i - i % 2 + 2]) for i in range(len(wholes))]
     rows = replace(rows, prompts=[p[:n] for p, n in zip(rows.prompts, starts, strict=True)])
     return with_completions(rows, [ids[n:] for ids, n in zip(wholes, starts, strict=True)])
 
 
-def without_eos(rows: Rows) -> Rows:
-    ends = [[token != EOS for token in ids] for ids in rows.completions]
-    trained = [[a and b for a, b in zip(*both, strict=True)] for both in zip(rows.trained, ends, strict=True)]
-    return replace(rows, trained=trained)
+def eos_appended(rows: Rows, case: Case) -> Rows:
+    return with_completions(rows, [ids if EOS in ids else (ids + [EOS])[:T] for ids in rows.completions])
 
 
-def interleaved(rows: Rows) -> Rows:
+def without_eos(rows: Rows, case: Case) -> Rows:
+    both = zip(rows.trained, rows.completions, strict=True)
+    return replace(rows, trained=[[a and t != EOS for a, t in zip(*row, strict=True)] for row in both])
+
+
+def all_trained(rows: Rows, case: Case) -> Rows:
+    return with_completions(rows, rows.completions)
+
+
+def groups_of_one(rows: Rows, case: Case) -> Rows:
+    return replace(rows, groups=[*range(len(rows.groups))])
+
+
+def interleaved(rows: Rows, case: Case) -> Rows:
     return replace(rows, groups=[i % (max(rows.groups) + 1) for i in range(len(rows.groups))])
 
 
-def swapped(rows: Rows) -> Rows:
-    order = [i ^ 1 for i in range(len(rows.prompts))]
-    return with_completions(rows, [rows.completions[i] for i in order])
+def pad_ends(rows: Rows, case: Case) -> Rows:
+    return replace(rows, finished=[ids[-1] in (EOS, case.tokenizer.pad_token_id) for ids in rows.completions])
+
+
+def two_bos(rows: Rows, case: Case) -> Rows:
+    return replace(rows, prompts=[[prompt[0], *prompt] for prompt in rows.prompts])
+
+
+def no_bos(rows: Rows, case: Case) -> Rows:
+    return replace(rows, prompts=[prompt[1:] for prompt in rows.prompts])
+
+
+def swapped(rows: Rows, case: Case) -> Rows:
+    return with_completions(rows, [rows.completions[i ^ 1] for i in range(len(rows.prompts))])
 
 
 FIELDS = [  # what a trainer may compute instead -> the formula's fields
@@ -283,20 +314,17 @@ FIELDS = [  # what a trainer may compute instead -> the formula's fields
     ("completions without a reward are trained, as 0", {"unscored": "zero"}),
 ]
 ROWS = [  # the same, for the rows
-    ("each completion is a group of its own: no baseline", lambda rows, case: replace(rows, groups=[*range(len(rows.groups))])),
-    ("groups hold completions of different prompts", lambda rows, case: interleaved(rows)),
-    ("completions that end with <pad> count as finished",
-     lambda rows, case: replace(rows, finished=[c[-1] in (EOS, case.tokenizer.pad_token_id) for c in rows.completions])),
-    ("EOS is not trained", lambda rows, case: without_eos(rows)),
-    ("the tokens of the second turn's prompt are trained", lambda rows, case: with_completions(rows, rows.completions)),
-    ("trained tokens are not the sampled ones: text was encoded again",
-     lambda rows, case: with_completions(rows, [again(case, ids) or ids for ids in rows.completions])),
+    ("each completion is a group of its own: no baseline", groups_of_one),
+    ("groups hold completions of different prompts", interleaved),
+    ("completions that end with <pad> count as finished", pad_ends),
+    ("EOS is not trained", without_eos),
+    ("the tokens of the second turn's prompt are trained", all_trained),
+    ("trained tokens are not the sampled ones: text was encoded again", encoded_again),
     ("prompt and completion were encoded as one text: tokens merge at the prompt's end", joined),
-    ("an EOS is appended to completions that were cut",
-     lambda rows, case: with_completions(rows, [ids if EOS in ids else (ids + [EOS])[:3] for ids in rows.completions])),
-    ("the prompt begins with two BOS", lambda rows, case: replace(rows, prompts=[[p[0], *p] for p in rows.prompts])),
-    ("the prompt has no BOS", lambda rows, case: replace(rows, prompts=[p[1:] for p in rows.prompts])),
-    ("chosen and rejected are swapped", lambda rows, case: swapped(rows)),
+    ("an EOS is appended to completions that were cut", eos_appended),
+    ("the prompt begins with two BOS", two_bos),
+    ("the prompt has no BOS", no_bos),
+    ("chosen and rejected are swapped", swapped),
 ]
 
 

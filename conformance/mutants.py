@@ -96,5 +96,5 @@ NAMES = {
     "an update that is exactly zero": NoStep,
     "double BOS": DoubleBOS,
 }
-# Without the division by the std, so that a group of one has an advantage
-ADAPTERS = [mutant(f"mutant: {name}", GRPO if mutant is not GroupsOfOne else Formula("grpo", std="none")) for name, mutant in NAMES.items()]
+NO_STD = Formula("grpo", std="none")  # divided by its std, a group of one would have no finite advantage
+ADAPTERS = [mutant(f"mutant: {name}", NO_STD if mutant is GroupsOfOne else GRPO) for name, mutant in NAMES.items()]

@@ -100,7 +100,9 @@ class Ours:
         old = common.rollout_logprobs(case.model, rollout, budget, case.temperature)[0]
         ref = common.rollout_logprobs(case.reference, rollout, budget, case.temperature)[0] if case.kl_coef else None
         critic = torch.rand(old.shape, generator=torch.Generator().manual_seed(case.seed)) * rollout.mask
-        values = critic if self.formula.objective == "ppo" or self.formula.baseline == "value" else torch.zeros(old.shape)
+        values = (
+            critic if self.formula.objective == "ppo" or self.formula.baseline == "value" else torch.zeros(old.shape)
+        )
         A, trained = self.prepare(case, rollout, rewards, scored, old, ref, values), rollout.trained
         optimizer = SGD(case.model, self.learning_rate)
         for _ in range(case.updates):
@@ -111,7 +113,9 @@ class Ours:
             optimizer.step()
             optimizer.zero_grad()
         rows = [i // case.group_size for i in range(len(sampled))]
-        return Step(rows, sampled, known, case.model, [v[m].tolist() for v, m in zip(values, rollout.mask, strict=True)])
+        return Step(
+            rows, sampled, known, case.model, [v[m].tolist() for v, m in zip(values, rollout.mask, strict=True)]
+        )
 
     def train_on(self, case: Case, rollout: common.Rollout) -> common.Rollout:
         return rollout  # the tokens that were sampled
@@ -130,7 +134,9 @@ class OnData:
         rollout = common.make_rollout(prompts, [ids for _, ids in case.data], G)
         mean, ref = formula.objective == "simpo", None
         if pairs and not mean:
-            ref = train_dpo.sequence_logps(common.rollout_logprobs(case.reference, rollout, 10**6)[0], rollout.mask, mean)
+            ref = train_dpo.sequence_logps(
+                common.rollout_logprobs(case.reference, rollout, 10**6)[0], rollout.mask, mean
+            )
         optimizer, budget = SGD(case.model, 1.0), budget_of(case)
         weights = common.token_weights(rollout.trained, formula.loss_norm, case.max_new_tokens)
         rows = [*range(len(rollout.mask))]

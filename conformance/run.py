@@ -46,13 +46,12 @@ def load(name: str) -> list:
     return module.ADAPTERS
 
 
-def check_one(place: tuple[str, int]) -> tuple[list[Result], float]:
+def check_one(place: tuple[str, int]) -> list[Result]:
     """All checks of one adapter, by its file and index: an adapter itself may not fit through a pipe."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
-    started = time.time()
-    return check_all(load(place[0])[place[1]]), time.time() - started
+    return check_all(load(place[0])[place[1]])
 
 
 def report(adapter, results: list[Result], in_full: bool) -> bool:
@@ -69,14 +68,19 @@ def main(names: list[str]) -> int:
     started, names = time.time(), names or list(GROUPS)
     adapters = {name: load(name) for name in names}
     places = [(name, i) for name in names for i in range(len(adapters[name]))]
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        done = dict(zip(places, pool.imap(check_one, places), strict=True))
+    pool = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn").Pool(2)  # forked: no new imports
+    done = dict(zip(places, pool.imap(check_one, places), strict=True))
+    pool.close()
+    pool.join()
     bad = []
     for name in names:
         for i, adapter in enumerate(adapters[name]):
-            if not report(adapter, done[name, i][0], len(names) == 1 and name != "mutants") and name != "trl":
+            if not report(adapter, done[name, i], len(names) == 1 and name != "mutants") and name != "trl":
                 bad.append(adapter.name)
-    print(f"\n{len(places)} trainers in {time.time() - started:.0f} s" + (f"; not as it should be: {', '.join(bad)}" if bad else ""))
+    print(
+        f"\n{len(places)} trainers in {time.time() - started:.0f} s"
+        + (f"; not as it should be: {', '.join(bad)}" if bad else "")
+    )
     return 1 if bad else 0
 
 

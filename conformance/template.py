@@ -15,7 +15,7 @@ class Mine:
     name, formula = "template", Formula("pg", "token", baseline="batch")  # what it says that it computes
 
     def step(self, case):
-        if case.second_turn or case.unscored or case.truncated == "mask":
+        if case.second_turn or case.unscored or case.truncated == "mask" or case.micro_batch:
             raise NotImplementedError("it has no such option")  # of a case, in words
         torch.manual_seed(case.seed)
         G, indices, rows, logps = case.group_size, [], [], []

@@ -1,8 +1,8 @@
 """A language model so small that every completion can be enumerated, its prompts, and its exact distribution.
 
-Six tokens: <pad> 0, <eos> 1, <bos> 2, a 3, b 4, ab 5. The text "ab" has two encodings, [3, 4] and [5], so a trainer that
-decodes and encodes again trains other tokens than were sampled. Every token, <pad> too, can be sampled. Completions
-have at most three tokens.
+Six tokens: <pad> 0, <eos> 1, <bos> 2, a 3, b 4, ab 5. The text "ab" has two encodings, [3, 4] and [5], so a trainer
+that decodes and encodes again trains other tokens than were sampled. Every token, <pad> too, can be sampled.
+Completions have at most three tokens.
 """
 
 import copy
@@ -74,7 +74,7 @@ class Case:
     reward_scale: float = 1.0
     unscored: bool = False  # the reward of completions that begin with b is unknown (None)
     second_turn: list[int] | None = None  # after the first token come these, which nobody trains, then one more token
-    data: list[tuple[int, list[int]]] | None = None  # SFT, DPO: (index of the prompt, completion); DPO: chosen, rejected
+    data: list[tuple[int, list[int]]] | None = None  # SFT, DPO: (prompt's index, completion); DPO: chosen, rejected
     seed: int = 0
 
     @functools.cached_property

@@ -52,7 +52,9 @@ class GRPO(Trained):
         seen = []  # (prompt's text, ids, reward), in the order of the groups
 
         def reward(prompts, completion_ids, **_):
-            rewards = [case.reward(case.prompts[case.texts.index(p)], i) for p, i in zip(prompts, completion_ids, strict=True)]
+            rewards = [
+                case.reward(case.prompts[case.texts.index(p)], i) for p, i in zip(prompts, completion_ids, strict=True)
+            ]
             seen.extend(zip(prompts, completion_ids, rewards, strict=True))
             return rewards
 
@@ -70,7 +72,12 @@ class GRPO(Trained):
                     first = torch.cat([first, logits.softmax(-1).multinomial(1)[None]], 1)
                 rows.append(first[0, len(prompt) :].tolist())
             mask = [[1] + [0] * len(case.second_turn) + [1]] * len(rows)
-            return {"prompt_ids": ids, "completion_ids": rows, "logprobs": [[0.0] * len(r) for r in rows], "env_mask": mask}
+            return {
+                "prompt_ids": ids,
+                "completion_ids": rows,
+                "logprobs": [[0.0] * len(r) for r in rows],
+                "env_mask": mask,
+            }
 
         def make(**given):
             data = Dataset.from_list([{"prompt": text} for text in case.texts])
