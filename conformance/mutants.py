@@ -96,5 +96,9 @@ NAMES = {
     "an update that is exactly zero": NoStep,
     "double BOS": DoubleBOS,
 }
-NO_STD = Formula("grpo", std="none")  # divided by its std, a group of one would have no finite advantage
-ADAPTERS = [mutant(f"mutant: {name}", NO_STD if mutant is GroupsOfOne else GRPO) for name, mutant in NAMES.items()]
+FORMULAS = {GroupsOfOne: Formula("grpo", std="none")}  # divided by its std, a group of one would have no advantage
+SAMPLERS = {TruncatedSampling: None, DoubleBOS: None}  # the others sample as train_grpo.py does
+ADAPTERS = [
+    mutant(f"mutant: {name}", FORMULAS.get(mutant, GRPO), SAMPLERS.get(mutant, "train_grpo.py"))
+    for name, mutant in NAMES.items()
+]

@@ -28,12 +28,11 @@ class SGD(common.Masters, torch.optim.SGD):
 class Ours:
     """One of train_pg, train_ppo, train_grpo, train_kimi. The methods are sections 1 to 5 of the scripts' main."""
 
-    learning_rate, filter, sampler = 1.0, None, None
+    learning_rate, filter = 1.0, None
 
-    def __init__(self, name: str, formula: Formula):
-        self.name, self.formula = name, formula
-        if name != "train_grpo.py" and (type(self).filter, type(self).prompts) == (None, Ours.prompts):
-            self.sampler = "train_grpo.py"  # common.sample_groups: checked once
+    def __init__(self, name: str, formula: Formula, sampler: str | None = None):
+        """sampler: the name of an adapter with the same sampler; then check B is left to that one."""
+        self.name, self.formula, self.sampler = name, formula, sampler
 
     def prompts(self, case: Case) -> list[list[int]]:
         return case.prompts
@@ -168,19 +167,25 @@ def budget_of(case: Case) -> int:
 
 
 GRPO = Formula("grpo")
+VARIANTS = {
+    "train_grpo.py DAPO": replace(GRPO, loss_norm="token", clip=(0.2, 0.28)),
+    "train_grpo.py Dr. GRPO": replace(GRPO, loss_norm="constant", std="none"),
+    "train_grpo.py GSPO": replace(GRPO, ratio="gspo", clip=(3e-4, 4e-4)),
+    "train_grpo.py R1, --unbiased-kl": replace(GRPO, ratio="sequence", kl="rho k3"),
+    "train_pg.py none": Formula("pg", "token", baseline="none"),
+    "train_pg.py batch-mean": Formula("pg", "token", baseline="batch"),
+    "train_pg.py value": Formula("pg", "token", baseline="value"),
+    "train_ppo.py": Formula("ppo", "token"),
+    "train_kimi.py": Formula("kimi"),
+}
+GIVEN = {
+    "train_dpo.py": Formula("dpo", beta=1.0),
+    "train_dpo.py IPO": Formula("ipo"),
+    "train_dpo.py SimPO": Formula("simpo", beta=2.0),
+    "train_sft.py": Formula("sft", "token"),
+}
 ADAPTERS = [
     Ours("train_grpo.py", GRPO),
-    Ours("train_grpo.py DAPO", replace(GRPO, loss_norm="token", clip=(0.2, 0.28))),
-    Ours("train_grpo.py Dr. GRPO", replace(GRPO, loss_norm="constant", std="none")),
-    Ours("train_grpo.py GSPO", replace(GRPO, ratio="gspo", clip=(3e-4, 4e-4))),
-    Ours("train_grpo.py R1, --unbiased-kl", replace(GRPO, ratio="sequence", kl="rho k3")),
-    Ours("train_pg.py none", Formula("pg", "token", baseline="none")),
-    Ours("train_pg.py batch-mean", Formula("pg", "token", baseline="batch")),
-    Ours("train_pg.py value", Formula("pg", "token", baseline="value")),
-    Ours("train_ppo.py", Formula("ppo", "token")),
-    Ours("train_kimi.py", Formula("kimi")),
-    OnData("train_dpo.py", Formula("dpo", beta=1.0)),
-    OnData("train_dpo.py IPO", Formula("ipo")),
-    OnData("train_dpo.py SimPO", Formula("simpo", beta=2.0)),
-    OnData("train_sft.py", Formula("sft", "token")),
+    *(Ours(name, formula, "train_grpo.py") for name, formula in VARIANTS.items()),
+    *(OnData(name, formula) for name, formula in GIVEN.items()),
 ]
