@@ -78,7 +78,7 @@ def main(names: list[str]) -> int:
             if not report(adapter, done[name, i], len(names) == 1 and name != "mutants") and name != "trl":
                 bad.append(adapter.name)
     print(
-        f"\n{len(places)} trainers in {time.time() - started:.0f} s"
+        f"\nadapters: {len(places)}, in {time.time() - started:.0f} s"
         + (f"; not as it should be: {', '.join(bad)}" if bad else "")
     )
     return 1 if bad else 0

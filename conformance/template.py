@@ -1,7 +1,5 @@
 """An adapter to copy: replace `reinforce` by your trainer, and say in `formula` what it computes.
-
-    python conformance/run.py conformance/template.py
-"""
+`python conformance/run.py conformance/template.py` prints what the checks find."""
 
 import torch
 
