@@ -39,7 +39,6 @@ class Result:
     check: str
     holds: bool | None  # None: not run
     line: str
-    detail: str = ""
 
 
 def rows_of(case: Case, step: Step) -> Rows:
@@ -50,6 +49,11 @@ def rows_of(case: Case, step: Step) -> Rows:
     groups = [i // size for i in range(count)]
     if not case.data and any(step.prompts[i] != step.prompts[group * size] for i, group in enumerate(groups)):
         raise ValueError("completions of different prompts stand in one group")
+    for ids in step.completions:
+        if case.second_turn and (len(ids) != 2 + len(case.second_turn) or ids[1:-1] != case.second_turn):
+            raise ValueError(f"{ids} is not one token, the second turn {case.second_turn}, and one token")
+        if not (case.second_turn or case.data) and not (1 <= len(ids) <= case.max_new_tokens and EOS not in ids[:-1]):
+            raise ValueError(f"{ids} is no completion of 1 to {case.max_new_tokens} tokens that ends at its first EOS")
     trained = [[True] * len(ids) for ids in step.completions]
     for row in trained if case.second_turn else []:
         row[1 : 1 + len(case.second_turn)] = [False] * len(case.second_turn)

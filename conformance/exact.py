@@ -72,7 +72,7 @@ def normalizer(mask: Tensor, loss_norm: str, max_new_tokens: int) -> Tensor:
 
 
 def group_advantages(rewards: Tensor, groups: Tensor, known: Tensor, formula: Formula) -> Tensor:
-    """(B,) r - mean, divided by the std as the formula says. A group of one keeps its reward, as verl has it."""
+    """(B,) r - mean, divided by the std as the formula says. A group of one keeps its reward."""
     A = torch.zeros_like(rewards)
     batch_std = rewards[known].std()
     for group in groups.unique():

@@ -40,7 +40,10 @@ def load(name: str) -> list:
         sys.exit(f"{name}: neither a file nor one of {', '.join(GROUPS)}")
     spec = importlib.util.spec_from_file_location(f"conformance_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        sys.exit(f"{name}: needs the module {error.name}, which is not there")
     if not hasattr(module, "ADAPTERS"):
         sys.exit(f"{name}: has no list ADAPTERS; see conformance/template.py")
     return module.ADAPTERS
