@@ -33,7 +33,8 @@ TINY |= {
 }
 TINY |= {"COLD_PROBLEMS": "60", "EVALUATE": "--eval-problems 2"}
 ROWS = {
-    "r1": "base zero cold rl rejection preference-alone rules-and-preference routed student distilled student-rl".split(),
+    "r1": "base zero cold rl rejection preference-alone rules-and-preference routed".split()
+    + "student distilled student-rl".split(),
     "kimi": "base sft curriculum late verified shortest shorter early-1 early-2".split(),
     "qwen3": "base sft rl-8 rl-all fusion general budget-3".split(),
     "rlhf": "base sft ppo ppo-no-kl dpo".split(),
