@@ -44,12 +44,12 @@ class Formula:
     tau: float = 0.1  # Kimi
     gae_lambda: float = 0.95
     whiten: bool = True  # PPO
-    unscored: str = (
-        "absent"  # rows without a reward: "absent" | "counted" in the means over rows and tokens | "baseline":
-    )
-    #                           reward 0 in their group's mean, but no loss | "zero": reward 0
-    truncated: str = "case"  # as the case asks; masked rows count in the means. "masked" | "scored" | "absent": masked,
-    #                      and in no mean
+    # rows without a reward: "absent" | "counted" in the means over rows and tokens | "baseline": reward 0 in their
+    # group's mean, but no loss | "zero": reward 0
+    unscored: str = "absent"
+    # completions that the length limit cut: "case": as the case asks | "masked": no loss, but counted in the means |
+    # "scored": like the others | "absent": no loss, and in no mean
+    truncated: str = "case"
     reference: str = "case"  # or "policy": the starting policy; "none"
     temperature: float | None = None  # None: the case's
     positions: str = "real"  # or "padded": the prompts' left padding counts

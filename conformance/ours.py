@@ -98,10 +98,9 @@ class Ours:
         rollout = self.train_on(case, rollout).without(~scored)
         old = common.rollout_logprobs(case.model, rollout, budget, case.temperature)[0]
         ref = common.rollout_logprobs(case.reference, rollout, budget, case.temperature)[0] if case.kl_coef else None
-        critic = torch.rand(old.shape, generator=torch.Generator().manual_seed(case.seed)) * rollout.mask
-        values = (
-            critic if self.formula.objective == "ppo" or self.formula.baseline == "value" else torch.zeros(old.shape)
-        )
+        values = torch.zeros(old.shape)
+        if self.formula.objective == "ppo" or self.formula.baseline == "value":  # a critic of random values
+            values = torch.rand(old.shape, generator=torch.Generator().manual_seed(case.seed)) * rollout.mask
         A, trained = self.prepare(case, rollout, rewards, scored, old, ref, values), rollout.trained
         optimizer = SGD(case.model, self.learning_rate)
         for _ in range(case.updates):

@@ -108,8 +108,7 @@ class DPO(Trained):
             return DPOTrainer(case.model, case.reference, train_dataset=data, **given)
 
         pairs = len(case.data) // 2
-        micro = None if case.micro_batch is None else max(1, case.micro_batch // 2)
-        case.micro_batch = micro
+        case.micro_batch = case.micro_batch and max(1, case.micro_batch // 2)  # TRL counts pairs
         model = self.train(case, make, DPOConfig, pairs, beta=self.formula.beta)
         prompts, ids = zip(*case.data, strict=True)
         return Step(list(prompts), list(ids), [None] * len(ids), model)
