@@ -51,7 +51,9 @@ train distilled sft --model "$STUDENT" --data "$OUT/teacher.jsonl" --keep correc
 train student-rl grpo --model "$STUDENT" $RL $QUICK
 
 STAGES="base=$MODEL"
-for name in zero cold rl rejection preference-alone rules-and-preference routed; do STAGES+=" $name=$(final $name)"; done
+for name in zero cold rl rejection preference-alone rules-and-preference routed; do
+    STAGES+=" $name=$(final $name)"
+done
 STAGES+=" student=$STUDENT distilled=$(final distilled) student-rl=$(final student-rl)"
 evaluate --stages $STAGES --problems "$PROBLEMS" --temperatures 0.6 1.4 $EVALUATE
 echo "== outside the training distribution: $HARDER =="
