@@ -79,10 +79,9 @@ def read_run(path: Path, tag: str) -> FinishedRun:
     rising = all(a < b for a, b in zip(steps, steps[1:], strict=False))
     if not rising or not all(isinstance(value, int | float) for value in values):
         fail(f"{path}: its {tag} is not finite, or logged twice for a step")
-    counts = [row.get("eval/problems", row.get("eval/pairs")) for row in rows]
-    asked = [row.get("question") for row in read_jsonl(path / "samples.jsonl", cut=True) if row.get("iteration") == 0]
+    asked = [row.get("held_out") for row in read_jsonl(path / "samples.jsonl", cut=True)][:1]
     data = [] if asked else [flags.get(name) for name in ("data", "problems", "pair_problems")]
-    task = next((count for count in counts if count), None), asked, data
+    task = next((row["eval/pairs"] for row in rows if row.get("eval/pairs")), None), asked, data
     copies, source = sorted(path.glob("*.py")), []
     for copy in copies:
         try:

@@ -322,7 +322,7 @@ def r1_zero(runs: Runner) -> list[Row]:
 @claim("A small cold start suffices")
 def small_cold_start(runs: Runner) -> list[Row]:
     sizes, conditions = (20, 200, 1900), {"zero": GRPO, "samples": f"{TRIES} 4 --model {{zero}}"}
-    sft = "train_sft.py --keep best --iterations 50 --warmup-iterations 5 --eval-every 0 --save-every 0"
+    sft = "train_sft.py --keep longest --iterations 50 --warmup-iterations 5 --eval-every 0 --save-every 0"
     for n in sizes:
         conditions[f"sft_{n}"] = f"{sft} --data {{samples}}:{n} --minibatch-size 16"
         conditions[f"rl_{n}"] = f"{GRPO} --model {{sft_{n}}}"

@@ -46,7 +46,7 @@ def start(main: Callable, Args: type) -> None:
     """Runs a command: main(args), with `args` from the command line. What is no fault of the code ends it in one line
     (see `explain`). Output that can't be written is lost; the command goes on."""
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
-    threading.excepthook = lambda failed: None  # the event writer's thread; its error is raised in this one, too
+    threading.excepthook = explain_thread
     catch_signals(interrupt)
     args = None
     try:
@@ -67,27 +67,34 @@ def interrupt(number: int, frame) -> NoReturn:
     raise KeyboardInterrupt(number)
 
 
+def explain_thread(failed) -> None:
+    """Prints a thread's error, unless it is one of the file system: the event writer raises it in this thread, too."""
+    if not issubclass(failed.exc_type, OSError):
+        threading.__excepthook__(failed)
+
+
 def explain(error: BaseException, args=None) -> int:
     """Prints one line for an error whose cause is the machine or the user, and returns the exit code. Raises any other
     error again."""
-    flat = {} if args is None else to_flat(args)
-    again = "go on from the newest checkpoint with --resume" if "resume" in flat else "nothing was written"
+    flat, go_on = {} if args is None else to_flat(args), "go on from the newest checkpoint with --resume"
     if isinstance(error, KeyboardInterrupt):
         number = error.args[0] if error.args else signal.SIGINT
-        print(f"stopped at once; {again}", file=sys.stderr)
+        print(f"stopped at once; {go_on if 'resume' in flat else 'nothing was written'}", file=sys.stderr)
         return 128 + number
     cause = error
     while cause is not None and not out_of_memory(cause):  # it may hide behind an error of what it broke
         cause = cause.__cause__ or cause.__context__
     if cause is not None:
         lower = "micro_batch_tokens", "prompts_per_step", "group_size", "minibatch_size", "batch_size", "max_new_tokens"
-        advice = "lower " + " or ".join(as_flag(name) for name in lower if flat.get(name))
+        lower = [as_flag(name) for name in lower if flat.get(name)]
+        advice = f"; lower {' or '.join(lower)}" if lower else ""
         if "gradient_checkpointing" in flat:
             advice += ", add --gradient-checkpointing or --offload-optimizer"
             advice += "; python benchmarks/memory.py says which flags fit"
-        print(f"error: out of memory ({reason(cause)}); {advice}".removesuffix("; lower "), file=sys.stderr)
+        print(f"error: out of memory ({reason(cause)}){advice}", file=sys.stderr)
     elif isinstance(error, OSError) and (error.filename or error.errno in NO_ROOM):
-        room = f"; make room on the disk, then {again}" if error.errno in NO_ROOM else ""
+        room = "; make room on the disk" if error.errno in NO_ROOM else ""
+        room += f", then {go_on}" if room and "resume" in flat else ""
         print(f"error: {reason(error)}{room}", file=sys.stderr)
     else:
         raise error

@@ -104,8 +104,10 @@ def add_rollout_metrics(
     are over scored completions."""
     lengths, known, accuracy = rollout.lengths.float().cpu(), scored.flatten(), components["accuracy"]
     some = scored.any(1)  # (P,) groups with a scored completion
-    scored_rewards = {f"reward/{name}": values for name, values in components.items()} | {"reward/total": rewards}
-    metrics.add({name: values[scored].float().mean() for name, values in scored_rewards.items()}, scored.sum().item())
+    judged = (scored & ~accuracy.isnan()).any(1)  # (P,) groups with a verdict
+    for name, values in (components | {"total": rewards}).items():
+        applies = scored & ~values.isnan()
+        metrics.add({f"reward/{name}": values[applies].float().mean()}, applies.sum().item())
     values = {
         "rollout/length_mean": lengths.mean(),
         "rollout/length_max": lengths.max(),
@@ -115,13 +117,13 @@ def add_rollout_metrics(
         values["reward/unscored"] = (~known).float().mean()
     metrics.add(values, len(rewards))
     values = {
-        "reward/frac_all_right": ((accuracy > 0) | ~scored)[some].all(1).float().mean(),
-        "reward/frac_all_wrong": ((accuracy == 0) | ~scored)[some].all(1).float().mean(),
+        "reward/frac_all_right": ((accuracy > 0) | ~scored)[judged].all(1).float().mean(),
+        "reward/frac_all_wrong": ((accuracy == 0) | ~scored)[judged].all(1).float().mean(),
     }
+    metrics.add(values, judged.sum().item())
     if rollout.group_size > 1 and some.any():
         stds = [group[of_group].std(correction=0) for group, of_group in zip(rewards[some], scored[some], strict=True)]
-        values["reward/std_within_group"] = torch.stack(stds).mean()
-    metrics.add(values, some.sum().item())
+        metrics.add({"reward/std_within_group": torch.stack(stds).mean()}, some.sum().item())
     for name, chosen in (("right", known & (accuracy.flatten() > 0)), ("wrong", known & (accuracy.flatten() == 0))):
         if chosen.any():
             metrics.add({f"rollout/length_{name}": lengths[chosen].mean()}, chosen.sum().item())
@@ -159,7 +161,8 @@ def log_samples(writer: SummaryWriter, tokenizer, rollout: Rollout, texts, compo
     parts = []
     for p in range(min(8, len(rollout.prompt_ids))):
         row = p * rollout.group_size
-        scores = ", ".join(f"{name} {values[p, 0].item():g}" for name, values in components.items())
+        values = {name: values[p, 0].item() for name, values in components.items()}
+        scores = ", ".join(f"{name} {value:g}" for name, value in values.items() if not math.isnan(value))
         text = f"{tokenizer.decode(rollout.prompt_ids[p])}\n----\n{texts[row]}"
         parts.append(f"{scores}\n\n" + "\n".join("    " + line for line in text.split("\n")))
     writer.add_text("samples", "\n\n".join(parts), global_step)

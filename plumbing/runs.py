@@ -55,7 +55,8 @@ class Run:
             fail(f"--iterations {args.iterations}: the run has done {self.progress['iteration']} already")
         self._models = start_models(args)
         for name, files in state.get("models", {}).items():
-            if differ := sorted(dict(files.items() ^ self._models.get(name, {}).items())):
+            now = self._models.get(name, {})
+            if differ := [file for file in sorted({*files, *now}) if files.get(file) != now.get(file)]:
                 what = f"{as_flag(name)} {to_flat(args)[name]}: {differ[0]} is not the file that the run began with"
                 fail(f"--resume {args.run.resume}: {what}; restore it, or start a new run with --model RUN/final")
         try:
@@ -316,9 +317,11 @@ def save_model(target: Path, model, tokenizer, state: dict | None = None, keep: 
     It writes to a temporary directory and renames that, so `target` is never incomplete, even if the process is killed.
     keep: once this checkpoint is complete, only this many of the newest are kept; 0: all.
     """
-    if broken := next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None):
-        what = f"{target}: not saved, {broken} holds NaN or infinite weights"
-        fail(f"{what}: go on from an older checkpoint, with a lower --learning-rate")
+    for name, weight in model.named_parameters():
+        # the sum is ten times as fast to test; of huge weights it may overflow, so then each is tested
+        if not weight.detach().sum().isfinite() and not weight.isfinite().all():
+            what = f"{target}: not saved, {name} holds NaN or infinite weights"
+            fail(f"{what}: go on from an older checkpoint, with a lower --learning-rate")
     aside, old = target.with_name(target.name + ".tmp"), target.with_name(target.name + ".old")
     try:
         shutil.rmtree(aside, ignore_errors=True)

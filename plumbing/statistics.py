@@ -41,7 +41,8 @@ def count_reflection_words(text: str) -> int:
 
 
 def summarize(records: list[dict]) -> dict[str, float]:
-    """Means over all completions of the records; `pass_at_<k>` is a mean over problems."""
+    """Means over all completions of the records; `pass_at_<k>` is a mean over problems. A completion whose `correct` is
+    None, because its problem has no answer, counts as neither right nor wrong."""
     completions = [c for record in records for c in record["completions"]]
     n = max(len(record["completions"]) for record in records)
 
@@ -50,17 +51,17 @@ def summarize(records: list[dict]) -> dict[str, float]:
         return sum(values) / len(values) if values else float("nan")
 
     summary = {
-        "accuracy": mean(c["correct"] for c in completions),
+        "accuracy": mean(c["correct"] for c in completions if c["correct"] is not None),
         "format": mean(c["format"] for c in completions),
         "length": mean(c["length"] for c in completions),
         "length_right": mean(c["length"] for c in completions if c["correct"]),
-        "length_wrong": mean(c["length"] for c in completions if not c["correct"]),
+        "length_wrong": mean(c["length"] for c in completions if c["correct"] is False),
         "truncated": mean(not c["finished"] for c in completions),
         "no_answer": mean(c["answer"] is None for c in completions),
         "reflection_words": mean(count_reflection_words(c["text"]) for c in completions),
     }
     for k in sorted({2**i for i in range(n.bit_length())} | {n}):
-        tried = [[c["correct"] for c in record["completions"]] for record in records]
+        tried = [[c["correct"] for c in record["completions"] if c["correct"] is not None] for record in records]
         summary[f"pass_at_{k}"] = mean(pass_at_k(len(right), sum(right), k) for right in tried if len(right) >= k)
     return summary
 
@@ -177,12 +178,13 @@ def paired_problems(first: list[dict], second: list[dict]) -> tuple[list[float],
 
 
 def accuracy_by_problem(records: list[dict]) -> dict[tuple, float]:
-    """Accuracy by (question, answer)."""
+    """Accuracy by (question, answer), of the problems that have an answer."""
     found: dict[tuple, list[bool]] = {}
     for record in records:
         problem = record["question"], str(record.get("answer"))
-        found.setdefault(problem, []).extend(completion["correct"] for completion in record["completions"])
-    return {problem: statistics.mean(map(float, correct)) for problem, correct in found.items()}
+        verdicts = [completion["correct"] for completion in record["completions"]]
+        found.setdefault(problem, []).extend(right for right in verdicts if right is not None)
+    return {problem: statistics.mean(map(float, correct)) for problem, correct in found.items() if correct}
 
 
 # ---- Tables --------------------------------------------------------------------------------------------------------

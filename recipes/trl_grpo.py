@@ -274,8 +274,8 @@ def prepare(flags: Args, processes: int, gpu: bool):
         fail("several GPUs, one process: use accelerate launch --num_processes N, or set CUDA_VISIBLE_DEVICES=0")
     translate(to_flat(args), processes, 1, gpu)  # checks the flags before the problems are read
     tokenizer, config = common.load_tokenizer(args.model), common.load_config(args.model)
-    check_rewards(args.rewards, args.max_new_tokens, tokenizer)
     problems = load_train_problems(args.problems, args.setup.eval_data)
+    check_rewards(args.rewards, args.max_new_tokens, tokenizer, problems)
     problems = encode_problems(tokenizer, problems, args.setup.system_prompt, config, args.max_new_tokens)
     prompts = trl_prompts(tokenizer, problems, args.setup.system_prompt)
     fields = translate(to_flat(args), processes, max(len(problem.prompt_ids) for problem in problems), gpu)

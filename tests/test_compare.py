@@ -20,7 +20,7 @@ from plumbing.statistics import paired_difference, paired_problems, pairs_for_ha
 SCRIPT = "print('an algorithm')\n"
 
 
-def write_run(root: Path, name: str, seed: int, values, script: str = SCRIPT, question: str = "1+1=", **flags) -> Path:
+def write_run(root: Path, name: str, seed: int, values, script: str = SCRIPT, held_out: str = "a1", **flags) -> Path:
     """A finished run of one iteration per value after the first, with 10 samples and 2 seconds each."""
     path = root / f"{name}__s{seed}"
     (path / "final").mkdir(parents=True)
@@ -34,7 +34,7 @@ def write_run(root: Path, name: str, seed: int, values, script: str = SCRIPT, qu
             rows.append(row | {"reward/total": 0.5, "time/sample": 1.5, "time/update": 0.5, "memory/peak_gb": 1.0})
         rows.append(row | {"eval/accuracy": value, "eval/problems": 300.0})
     write_rows(path, rows)
-    (path / "samples.jsonl").write_text(json.dumps({"iteration": 0, "step": 0, "question": question}) + "\n")
+    (path / "samples.jsonl").write_text(json.dumps({"iteration": 0, "step": 0, "held_out": held_out}) + "\n")
     return path
 
 
@@ -244,7 +244,7 @@ REFUSED = {
 def test_what_can_not_be_compared_is_refused(name, tmp_path, capsys):
     """Catches: a figure made of runs that are damaged, unfinished, of other tasks, budgets, flags or versions."""
     two_groups(tmp_path)
-    write_run(tmp_path, "other", 1, [0.1, 0.2, 0.3], question="2+2=")
+    write_run(tmp_path, "other", 1, [0.1, 0.2, 0.3], held_out="b2")
     change, said = REFUSED[name]
     change(tmp_path)
     assert re.search(said, refusal(compare.main, args(tmp_path), capsys))

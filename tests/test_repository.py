@@ -95,11 +95,27 @@ def test_the_lowest_modules_need_nothing_heavy():
     assert packages(algebra) == packages(algebra, lazy) == {"mpmath"}  # only for roots, pi and sines
 
 
+def test_the_conformance_kit_stands_alone():
+    """Someone with another trainer copies the folder: only the adapters of our scripts may need this repository, and
+    TRL is imported when its adapters run."""
+    kit = {path.stem: path for path in Path("conformance").glob("*.py")}
+    ours, trl = [kit.pop(name) for name in ("ours", "mutants")], kit["with_trl"]
+    assert packages(trl) - {"trl", "datasets"} <= {"torch", "conformance"}
+    top = [node for node in ast.parse(trl.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not packages(trl, ast.Module(top, [])) & {"trl", "datasets"}
+    for path in {*kit.values()} - {trl}:
+        assert packages(path) <= {"torch", "transformers", "tokenizers", "conformance"}, path
+    for path in kit.values():
+        assert not imports(path) & {"conformance.ours", "conformance.mutants"}, path
+    for path in ours:
+        assert not imports(path) & COMMANDS, path
+
+
 @pytest.mark.parametrize(
     "path",
     [
         path
-        for folder in (".", "plumbing", "tasks", "benchmarks", "claims", "tests", "tests/tools")
+        for folder in (".", "plumbing", "tasks", "benchmarks", "claims", "conformance", "tests", "tests/tools")
         for path in Path(folder).glob("*.py")
     ],
     ids=str,
@@ -110,7 +126,7 @@ def test_a_file_begins_by_saying_what_it_is(path):
     assert re.match(r"[`\w].{20,}?[.?:](\s|$)", first, re.DOTALL), path
 
 
-@pytest.mark.parametrize("folder", ["benchmarks", "claims", "tests/tools"])
+@pytest.mark.parametrize("folder", ["benchmarks", "claims", "conformance", "tests/tools"])
 def test_no_command_hides_a_module(folder):
     """`python benchmarks/data.py` finds itself where it imports data."""
     ours = {part for name in MODULES for part in name.split(".")}

@@ -78,7 +78,7 @@ def test_an_output_that_is_an_input_is_refused(command, tmp_path, capsys):
     ("changes", "said"),
     [
         ({"correct": "false"}, "'correct' is 'false', true or false is expected"),
-        ({"correct": None}, "'correct' is None"),
+        ({"correct": 1}, "'correct' is 1, true or false"),
         ({"finished": "false"}, "'finished' is 'false'"),
     ],
 )
@@ -318,3 +318,19 @@ def test_a_run_directory_that_is_deleted_ends_the_run_in_one_line(tmp_path):
         shutil.rmtree(tmp_path / "gone", ignore_errors=True)
     said = process.stderr.read()
     assert process.returncode in (1, 2) and "Traceback" not in said and "error: " in said, said[-2000:]
+
+
+def test_a_full_disk_names_what_the_command_can_do(capsys):
+    """evaluate.py has no checkpoint to go on from."""
+    for args, said in ((evaluate.Args(), "make room on the disk\n"), (train_grpo.Args(), "checkpoint with --resume\n")):
+        assert flags.explain(OSError(28, "No space left on device"), args) == 1
+        assert capsys.readouterr().err.endswith(said)
+
+
+def test_huge_weights_are_saved(tmp_path):
+    """Their sum overflows, but each of them is finite."""
+    model = make_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.fill_(3e38)
+    runs.save_model(tmp_path / "final", model, common.load_tokenizer(EMBEDDED))
+    assert (tmp_path / "final" / "model.safetensors").exists()

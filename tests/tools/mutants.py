@@ -45,7 +45,7 @@ train_grpo.py test_grpo.py test_training.py test_updates.py test_naive_forks.py
     weights per micro-batch: <<weights[micro]=>common.token_weights(trained[micro], args.loss_norm, 40)>>,
     temperature missing in the update: completion_logprobs(policy, rollout, micro<<, temperature=>>>)
     one seed for all batches: derive_seed(args.seed, "sample"<<, global_step=>>>)
-    dynamic sampling keeps the uniform groups: (<<~=>>>is_uniform(rewards, scored)).nonzero()
+    dynamic sampling keeps the uniform groups: (<<~=>>>is_uniform(rewards, scored) | unanswered
     truncated completions kept, finished ones masked: advantages.where(<<rollout.finished=>~rollout.finished>>, 0.0)
     no backward pass for rows that have only a KL: (advantages != 0).any(1)<< | (args.kl_coef != 0)=>>>
     the weights taken for the mask: <<A = advantages=>A, mask = advantages, weights != 0>>
@@ -169,13 +169,16 @@ data.py test_data.py test_resume.py test_naive_forks.py
     a thinking mode moves a problem to the other split: hashlib.sha256(<<text=>question>>.encode())
     no EOS after a demonstration: return [ids<< + [tokenizer.eos_token_id]=>>> for ids in
     BOS twice: tokenizer(chunk<<, add_special_tokens=False=>>>).input_ids
+rewards.py test_unanswered.py
+    an absent reward counts as a wrong answer: [math.nan if value in (None, ABSENT<<=>>>) else
+    the learned reward goes everywhere: [ABSENT if by_rule<<=> and False>> and has_answer
 rewards.py test_rewards.py test_naive_forks.py
     longer answers get more: bonus = (<<0.5 - =>>>(lengths - shortest)
     short wrong answers get more: bonus.<<where(correct > 0, bonus.clamp(max=0.0))=>clone()>>
     penalty from the limit on: (lengths - <<(max_new_tokens - buffer)=>max_new_tokens>>)
     short answers win by the penalty: / buffer).clamp(<<0, 1=>max=1>>)
     groups and problems out of step: (texts, <<[problem for problem in problems for _ in range(G)]=>problems * G>>
-    truncated completions can be right: [right<< if finished else 0.0=>>> for right, finished in ended]
+    truncated completions can be right: <<right if finished or right == ABSENT else 0.0=>right>>
     an unknown reward counts as 0: scored <<&==>|=>> torch.tensor([value is not None
     length reward from the start: if iteration < <<flags.length_reward_start=>0>>:
     text outside of the tags: answer.strip()<< and not outside.strip()=>>> else
