@@ -6,8 +6,8 @@ The loss covers a completion's EOS, or the model would never learn to stop, but 
 up linearly and decays as a cosine to a tenth. This is the stage before RL: InstructGPT's SFT (arXiv:2203.02155,
 section 3.5), the cold start of DeepSeek-R1 (arXiv:2501.12948v1, section 2.3.1).
 
-Departures from InstructGPT: no dropout; steps, not epochs; and the last step's weights are kept, where the paper chooses
-a checkpoint by its reward model's score.
+Departures from InstructGPT: no dropout; steps, not epochs; and the last step's weights are kept, where the paper
+chooses a checkpoint by its reward model's score.
 
     python train_sft.py                                     # a few more steps of the embedded model on its own data
     python train_sft.py --model Qwen/Qwen2.5-0.5B --data demonstrations.jsonl --problems openai/gsm8k:main \
