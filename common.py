@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import random
+import re
 import sys
 import tempfile
 import warnings
@@ -34,8 +35,8 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from plumbing.engine import PackedGroups, PaddedRows, batch_class, decoder_class, gather_rows, out_of_memory
-from plumbing.flags import fail, reason
+from plumbing.engine import PackedGroups, PaddedRows, batch_class, decoder_class, gather_rows
+from plumbing.flags import fail, out_of_memory, reason
 
 
 def derive_seed(*parts) -> int:
@@ -236,6 +237,9 @@ def load_weights(auto_class, path: str, device, dtype, from_scratch: bool = Fals
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         fail(f"{path}: its weights are incomplete: {missing[0]}{more} not in its files")
+    kinds = {re.sub("[0-9]+", "#", name) for name in model.state_dict()}
+    if cut := sorted(name for name in loading["unexpected_keys"] if re.sub("[0-9]+", "#", name) in kinds):
+        fail(f"{path}: its config has fewer layers than its files: {cut[0]} has no place in the model")
     check_saving(plain_outputs(model), path, auto_class)
     return model.to(device).eval()
 
@@ -280,6 +284,9 @@ def set_stops(model: PreTrainedModel, tokenizer: Tokenizer | None) -> None:
     text_config, stops = model.config.get_text_config(), {None if tokenizer is None else tokenizer.eos_token_id}
     for named in (model.generation_config.eos_token_id, getattr(text_config, "eos_token_id", None)):
         stops |= {*named} if isinstance(named, list) else {named}
+    size = len(model.get_input_embeddings().weight)
+    if bad := [stop for stop in stops if stop is not None and not (type(stop) is int and 0 <= stop < size)]:
+        fail(f"{model.name_or_path}: eos_token_id {bad[0]!r} is no id of its {size} embeddings")
     model.generation_config = GenerationConfig(
         eos_token_id=sorted(stops - {None}) or None,
         pad_token_id=getattr(text_config, "pad_token_id", None),

@@ -28,10 +28,10 @@ from data import (
     read_problems,
     read_samples,
     verifier_of,
-    write_jsonl,
 )
 from plumbing.answers import extract_answer, plain_unicode
-from plumbing.flags import AtLeast1, Range, Share, check_output, fail, parse_args
+from plumbing.files import write_jsonl
+from plumbing.flags import AtLeast1, Range, Share, check_output, fail, start
 from plumbing.pairs import balance, listed
 from plumbing.rows import can_match, is_undivided, placed_rows
 from rewards import verifier_prompt
@@ -109,7 +109,7 @@ def pass_rates(records: list[dict], source: str, problems: list[Problem]) -> dic
     """The share of right completions by question. An error if the samples are of other problems."""
     tried, right = Counter(), Counter()
     for record in records:
-        tried[record["question"]] += len(record["completions"])
+        tried[record["question"]] += sum(c.get("correct", True) is not None for c in record["completions"])
         right[record["question"]] += sum(map(counts_as_right, record["completions"]))
     rates = {question: right[question] / count for question, count in tried.items() if count}
     if not any(problem.question in rates for problem in problems):
@@ -281,10 +281,13 @@ class Args:
     """with --decontaminate: drop problems that share this many consecutive words with a held-out question"""
     balance_topics: bool = False
     """keep the same number of problems of every topic, that of the rarest topic"""
-    make: Literal["problems", "correct", "best", "fusion", "shorter", "verifier"] = "problems"
-    """the kept problems, or from their --samples: demonstrations (correct: all right completions; best: the best one of
-    each problem; fusion: the right ones in both thinking modes, /think and /no_think) or pairs (shorter: a problem's
-    shortest and longest right completion; verifier: a right and a wrong answer, to train a --verifier-model)"""
+    make: Literal[
+        "problems", "prompts", "correct", "longest", "shortest", "random", "fusion", "shorter", "verifier"
+    ] = "problems"
+    """the kept problems, or their prompts alone (for a learned reward), or from their --samples: demonstrations
+    (correct: all right completions; longest, shortest, random: one of each problem's; fusion: the right ones in both
+    thinking modes, /think and /no_think) or pairs (shorter: a problem's shortest and longest right completion;
+    verifier: a right and a wrong answer, to train a --verifier-model)"""
     limit: AtLeast1 | None = None
     """keep at most this many problems, chosen at random"""
     mode: Literal["think", "no_think"] | None = None
@@ -297,23 +300,24 @@ def main(args: Args) -> None:
     check_output(args.output, args.problems, args.samples, args.guesses, args.decontaminate)
     if not args.problems and not args.samples:
         fail("--problems or --samples: one of them is needed")
-    if args.make != "problems" and not args.samples:
+    of_problems = args.make in ("problems", "prompts")
+    if not of_problems and not args.samples:
         fail(f"--make {args.make}: needs --samples")
-    low, high = (0.01, 0.99) if args.make == "problems" else (0.0, 1.0)
+    low, high = (0.01, 0.99) if of_problems else (0.0, 1.0)
     low = low if args.min_pass_rate is None else args.min_pass_rate
     high = high if args.max_pass_rate is None else args.max_pass_rate
-    if args.mode and args.make != "problems":
+    if args.mode and not of_problems:
         fail(f"--mode {args.mode}: goes with problems, not with --make {args.make}")
-    if args.right_steps and args.make == "problems":
-        fail("--right-steps: filters completions: needs --make correct, best, fusion, shorter or verifier")
+    if args.right_steps and of_problems:
+        fail("--right-steps: filters completions: goes with demonstrations and pairs, see --make")
     if low > high:
         fail(f"--min-pass-rate {low:g}: must be at most --max-pass-rate {high:g}")
     source = args.problems or args.samples
     rows = placed_rows(args.samples) if args.samples else []
     if args.problems:
-        problems = load_problems(args.problems, args.split, seed=args.seed)
+        problems = load_problems(args.problems, args.split, seed=args.seed, unanswered=True)
     else:
-        problems = read_problems(rows, args.samples)
+        problems = read_problems(rows, args.samples, unanswered=True)
     before, dropped, records = len(problems), Counter(), read_samples(rows, args.samples)
     if args.samples:
         rates = pass_rates(records, args.samples, problems)
@@ -341,7 +345,11 @@ def main(args: Args) -> None:
     if not problems:
         fail(f"{args.output} is not written: the filters leave nothing")
     rows = [in_mode(problem, args.mode).to_row() for problem in problems]
-    if args.make != "problems":
+    if args.make == "prompts":
+        rows = [
+            {name: row[name] for name in ("question", "id", "topic", "difficulty") if row.get(name)} for row in rows
+        ]
+    if not of_problems:
         kept = {problem.question: problem for problem in problems}
         records = [record for record in records if record["question"] in kept]
         if args.right_steps:
@@ -363,4 +371,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args(Args))
+    start(main, Args)

@@ -4,9 +4,7 @@ they are drawn."""
 import functools
 import hashlib
 import importlib
-import json
 import math
-import os
 import random
 import re
 from collections.abc import Callable
@@ -32,6 +30,7 @@ from plumbing.rows import (
     continued,
     fail_on,
     file_rows,
+    find,
     hub_rows,
     is_file,
     is_undivided,
@@ -47,7 +46,7 @@ MODES = "think", "no_think"
 @dataclass(frozen=True)
 class Problem:
     question: str  # plain text; the key for splits, pass rates and pairs
-    answer: str  # "" if the task's verifier decides
+    answer: str  # "" if the task's verifier decides, or if there is no right answer (see is_judged)
     id: str = ""
     topic: str = ""
     difficulty: float | None = None
@@ -77,7 +76,9 @@ def is_held_out(question: str) -> bool:
 # ---- Where problems come from --------------------------------------------------------------------------------------
 
 
-def load_problems(source: str, split: str, limit: int | None = None, seed: int = 0) -> list[Problem]:
+def load_problems(
+    source: str, split: str, limit: int | None = None, seed: int = 0, unanswered: bool = False
+) -> list[Problem]:
     """Problems of one split of one source: "train", "eval" or "all". "all" is every problem except a hub dataset's test
     or validation split, because "all" is used to generate training data.
 
@@ -85,7 +86,8 @@ def load_problems(source: str, split: str, limit: int | None = None, seed: int =
     (`name`, `name:config`, `name:config:split`). A file, a named split, and a hub dataset without a test or validation
     split are split by `is_held_out`. Prints one line about the problems of a file or a hub dataset.
     limit: at most this many. A task gives its first ones, cycling through the difficulties; other sources give a random
-    choice in their own order. seed: for the task's draws and for that choice."""
+    choice in their own order. seed: for the task's draws and for that choice. unanswered: rows may lack an answer,
+    because a learned reward scores them."""
     if split not in ("train", "eval", "all"):
         raise ValueError(f"split is 'train', 'eval' or 'all', not {split!r}")
     name, _, difficulties = source.partition(":")
@@ -94,7 +96,7 @@ def load_problems(source: str, split: str, limit: int | None = None, seed: int =
         problems = draw_problems(task, split, limit, seed, parse_difficulties(task, source, difficulties))
     else:
         rows, divided = (file_rows(source), False) if is_file(source) else hub_rows(source, split)
-        problems = read_problems(rows, source)
+        problems = read_problems(rows, source, unanswered)
         if split != "all" and not divided:
             problems = [p for p in problems if is_held_out(p.question) == (split == "eval")]
     if not problems:
@@ -108,24 +110,30 @@ def load_problems(source: str, split: str, limit: int | None = None, seed: int =
     return problems
 
 
-def load_train_problems(problems: str, eval_data: str | None) -> list[Problem]:
-    """The train split of --problems, or all of it if it is undivided and --eval-data gives the held-out problems."""
-    return load_problems(problems, "all" if eval_data and is_undivided(problems) else "train")
+def load_train_problems(problems: str, eval_data: str | None, unanswered: bool = False) -> list[Problem]:
+    """The train split of --problems, or all of it if it is undivided and --eval-data gives the held-out problems.
+    unanswered: see load_problems."""
+    split = "all" if eval_data and is_undivided(problems) else "train"
+    return load_problems(problems, split, unanswered=unanswered)
 
 
-def load_eval_problems(problems: str, eval_data: str | None, limit: int) -> list[Problem]:
-    """All of --eval-data if it is undivided, else its eval split. Without it: the eval split of --problems."""
-    return load_problems(eval_data or problems, "all" if eval_data and is_undivided(eval_data) else "eval", limit)
+def load_eval_problems(problems: str, eval_data: str | None, limit: int, unanswered: bool = False) -> list[Problem]:
+    """All of --eval-data if it is undivided, else its eval split. Without it: the eval split of --problems. unanswered:
+    see load_problems."""
+    split = "all" if eval_data and is_undivided(eval_data) else "eval"
+    return load_problems(eval_data or problems, split, limit, unanswered=unanswered)
 
 
 def findings(problems: list[Problem]) -> str:
     """What is worth knowing about problems before a run: answers that can't be matched, repetitions, length."""
-    answers = [p.answer for p in problems if not verifier_of(p.task) and not can_match(p.answer)]
+    answers = [p.answer for p in problems if p.answer and not verifier_of(p.task) and not can_match(p.answer)]
+    unanswered = sum(not is_judged(problem) for problem in problems)
     repeated = len(problems) - len({(p.question, p.messages) for p in problems})
     shown = ", ".join(repr(answer[:60]) for answer in answers[:3])
     unmatched = f"answers that match nothing, or only their very text: {len(answers)}, such as {shown}; "
     longest = max(sum(len(text) for _, text in p.messages or [("", p.question)]) for p in problems)
-    counts = unmatched * bool(answers) + f"repeated questions: {repeated}; " * bool(repeated)
+    counts = f"without an answer: {unanswered}; " * bool(unanswered) + unmatched * bool(answers)
+    counts += f"repeated questions: {repeated}; " * bool(repeated)
     return f"{counts}longest prompt: {longest:,} characters"
 
 
@@ -142,6 +150,11 @@ def verifier_of(task: str) -> Callable | None:
     if hasattr(module, "are_right"):
         return module.are_right
     return one_by_one(module.is_right) if hasattr(module, "is_right") else None
+
+
+def is_judged(problem: Problem) -> bool:
+    """Whether a completion of the problem can be right: it has an answer, or its task a verifier."""
+    return bool(problem.answer or verifier_of(problem.task))
 
 
 def one_by_one(is_right: Callable) -> Callable:
@@ -178,11 +191,11 @@ def draw_problems(task, split: str, limit: int | None, seed: int, difficulties: 
     return in_turn[:limit]
 
 
-def read_problems(rows: list[tuple[str, dict]], source: str) -> list[Problem]:
+def read_problems(rows: list[tuple[str, dict]], source: str, unanswered: bool = False) -> list[Problem]:
     """rows: (place, row) with a question and an answer, and optionally `id`, `topic`, `difficulty`, `pass_rate`, by any
     of their NAMES. Other columns are kept. If a task has a verifier, its rows have that task's columns instead of an
     answer (Countdown: `nums` and `target`). Bad rows end the program; the error names the first five. An optional
-    column that can't be read is ignored with a note."""
+    column that can't be read is ignored with a note. unanswered: a row may lack the answer."""
     problems, errors, ignored, ids = [], [], {}, set()
 
     def as_new_id(name: str, value) -> str:
@@ -197,7 +210,8 @@ def read_problems(rows: list[tuple[str, dict]], source: str) -> list[Problem]:
             task = task_of(row)
             if hasattr(load_task(task), "complete_row"):
                 row = load_task(task).complete_row(row)
-            answer = "" if verifier_of(task) else answer_field(row)
+            needless = verifier_of(task) or (unanswered and (find(row, "answer") or ("", None))[1] in EMPTY)
+            answer = "" if needless else answer_field(row)
             question, messages = as_prompt(*prompt_turns(row, needed=() if task else NEEDED))
             found = {kind: optional_field(row, kind, read, ignored) for kind, read in optional.items()}
             read = {*UNKEPT, *(kind for kind in found if found[kind] is not None or row.get(kind) in EMPTY)}
@@ -244,21 +258,6 @@ def add_mode(question: str, messages: tuple | None, mode: str | None) -> tuple[s
 # ---- The samples file: problems with scored completions ------------------------------------------------------------
 
 
-def write_jsonl(path: str, rows: list[dict]) -> None:
-    """Writes a temporary file and renames it, so that an old file stays intact until the new one is complete. A link's
-    target is replaced, not the link; a pipe or a device is written to."""
-    target = Path(path).resolve()
-    special = target.exists() and not target.is_file()
-    temporary = target if special else target.with_name(target.name + ".tmp")
-    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-    try:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-        if not special:
-            os.replace(temporary, target)
-    except OSError as error:
-        fail(f"{path}: can't be written ({error.strerror})")
-
-
 def read_samples(rows: list[tuple[str, dict]], source: str) -> list[dict]:
     """Checks a samples file's rows (place, row); adds `question` as text and `messages` (see data.Problem)."""
     records, errors = [], []
@@ -271,8 +270,8 @@ def read_samples(rows: list[tuple[str, dict]], source: str) -> list[dict]:
                 if not isinstance(completion, dict) or not isinstance(completion.get("text"), str):
                     raise ValueError("a completion has no field 'text'")
                 check_text("text", completion["text"])
-                for name in ("correct", "finished"):
-                    if not isinstance(completion.get(name, True), bool):
+                for name, allowed in (("correct", (True, False, None)), ("finished", (True, False))):
+                    if not any(completion.get(name, True) is value for value in allowed):  # 1 == True, but is not it
                         raise ValueError(f"a completion's {name!r} is {completion[name]!r}, true or false is expected")
                 ids = completion.get("ids", [])
                 if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
@@ -290,7 +289,8 @@ def read_samples(rows: list[tuple[str, dict]], source: str) -> list[dict]:
 
 
 def is_correct(completion: dict) -> bool:
-    """Whether a completion in a samples file is right: its `correct` or, without that field, a reward above 0."""
+    """Whether a completion in a samples file is right: its `correct`, which is null if its problem has no answer;
+    without that field, a reward above 0."""
     return bool(completion.get("correct", completion["reward"] > 0))
 
 
@@ -361,12 +361,16 @@ def load_demonstrations(source: str, count: int, seed: int = 0, keep: str = "cor
 
 
 def chosen_samples(record: dict, keep: str) -> list[str]:
-    """Completions for SFT. keep "correct": all right ones without duplicates (rejection sampling). "best": the right
-    one with the highest reward; if several have it, the shortest."""
+    """Completions for SFT. keep "correct": all right ones without duplicates (rejection sampling). "longest",
+    "shortest", "random": one of them, and of those in the right format if there is any; ties are broken at random."""
     right = {c["text"]: c for c in record["completions"] if counts_as_right(c) and c["text"]}
-    if keep == "best" and right:
-        return [min(right, key=lambda text: (-right[text]["reward"], len(text)))]
-    return list(right)
+    if keep == "correct" or not right:
+        return list(right)
+    well_formed = [text for text in right if right[text].get("format")] or list(right)
+    random.Random(f"keep {record['question']}").shuffle(well_formed)
+    lengths = {text: right[text].get("length", len(text)) for text in well_formed}
+    choose = {"longest": max, "shortest": min, "random": lambda texts, key: texts[0]}[keep]
+    return [choose(well_formed, key=lengths.get)]
 
 
 def demonstrations_from(records: list[dict], keep: str) -> list[Demonstration]:
@@ -559,6 +563,7 @@ CONTENTS = {  # what an item holds that a run learns from, and its name in an er
     "completion_ids": "the demonstrations' tokens",
     "chosen_ids": "the chosen completions' tokens",
     "rejected_ids": "the rejected completions' tokens",
+    "weight": "the pairs' weights",
 }
 
 
@@ -572,14 +577,25 @@ class ProblemSampler:
     "prioritized": with weight 1 - s, at least `floor` (Kimi K1.5, arXiv:2501.12599, section 2.3.4). s is the recent
     success rate. It starts as the problem's `pass_rate` (if unknown: the mean of the known ones); each draw moves it
     halfway to the success rate of the group.
+
+    contents: what a resumed run must find unchanged; None: the items.
     """
 
-    def __init__(self, items: list, mode: str = "uniform", seed: int = 0, floor: float = 0.05, total_draws: int = 0):
+    def __init__(
+        self,
+        items: list,
+        mode: str = "uniform",
+        seed: int = 0,
+        floor: float = 0.05,
+        total_draws: int = 0,
+        contents: list | None = None,
+    ):
         if mode not in ("uniform", "curriculum", "prioritized"):
             raise ValueError(f"mode is 'uniform', 'curriculum' or 'prioritized', not {mode!r}")
         if mode == "curriculum" and any(item.difficulty is None for item in items):
             fail("--problem-sampling curriculum: needs problems that all have a difficulty")
         self.items, self.size, self.mode, self.seed, self.floor = items, len(items), mode, seed, floor
+        self.contents = items if contents is None else contents
         self.drawn, self.total_draws, self.unweighted = 0, max(1, total_draws), 0
         self.attempts, self.successes = [0] * self.size, [0.0] * self.size
         rates = {i: getattr(item, "pass_rate", None) for i, item in enumerate(items)}
@@ -651,9 +667,9 @@ class ProblemSampler:
 
     @functools.cached_property
     def digests(self) -> dict[str, str]:
-        """A digest of what the items are made of, by kind: prompts as token ids, answers, and so on."""
-        kinds = [name for name in CONTENTS if hasattr(self.items[0], name)] if self.items else []
-        content = {name: repr([getattr(item, name) for item in self.items]) for name in kinds}
+        """A digest of the contents by kind: prompts as token ids, answers, and so on."""
+        kinds = [name for name in CONTENTS if hasattr(self.contents[0], name)] if self.contents else []
+        content = {name: repr([getattr(item, name) for item in self.contents]) for name in kinds}
         return {name: hashlib.sha256(text.encode(errors="replace")).hexdigest() for name, text in content.items()}
 
     def state_dict(self) -> dict:

@@ -16,10 +16,20 @@ from typing import Literal
 
 import common
 from common import Rollout, continue_groups, derive_seed, sample_groups
-from data import MODES, decode, encode_problems, ids_after, load_problems, write_jsonl
+from data import MODES, decode, encode_problems, ids_after, load_problems
 from plumbing.evaluation import evaluate
-from plumbing.flags import SYSTEM_PROMPT, AtLeast1, Positive, check_output, fail, parse_args
-from plumbing.statistics import diversity, format_table, group_by, interval, majority_accuracy, summarize
+from plumbing.files import write_jsonl
+from plumbing.flags import SYSTEM_PROMPT, AtLeast1, Positive, check_output, fail, start
+from plumbing.statistics import (
+    diversity,
+    format_table,
+    group_by,
+    interval,
+    majority_accuracy,
+    paired_difference,
+    paired_problems,
+    summarize,
+)
 from rewards import Verifier
 
 
@@ -85,12 +95,14 @@ class Args:
     verifier_model: str | None = None
     """reward model (train_rm.py) that scores unmatched answers, instead of --judge-model: above 0 is right. Train it
     with --system-prompt '' on the pairs of curate.py --make verifier"""
+    reward_model: str | None = None
+    """reward model (train_rm.py) whose mean score is reported; with it, problems may lack an answer"""
     output: str | None = None
     """write the samples file here: one line per problem, with its completions"""
     batch_size: AtLeast1 = 256
     """completions sampled at once"""
     micro_batch_tokens: AtLeast1 = 8192
-    """tokens that --judge-model or --verifier-model reads at once"""
+    """tokens that --judge-model, --verifier-model or --reward-model reads at once"""
     seed: int = 0
     """random seed"""
     device: str = "auto"
@@ -112,13 +124,14 @@ def main(args: Args) -> None:
         fail("--output: holds the samples of one model in one mode: evaluate one at a time")
     device = common.resolve_device(args.device)
     dtype = common.resolve_dtype(args.dtype, device)
-    problems = load_problems(args.problems, args.split, args.eval_problems)
+    problems = load_problems(args.problems, args.split, args.eval_problems, unanswered=bool(args.reward_model))
     flag = "--stages" if args.stages else "--model"
     for _, path in stages:
         common.load_config(path, flag)
-    verify, rows = Verifier(args, device, dtype, args.micro_batch_tokens), []
+    verify, rows, first = Verifier(args, device, dtype, args.micro_batch_tokens), [], None
     for name, path in stages:
         tokenizer, config, policy = common.load_tokenizer(path, flag), common.load_config(path), None
+        reward_model = args.reward_model and common.load_reward_model(args.reward_model, tokenizer, device, dtype)
         room, limits, sample = args.max_new_tokens, "--max-new-tokens", sample_groups
         if args.think_budget:
             limits = "--think-budget + --stop-sentence + --max-new-tokens"
@@ -140,14 +153,18 @@ def main(args: Args) -> None:
                 progress=not several,
                 verify=verify,
                 sample=sample,
+                reward_model=reward_model,
+                max_tokens=args.micro_batch_tokens,
             )
             records, greedy = run(args.num_samples, temperature=args.temperature), run(1, temperature=0.0)
             others = [summarize(run(args.num_samples, temperature=t))["accuracy"] for t in args.temperatures]
             label = ", ".join(part for part in (name, mode) if part) or "all"
             rows.append(accuracy_row(label, records, greedy) + others)
+            if several:
+                rows[-1] += [""] * 2 if first is None else difference_cells(records, first)
+                first = first or records
             del run  # it holds the policy, whose memory the next model needs
-    if args.output:
-        write_jsonl(args.output, [record | ({"mode": modes[0]} if modes[0] else {}) for record in records])
+        del reward_model
     if not several:
         for field in ("difficulty", "topic"):
             greedy_groups = group_by(greedy, field)
@@ -155,7 +172,8 @@ def main(args: Args) -> None:
                 row = accuracy_row(f"{field} {value}", group, greedy_groups[value])
                 rows.append(row + [""] * len(args.temperatures))
     header = ["", "problems", f"accuracy (T={args.temperature:g})", "95% interval", "greedy", "95% interval"]
-    header += ["format", "greedy format", "length", *(f"T={t:g}" for t in args.temperatures)]
+    header += ["format", "greedy format", "length"] + ["score"] * bool(args.reward_model)
+    header += [f"T={t:g}" for t in args.temperatures] + ["minus the first", "95% interval"] * several
     print(format_table(header, rows))
     if not several:
         summary = summarize(records) | diversity(records)
@@ -170,16 +188,31 @@ def main(args: Args) -> None:
         if shares := verify.summary():
             shown = (f"{name.removeprefix('verifier/')} {share:.3f}" for name, share in shares.items())
             print("right by: " + "  ".join(shown))
-    if args.output:
+    if args.output:  # last, so that what can't be written costs no table
+        write_jsonl(args.output, [record | ({"mode": modes[0]} if modes[0] else {}) for record in records])
         print(f"samples file: {args.output}")
 
 
 def accuracy_row(name: str, sampled: list[dict], greedy: list[dict]) -> list:
     summary, best = summarize(sampled), summarize(greedy)
-    ranges = ["{:.3f}-{:.3f}".format(*interval(s["accuracy"], len(sampled))) for s in (summary, best)]
+    judged = sum(record["completions"][0]["correct"] is not None for record in sampled)
+    ranges = ["{:.3f}-{:.3f}".format(*interval(s["accuracy"], judged)) for s in (summary, best)]
     columns = [name, len(sampled), summary["accuracy"], ranges[0], best["accuracy"], ranges[1]]
-    return [*columns, summary["format"], best["format"], summary["length"]]
+    scores = [
+        completion["model"] for record in sampled for completion in record["completions"] if "model" in completion
+    ]
+    score = [sum(scores) / len(scores)] if scores else []
+    return [*columns, summary["format"], best["format"], summary["length"], *score]
+
+
+def difference_cells(records: list[dict], first: list[dict]) -> list[str]:
+    """Sampled accuracy minus the first row's, paired by problem: all answer the same ones."""
+    pairs = paired_problems(records, first)
+    if not pairs[0]:
+        return ["no problem", "judged in both"]
+    mean, low, high = paired_difference(*pairs)
+    return [f"{mean:+.3f}", f"{low:+.3f} to {high:+.3f}"]
 
 
 if __name__ == "__main__":
-    main(parse_args(Args))
+    start(main, Args)

@@ -2,7 +2,8 @@
 
 To add a reward: write its function here, a field `<name>_weight` in RewardFlags, and a line in `score_completions`. All
 four RL scripts then have it, and it is logged as `reward/<name>`. A reward that can't be known, because a judge failed
-to answer, is None: its completion is then left out of baselines, statistics and losses (`scored` is False).
+to answer, is None: its completion is then left out of baselines, statistics and losses (`scored` is False). A reward
+that does not apply to a prompt, such as accuracy to one without an answer, is ABSENT: it adds nothing to the sum.
 """
 
 import functools
@@ -20,10 +21,11 @@ from torch import Tensor
 
 import common
 from common import Rollout
-from data import Problem, encode_completions, encode_prompts, one_by_one, thinking_heads, verifier_of
+from data import Problem, encode_completions, encode_prompts, is_judged, one_by_one, thinking_heads, verifier_of
 from plumbing.answers import MAX_ANSWER_CHARS, answers_match, extract_answer, matched_by
 from plumbing.flags import AtLeast0, AtLeast1, NonNegative, as_flag, fail
 
+ABSENT = "absent"
 FORMAT_STYLES = ("answer-tags", "think")
 # Each language's scripts: the first words in the Unicode names of its letters.
 LANGUAGES = {
@@ -67,7 +69,10 @@ class RewardFlags:
     overlong_buffer: AtLeast1 | None = None
     """the overlong penalty starts this many tokens before --max-new-tokens; None: a fifth of them (DAPO)"""
     reward_model: str | None = None
-    """directory of a reward model (train_rm.py), whose score is added to the rewards above"""
+    """directory of a reward model (train_rm.py), whose score is added to the rewards above. With it, problems may lack
+    an answer: they get no accuracy reward"""
+    reward_model_prompts: Literal["all", "unanswered"] = "all"
+    """problems whose completions get the reward model's score: all | those without an answer"""
     reward_model_weight: NonNegative = 1.0
     """weight of the reward model's score, which has mean 0 over its training pairs"""
     truncated: Literal["score", "wrong", "mask"] = "score"
@@ -79,9 +84,9 @@ class RewardFlags:
     """reward model (train_rm.py) that scores unmatched answers, instead of --judge-model: above 0 is right"""
 
 
-def check_rewards(flags: RewardFlags, max_new_tokens: int, tokenizer) -> None:
-    """Fails if no reward has a weight, if --overlong-buffer is longer than a completion, or if the reward model can't
-    read the policy's ids."""
+def check_rewards(flags: RewardFlags, max_new_tokens: int, tokenizer, problems: list[Problem]) -> None:
+    """Fails if no reward has a weight, or none that problems without an answer can get, if --overlong-buffer is longer
+    than a completion, or if the reward model can't read the policy's ids."""
     weights = [name for name in vars(flags) if name.endswith("_weight")]
     if not flags.reward_model:
         weights.remove("reward_model_weight")
@@ -90,8 +95,17 @@ def check_rewards(flags: RewardFlags, max_new_tokens: int, tokenizer) -> None:
         fail(f"{names} are all 0: there is nothing to learn from")
     if flags.overlong_weight and (flags.overlong_buffer or 0) > max_new_tokens:
         fail(f"--overlong-buffer {flags.overlong_buffer}: must be at most --max-new-tokens {max_new_tokens}")
+    unanswered = [problem for problem in problems if not is_judged(problem)]
+    if unanswered and not flags.reward_model_weight:
+        fail(f"--reward-model-weight 0: problem {unanswered[0].id!r} has no answer, so nothing else judges it")
+    if len(unanswered) == len(problems) and flags.accuracy_weight:
+        fail("--accuracy-weight: none of the problems has an answer; if that is meant: --accuracy-weight 0")
     if flags.reward_model:
         common.check_reward_model(flags.reward_model, tokenizer)
+        if flags.accuracy_weight and flags.reward_model_prompts == "all":
+            print(
+                "note: the model's score adds to the rules' rewards; --accuracy-weight 0 --format-weight 0 drops them"
+            )
 
 
 def score_completions(
@@ -110,24 +124,28 @@ def score_completions(
     max_tokens at once.
     """
     G, lengths = rollout.group_size, rollout.lengths.cpu()
+    judged = [is_judged(problem) for problem in problems for _ in range(G)]
     components = {
         "accuracy": (verify or Verifier())(texts, [problem for problem in problems for _ in range(G)]),
         "format": [format_reward(text, flags.format_style) for text in texts],
     }
     if flags.truncated == "wrong":
         ended = zip(components["accuracy"], rollout.finished.tolist(), strict=True)
-        components["accuracy"] = [right if finished else 0.0 for right, finished in ended]
+        components["accuracy"] = [right if finished or right == ABSENT else 0.0 for right, finished in ended]
     if flags.language_weight:
         components["language"] = [language_reward(text, flags.language) for text in texts]
     if flags.overlong_weight:
         buffer = flags.overlong_buffer or max(1, max_new_tokens // 5)
         components["overlong"] = overlong_penalty(lengths, max_new_tokens, buffer).tolist()
     if reward_model is not None:
-        components["model"] = common.rollout_scores(reward_model, rollout, max_tokens).tolist()
+        scores = zip(common.rollout_scores(reward_model, rollout, max_tokens).tolist(), judged, strict=True)
+        by_rule = flags.reward_model_prompts == "unanswered"  # alone, where there is an answer
+        components["model"] = [ABSENT if by_rule and has_answer else score for score, has_answer in scores]
     if flags.length_weight:
         known = torch.tensor([right is not None for right in components["accuracy"]]).view(-1, G)
-        right = torch.tensor([right or 0.0 for right in components["accuracy"]]).view(-1, G)
-        components["length"] = length_reward(lengths.view(-1, G), right, known).flatten().tolist()
+        right = torch.tensor([0.0 if right in (None, ABSENT) else right for right in components["accuracy"]])
+        bonuses = length_reward(lengths.view(-1, G), right.view(-1, G), known).flatten().tolist()
+        components["length"] = [b if has_answer else ABSENT for b, has_answer in zip(bonuses, judged, strict=True)]
     return components
 
 
@@ -135,36 +153,39 @@ def sum_rewards(
     components: dict[str, list | Tensor], weights: dict[str, float], texts: list[str], problems: list[Problem]
 ) -> tuple[Tensor, Tensor]:
     """rewards and scored, both (P, G): the weighted sum of the components, and whether it is known (bool). A component
-    holds B floats or None, as a list or a tensor; here each becomes a tensor (P, G).
+    holds B floats, None or ABSENT, as a list or a tensor; here each becomes a tensor (P, G).
 
     One None takes the whole completion out: its reward, and the component that is None, become NaN, so that a mean or
-    a baseline which forgets `scored` can't pass for a number. NaN and infinite values that come in are errors.
+    a baseline which forgets `scored` can't pass for a number. A component that is ABSENT becomes NaN, too, and adds
+    nothing to the sum. NaN and infinite values that come in are errors.
     """
     P, G = len(problems), len(texts) // len(problems)
     of_texts = [problem for problem in problems for _ in range(G)]
-    scored = torch.ones(P, G, dtype=torch.bool)
+    scored, rewards = torch.ones(P, G, dtype=torch.bool), torch.zeros(P, G)
     for name, values in components.items():
         if name not in weights:
             raise ValueError(f"reward {name!r} has no weight")
         values = values.flatten().tolist() if isinstance(values, Tensor) else values
         check_finite(name, values, texts, of_texts)
         scored &= torch.tensor([value is not None for value in values]).view(P, G)
-        values = [math.nan if value is None else float(value) for value in values]
+        values = [math.nan if value in (None, ABSENT) else float(value) for value in values]
         components[name] = torch.tensor(values).view(P, G)
-    return sum(weights[name] * values for name, values in components.items()).masked_fill(~scored, torch.nan), scored
+        rewards += (weights[name] * components[name]).nan_to_num(0.0)
+    return rewards.masked_fill(~scored, torch.nan), scored
 
 
 def check_finite(name: str, values: list, texts: list[str], problems: list[Problem]) -> None:
     """Fails if a reward is NaN or infinite, and names it, the problem and the completion. All of length B."""
     for value, text, problem in zip(values, texts, problems, strict=True):
-        if value is not None and not math.isfinite(value):
+        if value not in (None, ABSENT) and not math.isfinite(value):
             where = f"problem {problem.id or problem.question[:200]!r}, completion {text[:200]!r}"
             fail(f"reward {name!r} is {value}: {where}. If a reward can't be known, return None")
 
 
 def success_rates(accuracy: Tensor, scored: Tensor) -> list[float | None]:
-    """(P,) mean accuracy of each group's scored completions; None where there is none. Both (P, G)."""
-    return [group[known].mean().item() if known.any() else None for group, known in zip(accuracy, scored, strict=True)]
+    """(P,) mean accuracy of each group's scored completions; None where there is none, or no answer. Both (P, G)."""
+    known = scored & ~accuracy.isnan()
+    return [group[which].mean().item() if which.any() else None for group, which in zip(accuracy, known, strict=True)]
 
 
 def reward_weights(flags: RewardFlags, iteration: int) -> dict[str, float]:
@@ -318,11 +339,13 @@ class Verifier:
         return tuple(sorted(set(ids)) for ids in tokens)
 
     def __call__(self, texts: list[str], problems: list[Problem]) -> list[float | None]:
-        """(B,) 1.0 if the text's answer is right, 0.0 if it is wrong; from a verifier of one's own also None."""
-        verdicts: list[float | None] = [0.0] * len(texts)
+        """(B,) 1.0 if the text's answer is right, 0.0 if it is wrong, ABSENT if there is no right one; from a verifier
+        of one's own also None."""
+        verdicts: list[float | str | None] = [ABSENT] * len(texts)
         by_task: dict[str, list[int]] = {}
         for row, problem in enumerate(problems):
-            by_task.setdefault(problem.task, []).append(row)
+            if self.are_right or is_judged(problem):
+                by_task.setdefault(problem.task, []).append(row)
         for task, rows in by_task.items():
             given = [texts[row] for row in rows], [problems[row] for row in rows]
             judge = self.are_right or verifier_of(task)

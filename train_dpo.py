@@ -37,11 +37,8 @@ levels off at 0.79: the pairs are the starting model's and no longer show the mi
 a beta of 0.3 or less training goes too far here: the pairs are ranked even better, but accuracy falls below the start.
 """
 
-import hashlib
 import math
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -142,27 +139,16 @@ def sequence_logps(logprobs: Tensor, mask: Tensor, mean: bool) -> Tensor:
 
 
 @torch.no_grad()
-def reference_logprobs(ref, dataset: list[pairs.Pair], max_tokens: int, cache: Path) -> Tensor:
+def reference_logprobs(ref, dataset: list[pairs.Pair], max_tokens: int) -> Tensor:
     """(2N, T) logprobs of N pairs' tokens under the reference, 0 on padding; row 2i is pair i's chosen completion, row
-    2i + 1 its rejected one. Read from `cache` if it has them for the same weights and tokens."""
-    prompts = [list(pair.prompt_ids) for pair in dataset]
-    completions = [(list(pair.chosen_ids), list(pair.rejected_ids)) for pair in dataset]
-    key = hashlib.sha256(repr((prompts, completions)).encode())
-    for name, tensor in ref.state_dict().items():
-        key.update(name.encode() + tensor.cpu().flatten().view(torch.uint8).numpy().tobytes())
-    file = cache / f"{key.hexdigest()}.pt"
-    if file.exists():
-        return torch.load(file, weights_only=True)
-    longest = max(len(ids) for pair in completions for ids in pair)
+    2i + 1 its rejected one."""
+    longest = max(len(ids) for pair in dataset for ids in (pair.chosen_ids, pair.rejected_ids))
     logprobs = torch.zeros(2 * len(dataset), longest)
     for start in tqdm(range(0, len(dataset), 256), desc="reference"):
         rollout = pairs.pair_rollout(dataset[start : start + 256], ref.device)
         for micro in pairs.pair_micro_batches(rollout, max_tokens):
             rows = [2 * start + row for row in micro]
             logprobs[rows, : rollout.mask.shape[1]] = common.completion_logprobs(ref, rollout, micro)[0].cpu()
-    cache.mkdir(parents=True, exist_ok=True)
-    torch.save(logprobs, file.with_suffix(".tmp"))
-    os.replace(file.with_suffix(".tmp"), file)  # atomic: a killed process leaves no partial file
     return logprobs
 
 
@@ -210,7 +196,7 @@ def main(args: Args) -> None:
     train = [i for i, pair in enumerate(dataset) if not is_held_out(pair.question)]
     if len(train) < args.minibatch_size:
         flags.fail(f"--minibatch-size {args.minibatch_size}: only {len(train)} pairs are left to train on; lower it")
-    sampler = ProblemSampler(train, seed=args.seed)
+    sampler = ProblemSampler(train, seed=args.seed, contents=dataset)
 
     run = runs.Run(args, tokenizer)
     policy = common.load_policy(run.start_from, tokenizer, device, dtype)
@@ -219,11 +205,9 @@ def main(args: Args) -> None:
     options = {"offload": args.optimization.offload_optimizer, "weight_decay": args.weight_decay}
     optimizer = common.MasterAdamW(policy, args.learning_rate, betas=(0.9, 0.95), **options)
     run.restore(optimizer=optimizer, sampler=sampler)  # checkpointed together with the policy
-    budget, ref_logprobs = args.optimization.micro_batch_tokens, None
-    if not simpo:  # in a new run the policy is still the reference
-        ref = policy if run.start_from == args.model else common.load_policy(args.model, tokenizer, device, dtype)
-        ref_logprobs = reference_logprobs(ref, dataset, budget, run.dir / "ref_logprobs")
-        del ref
+    budget, ref_logprobs = args.optimization.micro_batch_tokens, run.progress.get("ref_logprobs")
+    if not simpo and ref_logprobs is None:  # a new run: the policy is still the reference
+        ref_logprobs = reference_logprobs(policy, dataset, budget)
 
     def make_batch(indices: list[int]) -> tuple[common.Rollout, Tensor | None, Tensor]:
         """The pairs as a Rollout, the reference's logprobs of its tokens (2B, T), and the pairs' weights (B,)."""
@@ -268,7 +252,7 @@ def main(args: Args) -> None:
     start_rewards = run.progress.get("start_rewards") or judge_samples(policy, None, tokenizer, eval_problems, args)[0]
     if before is None:  # a new run
         before = scores = evaluate_now()
-        logs.log_scalars(run.writer, scores, global_step)
+        logs.log_scalars(run.writer, scores, global_step, held_out.samples)
 
     bar = tqdm(total=args.iterations, initial=iteration, desc="DPO", unit="it")
     health = logs.Health(run.dir, tokenizer, args.optimization.max_bad_updates, dtype)
@@ -315,12 +299,13 @@ def main(args: Args) -> None:
         # ------------------------------------------------------------------------------------------ 4 evaluate and save
         if iteration == args.iterations or (args.run.eval_every and iteration % args.run.eval_every == 0):
             scores = evaluate_now()
-            logs.log_scalars(run.writer, scores, global_step)
-        run.checkpoint(policy, iteration, global_step, before=before, scores=scores, start_rewards=start_rewards)
+            logs.log_scalars(run.writer, scores, global_step, held_out.samples)
+        progress = {"before": before, "scores": scores, "start_rewards": start_rewards, "ref_logprobs": ref_logprobs}
+        run.checkpoint(policy, iteration, global_step, **progress)
 
     ranked = pairs.pair_table(before, scores, [dataset[i].question for i in held_out_pairs])
     run.finish(policy, f"{evaluation.comparison_table(before, scores)}\n\n{ranked}")
 
 
 if __name__ == "__main__":
-    main(flags.parse_args(Args))
+    flags.start(main, Args)

@@ -164,23 +164,21 @@ def main(args: Args) -> None:
     minibatch_size = args.minibatch_size or max(1, args.prompts_per_step // 4) * args.group_size
     flags.check_minibatch(minibatch_size, args.group_size, batch_size)
     budget, temperature = args.optimization.micro_batch_tokens, args.sampling.temperature
-    if args.rewards.reward_model and args.rewards.accuracy_weight:
-        print("note: the model's score adds to the rules' rewards; --accuracy-weight 0 --format-weight 0 drops them")
 
     device = common.resolve_device(args.setup.device)
     dtype = common.resolve_dtype(args.setup.dtype, device)
     tokenizer, config = common.load_tokenizer(args.model), common.load_config(args.model)
-    check_rewards(args.rewards, args.max_new_tokens, tokenizer)
-    problems = load_train_problems(args.problems, args.setup.eval_data)
+    problems = load_train_problems(args.problems, args.setup.eval_data, bool(args.rewards.reward_model))
+    check_rewards(args.rewards, args.max_new_tokens, tokenizer, problems)
     problems = encode_problems(tokenizer, problems, args.setup.system_prompt, config, args.max_new_tokens)
     draws = args.iterations * args.prompts_per_step
     sampler = ProblemSampler(problems, args.sampling.problem_sampling, args.seed, args.sampling.priority_floor, draws)
     verify, path = Verifier(args.rewards, device, dtype, budget), args.rewards.reward_model
     reward_model = common.load_reward_model(path, tokenizer, device, dtype) if path else None
-    eval_problems = load_eval_problems(args.problems, args.setup.eval_data, args.run.eval_problems)
+    eval_problems = load_eval_problems(args.problems, args.setup.eval_data, args.run.eval_problems, bool(path))
     eval_problems = encode_problems(tokenizer, eval_problems, args.setup.system_prompt, config, args.max_new_tokens)
-    limits = args.max_new_tokens, args.rewards.format_style, batch_size, args.seed
-    held_out = evaluation.HeldOut(tokenizer, eval_problems, *limits, verify)
+    limits = args.max_new_tokens, args.rewards.format_style, batch_size, args.seed, verify
+    held_out = evaluation.HeldOut(tokenizer, eval_problems, *limits, reward_model=reward_model, max_tokens=budget)
 
     run = runs.Run(args, tokenizer)
     policy = common.load_policy(run.start_from, tokenizer, device, dtype)
@@ -198,7 +196,7 @@ def main(args: Args) -> None:
     before, scores = run.progress.get("before"), run.progress.get("scores")
     if before is None:  # a new run
         before = scores = held_out.evaluate(policy)
-        logs.log_scalars(run.writer, scores, global_step)
+        logs.log_scalars(run.writer, scores, global_step, held_out.samples)
 
     bar = tqdm(total=args.iterations, initial=iteration, unit="it")
     health = logs.Health(run.dir, tokenizer, args.optimization.max_bad_updates, dtype)
@@ -302,7 +300,7 @@ def main(args: Args) -> None:
         # ------------------------------------------------------------------------------------------ 7 evaluate and save
         if iteration == args.iterations or (args.run.eval_every and iteration % args.run.eval_every == 0):
             scores = held_out.evaluate(policy)
-            logs.log_scalars(run.writer, scores, global_step)
+            logs.log_scalars(run.writer, scores, global_step, held_out.samples)
             logs.log_samples(run.writer, tokenizer, rollout, texts, components, global_step)
         run.checkpoint(policy, iteration, global_step, before=before, scores=scores)
         metrics, clock = logs.Metrics(), logs.Clock(device)
@@ -311,4 +309,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(flags.parse_args(Args))
+    flags.start(main, Args)

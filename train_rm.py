@@ -119,7 +119,7 @@ def main(args: Args) -> None:
     train = [pair for pair in dataset if not is_held_out(pair.question)]
     if len(train) < args.minibatch_size:
         flags.fail(f"--minibatch-size {args.minibatch_size}: only {len(train)} pairs are left to train on; lower it")
-    sampler = ProblemSampler(train, seed=args.seed)
+    sampler = ProblemSampler(train, seed=args.seed, contents=dataset)
 
     run = runs.Run(args, tokenizer)
     rm = common.load_reward_model(run.start_from, tokenizer, device, dtype, new_head=run.start_from == args.model)
@@ -138,7 +138,8 @@ def main(args: Args) -> None:
         loss, values = reward_model_loss(chosen, rejected, args.margin)
         values = {name: values[f"rewards/{name}"] for name in ("accuracy", "margin")} | {"loss": loss.item()}
         scores = {f"eval/pair_{name}": value for name, value in values.items()}
-        return scores | {"eval/calibration": calibration_error(chosen - rejected)}
+        scores |= {"eval/calibration": calibration_error(chosen - rejected), "eval/pairs": float(len(held_out_pairs))}
+        return scores
 
     iteration, global_step = run.progress["iteration"], run.progress["global_step"]  # global_step: pairs seen
     before, scores = run.progress.get("before"), run.progress.get("scores")
@@ -194,4 +195,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(flags.parse_args(Args))
+    flags.start(main, Args)

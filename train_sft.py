@@ -6,6 +6,9 @@ The loss covers a completion's EOS, or the model would never learn to stop, but 
 up linearly and decays as a cosine to a tenth. This is the stage before RL: InstructGPT's SFT (arXiv:2203.02155,
 section 3.5), the cold start of DeepSeek-R1 (arXiv:2501.12948v1, section 2.3.1).
 
+Departures from InstructGPT: no dropout; steps, not epochs; and the last step's weights are kept, where the paper
+chooses a checkpoint by its reward model's score.
+
     python train_sft.py                                     # a few more steps of the embedded model on its own data
     python train_sft.py --model Qwen/Qwen2.5-0.5B --data demonstrations.jsonl --problems openai/gsm8k:main \
         --learning-rate 1e-5 --minibatch-size 32 --max-new-tokens 512       # needs a GPU; untested
@@ -40,8 +43,9 @@ class Args:
     held out. FILE:COUNT draws COUNT demonstrations of FILE at random, to mix files"""
     demonstrations: flags.AtLeast1 = 20000
     """number of demonstrations that a task's teacher generates"""
-    keep: Literal["correct", "best"] = "correct"
-    """completions used from a samples file: every right one | the best right one of each problem"""
+    keep: Literal["correct", "longest", "shortest", "random"] = "correct"
+    """completions used from a samples file: every right one | the longest, shortest or a random one of each problem's
+    right ones, in the right format if there is any"""
     problems: str = "arithmetic"
     """problems whose held-out part is evaluated: "arithmetic", "countdown", a file (docs/data.md), or a hub dataset"""
     seed: int = 1
@@ -126,7 +130,7 @@ def main(args: Args) -> None:
     before, scores = run.progress.get("before"), run.progress.get("scores")
     if before is None:  # a new run
         before = scores = evaluate_now()
-        logs.log_scalars(run.writer, scores, global_step)
+        logs.log_scalars(run.writer, scores, global_step, held_out.samples)
 
     bar = tqdm(total=args.iterations, initial=iteration, desc="SFT", unit="it")
     health = logs.Health(run.dir, tokenizer, args.optimization.max_bad_updates, dtype)
@@ -165,11 +169,11 @@ def main(args: Args) -> None:
         # ------------------------------------------------------------------------------------------ 4 evaluate and save
         if iteration == args.iterations or (args.run.eval_every and iteration % args.run.eval_every == 0):
             scores = evaluate_now()
-            logs.log_scalars(run.writer, scores, global_step)
+            logs.log_scalars(run.writer, scores, global_step, held_out.samples)
         run.checkpoint(policy, iteration, global_step, before=before, scores=scores)
 
     run.finish(policy, evaluation.comparison_table(before, scores))
 
 
 if __name__ == "__main__":
-    main(flags.parse_args(Args))
+    flags.start(main, Args)

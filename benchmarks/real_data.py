@@ -23,7 +23,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import is_held_out, placed_rows, write_jsonl  # noqa: E402
+from data import is_held_out, placed_rows  # noqa: E402
+from plumbing.files import write_jsonl  # noqa: E402
 from tasks.arithmetic import draw_chain  # noqa: E402
 
 PROBLEMS, DEMONSTRATIONS, HARDEST, FEW = 4000, 300, 2, 40

@@ -10,7 +10,6 @@ Shapes: P prompts, R rows (completions), L length of the longest prompt, T lengt
 in total, V vocabulary; H query heads, KVH key/value heads, D width of a head.
 """
 
-import re
 import sys
 import weakref
 from collections.abc import Callable
@@ -25,20 +24,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from plumbing.flags import fail, reason
+from plumbing.flags import fail, out_of_memory, reason
 
 GROWTH = 16  # a decoder's buffers grow by this many completion tokens
 PREFILL_TOKENS = 2**15  # prompt tokens per prefill pass
-
-
-def out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory ran out: this error, or one that it hides, as the end of a CUDA graph's capture does."""
-    signs = r"out of memory|can't allocate memory|ALLOC_FAILED"  # torch's own, a CPU's, cuBLAS's
-    return error is not None and (
-        isinstance(error, torch.OutOfMemoryError | MemoryError)
-        or re.search(signs, str(error)) is not None
-        or out_of_memory(error.__cause__ or error.__context__)
-    )
 
 
 # ---- Attention -----------------------------------------------------------------------------------------------------

@@ -1,19 +1,25 @@
-"""The command line: one-line errors, the ranges of flags, the flag groups that several scripts share, parsing and
-`--resume`.
+"""The command line: how a command starts and ends, one-line errors, the ranges of flags, the flag groups that several
+scripts share, parsing and `--resume`.
 
 A script's flags are the fields of its dataclass `Args`. A flag's range is part of its type
 (`learning_rate: Positive = 1e-4`). A numeric flag without a range may be any finite number.
 """
 
+import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
 import re
+import signal
 import sys
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -29,6 +35,103 @@ def fail(message: str) -> NoReturn:
 def reason(error: Exception) -> str:
     """The first line of an error's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ---- How a command starts and ends ---------------------------------------------------------------------------------
+
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # Ctrl-C, kill, a lost connection
+
+
+def start(main: Callable, Args: type) -> None:
+    """Runs a command: main(args), with `args` from the command line. What is no fault of the code ends it in one line
+    (see `explain`). Output that can't be written is lost; the command goes on."""
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    threading.excepthook = explain_thread
+    catch_signals(interrupt)
+    args = None
+    try:
+        args = parse_args(Args)
+        main(args)
+    except (Exception, KeyboardInterrupt) as error:
+        sys.exit(explain(error, args))
+
+
+def catch_signals(handler: Callable) -> dict:
+    """Sets the handler of SIGNALS, except of those that are ignored (by nohup, or in a shell's background job). Returns
+    the handlers before."""
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in heard}
+
+
+def interrupt(number: int, frame) -> NoReturn:
+    raise KeyboardInterrupt(number)
+
+
+def explain_thread(failed) -> None:
+    """Prints a thread's error, unless it is one of the file system: the event writer raises it in this thread, too."""
+    if not issubclass(failed.exc_type, OSError):
+        threading.__excepthook__(failed)
+
+
+def explain(error: BaseException, args=None) -> int:
+    """Prints one line for an error whose cause is the machine or the user, and returns the exit code. Raises any other
+    error again."""
+    flat, go_on = {} if args is None else to_flat(args), "go on from the newest checkpoint with --resume"
+    if isinstance(error, KeyboardInterrupt):
+        number = error.args[0] if error.args else signal.SIGINT
+        print(f"stopped at once; {go_on if 'resume' in flat else 'nothing was written'}", file=sys.stderr)
+        return 128 + number
+    if cause := out_of_memory(error):
+        lower = "micro_batch_tokens", "prompts_per_step", "group_size", "minibatch_size", "batch_size", "max_new_tokens"
+        lower = [as_flag(name) for name in lower if flat.get(name)]
+        advice = f"; lower {' or '.join(lower)}" if lower else ""
+        if "gradient_checkpointing" in flat:
+            advice += ", add --gradient-checkpointing or --offload-optimizer"
+            torch = sys.modules.get("torch")  # not imported here: that takes seconds
+            advice += ", take another GPU (--device cuda:1)" if torch and torch.cuda.device_count() > 1 else ""
+            advice += "; python benchmarks/memory.py says which flags fit"
+        print(f"error: out of memory ({reason(cause)}){advice}", file=sys.stderr)
+    elif isinstance(error, OSError) and (error.filename or error.errno in NO_ROOM):
+        room = "; make room on the disk" if error.errno in NO_ROOM else ""
+        room += f", then {go_on}" if room and "resume" in flat else ""
+        print(f"error: {reason(error)}{room}", file=sys.stderr)
+    else:
+        raise error
+    return 1
+
+
+NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+
+
+def out_of_memory(error: BaseException | None) -> BaseException | None:
+    """The error that says that memory ran out: this one, or one that it hides, as the end of a CUDA graph's capture
+    does. None: it did not run out."""
+    signs = "out of memory|allocate memory|ALLOC_FAILED"  # torch's own, a CPU's, cuBLAS's
+    if error is None or isinstance(error, MemoryError) or re.search(signs, str(error)):
+        return error
+    return out_of_memory(error.__cause__ or error.__context__)
+
+
+class Output:
+    """A text stream that goes on where the stream behind it can't be written: a pipe whose reader has died, a terminal
+    that went away, a full disk. A character that its encoding lacks is written as its escape."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
 
 
 # ---- Ranges --------------------------------------------------------------------------------------------------------
@@ -128,6 +231,11 @@ def check_run_directory(flags) -> None:
         fail(f"--run-name {flags.run_name}: {directory} exists; --resume it, or take another name")
 
 
+def checkpoint_interval(save_every: int | None, eval_every: int) -> int:
+    """Iterations between checkpoints, 0 for none: by default one at every evaluation, so that each has its accuracy."""
+    return (eval_every or 50) if save_every is None else save_every
+
+
 # ---- Groups of flags -----------------------------------------------------------------------------------------------
 
 SYSTEM_PROMPT = (
@@ -188,14 +296,14 @@ class RunFlags:
     """iterations between evaluations; 0: only before and after training"""
     eval_problems: AtLeast1 = 300
     """number of held-out problems per evaluation (SFT, DPO, reward model: also of demonstrations or pairs)"""
-    save_every: AtLeast0 = 50
-    """iterations between checkpoints; 0: save only the final model (final/)"""
+    save_every: AtLeast0 | None = None
+    """iterations between checkpoints; None: at every evaluation (50 without any); 0: save only the final model"""
     keep_checkpoints: AtLeast0 = 0
     """number of newest checkpoints to keep; 0: all"""
     run_root: str = "runs"
     """parent directory of the run directories"""
     run_name: str | None = None
-    """name of the run directory; None: made of script, problems, model, seed and time"""
+    """name of the run directory; None: made of script, problems, model, flags that differ, seed and time"""
     resume: str | None = None
     """run directory to continue from its newest checkpoint, with its saved arguments"""
 
@@ -235,8 +343,8 @@ def resumed_args(Args, argv: list[str] | None, run: str):
         default = from_flat(Args(), json.loads(file.read_text()) | {"resume": run})
     except OSError:
         fail(f"--resume {run}: no run directory ({file} can't be read)")
-    except (ValueError, TypeError, AttributeError) as error:
-        fail(f"--resume {run}: {file} does not hold this script's arguments ({error})")
+    except (ValueError, TypeError, RecursionError) as error:
+        fail(f"--resume {run}: {file} does not hold this script's arguments ({reason(error)})")
     args = tyro.cli(Args, args=argv, default=default)
     before = json.loads(json.dumps(to_flat(default)))  # tuples become lists, as in the file
     for name, value in json.loads(json.dumps(to_flat(args))).items():
@@ -272,7 +380,8 @@ def to_flat(args) -> dict:
 
 
 def from_flat(default, values: dict):
-    """`default` with the values of a flat dict. Raises ValueError if a name is not a flag."""
+    """`default` with the values of a flat dict. Raises ValueError for a name that is no flag or a value of another
+    type."""
     if unknown := values.keys() - to_flat(default).keys():
         raise ValueError(f"unknown: {', '.join(sorted(unknown))}")
     hints, changes = get_type_hints(type(default)), {}
@@ -283,6 +392,22 @@ def from_flat(default, values: dict):
         elif field.name in values:
             value = values[field.name]
             if get_origin(hints[field.name]) is tuple:
-                value = (value,) if isinstance(value, str) else tuple(value)
+                value = tuple(value) if isinstance(value, list | tuple) else (value,)
+            if not fits(value, hints[field.name]):
+                raise ValueError(f"{as_flag(field.name)} can't be {value!r}")
             changes[field.name] = value
     return dataclasses.replace(default, **changes)
+
+
+def fits(value, hint) -> bool:
+    """Whether a value is of a flag's type; True for types that no flag here has."""
+    parts = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in parts
+    if get_origin(hint) is tuple:
+        return all(fits(item, parts[0]) for item in value)
+    if get_origin(hint) in (Union, UnionType):
+        return any(fits(value, part) for part in parts)
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is hint or hint not in (bool, int, str, NoneType)

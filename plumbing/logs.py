@@ -15,8 +15,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common import Rollout
-from data import decode, write_jsonl
+from data import decode
+from plumbing.files import write_jsonl
 from plumbing.flags import fail
+from plumbing.runs import Writer
 
 
 class Metrics:
@@ -82,17 +84,21 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def log_scalars(writer: SummaryWriter, scalars: dict[str, float], global_step: int) -> None:
-    for tag, value in scalars.items():
-        writer.add_scalar(tag, value, global_step)
+def log_scalars(writer: Writer, scalars: dict[str, float], global_step: int, samples: list[dict] | None = None) -> None:
+    """Writes the scalars as events and as one line of metrics.jsonl. samples: an evaluation's records, a line each of
+    samples.jsonl (`HeldOut.samples`)."""
+    writer.add_scalars_as_row(scalars, global_step)
+    for record in samples or ():
+        writer.add_row("samples", record, global_step)
 
 
-def log_iteration(writer: SummaryWriter, metrics: Metrics, clock: Clock, global_step: int, bar: tqdm) -> dict:
+def log_iteration(writer: Writer, metrics: Metrics, clock: Clock, global_step: int, bar: tqdm) -> dict:
     """Writes the iteration's means, times and memory, and moves the progress bar. Returns what was written."""
     scalars = metrics.means() | {f"time/{name}": seconds for name, seconds in clock.seconds.items()}
     scalars["memory/peak_gb"] = peak_memory_gb(clock.device)
     if metrics.tokens:
         scalars["rollout/tokens_per_second"] = metrics.tokens / clock.seconds["sample"]
+    writer.iteration += 1
     log_scalars(writer, scalars, global_step)
     shown = {"loss/policy": "loss", "loss/pair": "loss", "rewards/accuracy": "acc"}
     if metrics.tokens:
@@ -114,8 +120,10 @@ def add_rollout_metrics(
     are over scored completions."""
     lengths, known, accuracy = rollout.lengths.float().cpu(), scored.flatten(), components["accuracy"]
     some = scored.any(1)  # (P,) groups with a scored completion
-    scored_rewards = {f"reward/{name}": values for name, values in components.items()} | {"reward/total": rewards}
-    metrics.add({name: values[scored].float().mean() for name, values in scored_rewards.items()}, scored.sum().item())
+    judged = (scored & ~accuracy.isnan()).any(1)  # (P,) groups with a verdict
+    for name, values in (components | {"total": rewards}).items():
+        applies = scored & ~values.isnan()
+        metrics.add({f"reward/{name}": values[applies].float().mean()}, applies.sum().item())
     values = {
         "rollout/length_mean": lengths.mean(),
         "rollout/length_max": lengths.max(),
@@ -125,13 +133,13 @@ def add_rollout_metrics(
         values["reward/unscored"] = (~known).float().mean()
     metrics.add(values, len(rewards))
     values = {
-        "reward/frac_all_right": ((accuracy > 0) | ~scored)[some].all(1).float().mean(),
-        "reward/frac_all_wrong": ((accuracy == 0) | ~scored)[some].all(1).float().mean(),
+        "reward/frac_all_right": ((accuracy > 0) | ~scored)[judged].all(1).float().mean(),
+        "reward/frac_all_wrong": ((accuracy == 0) | ~scored)[judged].all(1).float().mean(),
     }
+    metrics.add(values, judged.sum().item())
     if rollout.group_size > 1 and some.any():
         stds = [group[of_group].std(correction=0) for group, of_group in zip(rewards[some], scored[some], strict=True)]
-        values["reward/std_within_group"] = torch.stack(stds).mean()
-    metrics.add(values, some.sum().item())
+        metrics.add({"reward/std_within_group": torch.stack(stds).mean()}, some.sum().item())
     for name, chosen in (("right", known & (accuracy.flatten() > 0)), ("wrong", known & (accuracy.flatten() == 0))):
         if chosen.any():
             metrics.add({f"rollout/length_{name}": lengths[chosen].mean()}, chosen.sum().item())
@@ -167,7 +175,8 @@ def log_samples(writer: SummaryWriter, tokenizer, rollout: Rollout, texts, compo
     parts = []
     for p in range(min(8, len(rollout.prompt_ids))):
         row = p * rollout.group_size
-        scores = ", ".join(f"{name} {values[p, 0].item():g}" for name, values in components.items())
+        values = {name: values[p, 0].item() for name, values in components.items()}
+        scores = ", ".join(f"{name} {value:g}" for name, value in values.items() if not math.isnan(value))
         text = f"{tokenizer.decode(rollout.prompt_ids[p])}\n----\n{texts[row]}"
         parts.append(f"{scores}\n\n" + "\n".join("    " + line for line in text.split("\n")))
     writer.add_text("samples", "\n\n".join(parts), global_step)
@@ -246,7 +255,7 @@ class Health:
             not_finite = [name for name, value in values.items() if not value[row].isfinite().all()]
             ids = rollout.completion_ids[row][rollout.mask[row]].tolist()
             records.append({"not_finite": not_finite, "prompt": prompt, "completion": texts[row], "ids": ids})
-        write_jsonl(str(file), [r for r in records if r["not_finite"]] or records)
+        write_jsonl(file, [r for r in records if r["not_finite"]] or records)
         limit = f"--max-bad-updates {self.max_bad_updates} updates in a row were not finite"
         fail(f"{limit} (the last: {what}); they did not change the weights. The last one's rows are in {file}")
 

@@ -1,10 +1,9 @@
 """A run on disk: directory, arguments, source, checkpoints, event writer, and Ctrl-C that saves a checkpoint."""
 
 import contextlib
-import errno
 import gc
-import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -18,9 +17,26 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from transformers.utils import cached_file
 
-from plumbing.engine import out_of_memory
-from plumbing.flags import check_run_directory, fail, named_directory, reason, to_flat
+from common import resolve_model
+from plumbing.files import file_digests, lock, model_fingerprints, read_jsonl, replacing, write_jsonl
+from plumbing.flags import (
+    NO_ROOM,
+    RESUME_MAY_CHANGE,
+    as_flag,
+    catch_signals,
+    check_run_directory,
+    checkpoint_interval,
+    fail,
+    named_directory,
+    reason,
+    to_flat,
+)
+from plumbing.statistics import format_table, interval
+
+HEADLINES = "eval/accuracy", "eval/accuracy_greedy", "eval/pair_accuracy"  # columns of TensorBoard's HPARAMS tab
 
 
 class Run:
@@ -37,28 +53,41 @@ class Run:
         self.start_from, self._saved = state.get("model", args.model), state.get("stateful")
         if self.progress["iteration"] > args.iterations:
             fail(f"--iterations {args.iterations}: the run has done {self.progress['iteration']} already")
+        self._models = start_models(args)
+        for name, files in state.get("models", {}).items():
+            now = self._models.get(name, {})
+            if differ := [file for file in sorted({*files, *now}) if files.get(file) != now.get(file)]:
+                what = f"{as_flag(name)} {to_flat(args)[name]}: {differ[0]} is not the file that the run began with"
+                fail(f"--resume {args.run.resume}: {what}; restore it, or start a new run with --model RUN/final")
         try:
             self.dir = run_directory(args)
+            self._lock = lock(self.dir)
             self.writer = self._write_beginning(resumed=bool(state))
         except OSError as error:
             fail(f"--run-root {args.run.run_root}: {error.filename or self.dir} can't be written ({error.strerror})")
-        self._stop = take_over_process()
+        self._stop = StopSignal()
+        gc.freeze()  # the libraries' million objects stay alive: garbage collection skips them
         print(f"run directory: {self.dir}")
 
-    def _write_beginning(self, resumed: bool) -> SummaryWriter:
+    def _write_beginning(self, resumed: bool) -> "Writer":
         """Writes what a run writes before it learns: flags and source. Returns the open event writer."""
         args, source = self._args, Path(getfile(type(self._args)))
         (self.dir / "checkpoints").mkdir(exist_ok=True)
-        (self.dir / "args.json.tmp").write_text(json.dumps(to_flat(args) | {"resume": None}, indent=2) + "\n")
-        os.replace(self.dir / "args.json.tmp", self.dir / "args.json")
+        with replacing(self.dir / "args.json") as file:
+            file.write_text(json.dumps(to_flat(args) | {"resume": None}, indent=2) + "\n")
         keep_source(source, self.dir, self.progress["iteration"])
+        put_events_in_order(self.dir)
         # purge events that the interrupted run wrote after its last checkpoint
         purge = self.progress["global_step"] + resumed if args.run.resume else None
-        writer = SummaryWriter(str(self.dir), purge_step=purge)
+        writer = Writer(self.dir, purge, self.progress["iteration"])
         if not resumed:
             rows = "\n".join(f"| {name} | {value} |" for name, value in to_flat(args).items())
             table = f"| flag | value |\n|---|---|\n{rows}\n\ngit commit: {git_commit(source.parent)}"
             writer.add_text("hyperparameters", table, 0)
+            # TensorBoard's HPARAMS tab; SummaryWriter.add_hparams would make a second run for it
+            values = {"script": source.stem} | {name: plain(value) for name, value in to_flat(args).items()}
+            for summary in hparams(values, dict.fromkeys(HEADLINES, 0.0)):
+                writer.file_writer.add_summary(summary)
         return writer
 
     def restore(self, **stateful) -> None:
@@ -78,9 +107,11 @@ class Run:
         progress: further plain values or tensors, available in `self.progress` after a resume."""
         check_plain(progress, "run.checkpoint")
         flags, last = self._args.run, iteration == self._args.iterations
-        if self._stop.number or (flags.save_every and (last or iteration % flags.save_every == 0)):
+        every = checkpoint_interval(flags.save_every, flags.eval_every)
+        if self._stop.number or (every and (last or iteration % every == 0)):
             self.writer.flush()
             state = {"progress": {"iteration": iteration, "global_step": global_step} | progress}
+            state["models"] = self._models
             state["stateful"] = {name: value.state_dict() for name, value in self._stateful.items()}
             target = self.dir / "checkpoints" / f"step_{iteration:06d}"
             save_model(target, model, self._tokenizer, state, flags.keep_checkpoints)
@@ -89,11 +120,58 @@ class Run:
             raise SystemExit(128 + self._stop.number)
 
     def finish(self, model, report: str) -> None:
-        """Saves the model in final/ and prints the report."""
+        """Saves the model in final/, and the report with a row for each checkpoint in report.txt. Prints the report."""
         self.writer.close()
         save_model(self.dir / "final", model, self._tokenizer)
+        with replacing(self.dir / "report.txt") as file:
+            file.write_text(f"{report}\n\n{report_table(self.dir)}\n", encoding="utf-8")
         self._stop.restore()
         print(f"\n{report}\n\nmodel: {self.dir / 'final'}\ncurves: tensorboard --logdir {self.dir}")
+
+
+class Writer(SummaryWriter):
+    """TensorBoard's writer. Scalars also go to metrics.jsonl, held-out samples to samples.jsonl. Each line is written
+    at once, so before the checkpoint that counts it; a resumed run drops the lines from purge_step on."""
+
+    def __init__(self, directory: Path, purge_step: int | None, iteration: int):
+        super().__init__(str(directory), purge_step=purge_step)
+        self.iteration = iteration  # the number of iterations logged
+        self.paths = {name: directory / f"{name}.jsonl" for name in ("metrics", "samples")}
+        for path in self.paths.values():
+            write_jsonl(path, [row for row in read_jsonl(path, cut=True) if row["step"] < (purge_step or 0)])
+
+    def add_scalar(self, tag, scalar_value, global_step=None, *args, **options) -> None:
+        super().add_scalar(tag, scalar_value, global_step, *args, **options)
+        self.add_row("metrics", {tag: scalar_value}, global_step)
+
+    def add_scalars_as_row(self, scalars: dict[str, float], global_step: int) -> None:
+        for tag, value in scalars.items():
+            super().add_scalar(tag, value, global_step)
+        self.add_row("metrics", scalars, global_step)
+
+    def add_row(self, name: str, values: dict, global_step: int) -> None:
+        """Appends a line. Strict JSON has no NaN and no infinity: they become null."""
+        values = {key: number(value) if name == "metrics" else value for key, value in values.items()}
+        row = {"iteration": self.iteration, "step": global_step or 0} | values
+        with self.paths[name].open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+
+
+def number(value) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def report_table(directory: Path) -> str:
+    """A row for each checkpoint: accuracy on held-out problems (a reward model's: pairs) with its 95% interval."""
+    evaluations = {}
+    for row in read_jsonl(directory / "metrics.jsonl"):
+        for rate, count in (("eval/accuracy", "eval/problems"), ("eval/pair_accuracy", "eval/pairs")):
+            if row.get(rate) is not None and row.get(count):
+                low, high = interval(row[rate], row[count])
+                evaluations[row["iteration"]] = [row[rate], f"{low:.3f} to {high:.3f}"]
+    saved = [path.name for path in reversed(checkpoints(directory / "checkpoints"))]
+    rows = [[name, *evaluations.get(int(name.removeprefix("step_")), ["not evaluated", ""])] for name in saved]
+    return format_table(["checkpoint", "held-out accuracy", "95% interval"], rows) if rows else "no checkpoints"
 
 
 def check_plain(value, name: str) -> None:
@@ -109,7 +187,8 @@ def check_plain(value, name: str) -> None:
 
 def run_directory(args) -> Path:
     """The resumed run's directory, or a new one under --run-root, made here; its name is --run-name, or made of script,
-    data, model, seed and time. No other run has it, even if it starts at the same moment."""
+    data, model, flags that differ from the defaults, seed and time. No other run has it, even if it starts at the same
+    moment."""
     flags = args.run
     if flags.resume:
         return Path(flags.resume)
@@ -122,7 +201,8 @@ def run_directory(args) -> Path:
             model = Path(model.resolve().parent.name.partition("__")[0] + "-final")
         data = getattr(args, "data", None) or args.problems
         data = "+".join(Path(source).stem for source in (data if isinstance(data, tuple) else [data]))
-        parts = script, data, model.name, f"s{args.seed}", time.strftime("%Y%m%d-%H%M%S")
+        names = [cut(part, 50) for part in (script, data, model.name)] + changed_flags(args, 60)
+        parts = *names, f"s{args.seed}", time.strftime("%Y%m%d-%H%M%S")  # a file's name has at most 255 bytes
         directory = Path(flags.run_root) / re.sub(r"[^\w.-]", "-", "__".join(parts))
     directory.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -133,6 +213,60 @@ def run_directory(args) -> Path:
             if flags.run_name is not None:
                 fail(f"--run-name {flags.run_name}: {directory} exists; --resume it, or take another name")
             directory = directory.with_name(directory.name + "x")
+
+
+def cut(text: str, size: int) -> str:
+    """The first `size` bytes of the text, in whole characters."""
+    return text.encode()[:size].decode(errors="ignore")
+
+
+IN_THE_NAME = {"model", "data", "problems", "seed", "run_root", "run_name", "resume"}
+
+
+def changed_flags(args, size: int) -> list[str]:
+    """[] or one text of at most `size` bytes: the flags that differ from the script's defaults, such as
+    "learning-rate-0.0003_no-normalize-std"; those that --resume may change come last. Where not all fit, the last word
+    counts the others."""
+    default, words = to_flat(type(args)()), []
+    for name, value in sorted(to_flat(args).items(), key=lambda flag: flag[0] in RESUME_MAY_CHANGE):
+        if name in IN_THE_NAME or value == default[name]:
+            continue
+        shown = "+".join(map(plain, value)) if isinstance(value, tuple | list) else plain(value)
+        flag = name.replace("_", "-")
+        words.append(
+            ("" if value else "no-") + flag if isinstance(value, bool) else f"{flag}-{Path(str(shown)).name[:20]}"
+        )
+    kept = len(words)
+    while kept and len("_".join(words[:kept]).encode()) > size - (len("_and-99-more") if kept < len(words) else 0):
+        kept -= 1
+    more = [f"and-{len(words) - kept}-more"] if kept < len(words) else []
+    return ["_".join(words[:kept] + more)] if words else []
+
+
+def plain(value) -> bool | int | float | str:
+    return value if isinstance(value, bool | int | float) else str(value)
+
+
+def start_models(args) -> dict[str, dict[str, str]]:
+    """The fingerprints of the models that a run is made from, by flag."""
+    found = {}
+    for name, path in to_flat(args).items():
+        if path and re.search("(^|_)model$", name):
+            with contextlib.suppress(OSError):  # no such model: whoever loads it says so
+                if config := cached_file(resolve_model(path), "config.json"):
+                    found[name] = model_fingerprints(Path(config).parent)
+    return found
+
+
+def put_events_in_order(directory: Path) -> None:
+    """TensorBoard reads event files in the order of their names, which begin with the time. Gives files from the
+    future, after the clock was set back, names that come first: else a resumed run's values would be purged by older
+    ones."""
+    files = sorted(directory.glob("events.out.tfevents.*"))
+    if files and int(files[-1].name.split(".")[3]) >= int(time.time()):
+        for number, file in enumerate(files):
+            parts = file.name.split(".")
+            file.rename(file.with_name(".".join([*parts[:3], f"{number:010d}", *parts[4:]])))
 
 
 def keep_source(source: Path, directory: Path, iteration: int) -> None:
@@ -156,61 +290,12 @@ def git_commit(folder: Path) -> str:
         return "unknown"
 
 
-def explain(kind, error, trace) -> None:
-    """Prints a run's last error: one line if memory or disk space ran out or on Ctrl-C, else the traceback."""
-    if out_of_memory(error):
-        lower = "--micro-batch-tokens (training), or --prompts-per-step, --group-size or --max-new-tokens (sampling)"
-        advice = f"lower {lower}, add --gradient-checkpointing or --offload-optimizer"
-        advice += ", take another GPU (--device cuda:1)" if torch.cuda.device_count() > 1 else ""
-        advice += "; python benchmarks/memory.py says which flags fit"
-        print(f"error: out of memory ({reason(error)}); {advice}", file=sys.stderr)
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        print(f"error: {reason(error)}; make room on the disk, then go on with --resume", file=sys.stderr)
-    elif isinstance(error, KeyboardInterrupt):
-        print("stopped at once; go on from the newest checkpoint with --resume", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-def take_over_process() -> "StopSignal":
-    """Settings of the process for the run's time: errors in one line, Ctrl-C that saves a checkpoint, and a garbage
-    collector that skips the libraries' million objects, which stay alive. Output that can't be written is lost, the run
-    is not."""
-    sys.excepthook = explain
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
-    gc.freeze()
-    return StopSignal()
-
-
-class Output:
-    """A text stream that goes on where the stream behind it can't be written: a pipe whose reader has died, a terminal
-    that went away, a full disk."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self.stream.flush()
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
-
-
 class StopSignal:
     """The first Ctrl-C, SIGTERM or SIGHUP (a lost connection) only sets `number`: the run finishes the iteration, saves
     a checkpoint and exits. The second one stops at once."""
 
     def __init__(self):
-        self.number = 0
-        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-        numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # nohup
-        self.before = {number: signal.signal(number, self.handle) for number in numbers}
+        self.number, self.before = 0, catch_signals(self.handle)
 
     def handle(self, number, frame) -> None:
         self.number = number
@@ -232,9 +317,11 @@ def save_model(target: Path, model, tokenizer, state: dict | None = None, keep: 
     It writes to a temporary directory and renames that, so `target` is never incomplete, even if the process is killed.
     keep: once this checkpoint is complete, only this many of the newest are kept; 0: all.
     """
-    if broken := next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None):
-        what = f"{target}: not saved, {broken} holds NaN or infinite weights"
-        fail(f"{what}: go on from an older checkpoint, with a lower --learning-rate")
+    for name, weight in model.named_parameters():
+        # the sum is ten times as fast to test; of huge weights it may overflow, so then each is tested
+        if not weight.detach().sum().isfinite() and not weight.isfinite().all():
+            what = f"{target}: not saved, {name} holds NaN or infinite weights"
+            fail(f"{what}: go on from an older checkpoint, with a lower --learning-rate")
     aside, old = target.with_name(target.name + ".tmp"), target.with_name(target.name + ".old")
     try:
         shutil.rmtree(aside, ignore_errors=True)
@@ -252,9 +339,15 @@ def save_model(target: Path, model, tokenizer, state: dict | None = None, keep: 
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and not re.search("StreamWriter|inline_container|iostream", str(error)):
             raise  # not one of torch's write errors
-        free = f"{shutil.disk_usage(target.parent).free / 1e9:.3f} GB are free there"
         shutil.rmtree(aside, ignore_errors=True)
-        fail(f"{target} can't be written ({reason(error)}; {free}). Make room, then go on with --resume")
+        place = next(folder for folder in target.parents if folder.exists())
+        free = f"{shutil.disk_usage(place).free / 1e9:.3f} GB are free there"
+        denied = isinstance(error, OSError) and error.errno not in NO_ROOM
+        do = "Make it writable" if denied else "Make room"
+        fail(f"{target} can't be written ({reason(error)}; {free}). {do}, then go on with --resume")
+    except KeyboardInterrupt:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     shutil.rmtree(old, ignore_errors=True)
     newest_first = checkpoints(target.parent)
     written = newest_first[newest_first.index(target) :] if target in newest_first else []  # newer ones are damaged
@@ -285,18 +378,6 @@ def add_older_names(directory: Path) -> None:
 
 def checkpoints(directory: Path) -> list[Path]:  # the newest first
     return sorted(directory.glob("step_*[0-9]"), key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
-
-
-def file_digests(directory: Path, names: list[str] | None = None) -> dict[str, str]:
-    """The sha256 of the named files, by path within the directory; None: of all files, in its folders too."""
-
-    def digest(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    if names is None:
-        names = [str(path.relative_to(directory)) for path in sorted(directory.rglob("*")) if path.is_file()]
-    return {name: digest(directory / name) for name in names}
 
 
 def load_checkpoint(run: str | None) -> dict:

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Qwen3 (arXiv:2505.09388): SFT on samples whose steps are all right; RL on few problems that are solved sometimes but
 # not always, with several counts to see how few suffice; fusion of both modes into one model, which /think and
-# /no_think switch; RL on rules and preferences in thinking mode; accuracy under thinking budgets. Left out:
-# strong-to-weak distillation (r1.sh has it), general tasks and tools (the embedded models know one task).
+# /no_think switch; RL in thinking mode with rules on reasoning prompts and a reward model on general prompts; accuracy
+# under thinking budgets. General prompts are a stand-in: HARDER's problems, their answers withheld, because the
+# embedded models know one task. Left out: strong-to-weak distillation (r1.sh has it), tools.
 #     PROBLEMS=countdown MODEL=models/tiny-countdown HARDER=countdown:4 LENGTH=120 bash recipes/qwen3.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -25,7 +26,7 @@ mkdir -p "$OUT"
 for split in train eval; do python curate.py --problems "$PROBLEMS" --split $split --output "$OUT/$split.jsonl"; done
 
 sample "$MODEL" "$COLD_PROBLEMS" "$OUT/cold.jsonl"
-python curate.py --samples "$OUT/cold.jsonl" --make best --right-steps $CLEAN --output "$OUT/cold_best.jsonl"
+python curate.py --samples "$OUT/cold.jsonl" --make longest --right-steps $CLEAN --output "$OUT/cold_best.jsonl"
 train sft sft --model "$MODEL" --data "$OUT/cold_best.jsonl" $SFT
 sample "$(final sft)" "$SAMPLED" "$OUT/tries.jsonl"
 python curate.py --samples "$OUT/tries.jsonl" $CLEAN --output "$OUT/all.jsonl"
@@ -39,10 +40,12 @@ train fusion sft --model "$(final rl-all)" --data "$OUT/fusion.jsonl" $FUSION
 for mode in think no_think; do sample "$(final fusion)" "$SAMPLED" "$OUT/$mode.jsonl" --modes $mode; done
 cat "$OUT/think.jsonl" "$OUT/no_think.jsonl" >"$OUT/preferences.jsonl"
 python train_rm.py --run-root "$OUT/rm" --model "$(final fusion)" --data "$OUT/preferences.jsonl" $RM
-python curate.py --problems "$OUT/all.jsonl" --split all --mode think --output "$OUT/general.jsonl"
+python curate.py --problems "$OUT/all.jsonl" --split all --mode think --output "$OUT/reasoning.jsonl"
+python curate.py --problems "$HARDER" --limit "$SAMPLED" --mode think --make prompts --output "$OUT/prompts.jsonl"
+cat "$OUT/reasoning.jsonl" "$OUT/prompts.jsonl" >"$OUT/general.jsonl"
 python curate.py --problems "$OUT/eval.jsonl" --split all --mode think --output "$OUT/general-eval.jsonl"
 train general grpo --model "$(final fusion)" --problems "$OUT/general.jsonl" --eval-data "$OUT/general-eval.jsonl" \
-    --reward-model "$(final rm)" $GENERAL $QUICK
+    --reward-model "$(final rm)" --reward-model-prompts unanswered $GENERAL $QUICK
 
 STAGES="base=$MODEL sft=$(final sft)" HELD_OUT="--problems $OUT/eval.jsonl --split all"
 for few in $FEW all; do STAGES+=" rl-$few=$(final "rl-$few")"; done

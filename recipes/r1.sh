@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # DeepSeek-R1 (arXiv:2501.12948), every stage. R1-Zero: RL on the base model, rewards for accuracy and format only. The
 # pipeline: SFT cold start, RL with an additional language reward, SFT of the base on the RL model's right samples mixed
-# with other demonstrations, RL on rules and preferences (compared with RL on preferences alone). Distillation into a
-# smaller student, compared with the same student trained by RL alone. Left out: non-reasoning tasks, safety, and the
-# generative judge of the rejection stage, because the embedded models know one task, which rules can judge.
+# with other demonstrations, RL with rules on reasoning prompts and a reward model on general prompts (compared with
+# both rewards, or the model's alone, on reasoning prompts). Distillation into a smaller student, compared with the same
+# student trained by RL alone. General prompts are a stand-in: HARDER's problems, their answers withheld, because the
+# embedded models know one task. Left out: safety, and the generative judge of the rejection stage.
 #     PROBLEMS=countdown MODEL=models/tiny-countdown HARDER=countdown:4 LENGTH=120 bash recipes/r1.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -27,7 +28,7 @@ mkdir -p "$OUT"
 
 train zero grpo --model "$MODEL" $RL $QUICK
 sample "$(final zero)" "$COLD_PROBLEMS" "$OUT/zero.jsonl"
-train cold sft --model "$MODEL" --data "$OUT/zero.jsonl" --keep best $COLD
+train cold sft --model "$MODEL" --data "$OUT/zero.jsonl" --keep longest $COLD
 train rl grpo --model "$(final cold)" --language-weight 0.1 $RL $QUICK
 sample "$(final rl)" "$SAMPLED" "$OUT/rl.jsonl"
 train rejection sft --model "$MODEL" --data "$OUT/rl.jsonl" "$OTHER" --keep correct $SFT
@@ -35,18 +36,24 @@ python train_rm.py --run-root "$OUT/rm" --model "$(final rejection)" --data "$OU
 SCORE="--model $(final rejection) --reward-model $(final rm) $PREFERENCE $QUICK"
 train preference-alone grpo $SCORE --accuracy-weight 0 --format-weight 0
 train rules-and-preference grpo $SCORE
+python curate.py --problems "$PROBLEMS" --limit "$SAMPLED" --output "$OUT/reasoning.jsonl"
+python curate.py --problems "$HARDER" --limit "$SAMPLED" --make prompts --output "$OUT/general.jsonl"
+cat "$OUT/reasoning.jsonl" "$OUT/general.jsonl" >"$OUT/mixed.jsonl"
+train routed grpo $SCORE --problems "$OUT/mixed.jsonl" --eval-data "$PROBLEMS" --reward-model-prompts unanswered
 
 if [ -z "$STUDENT" ]; then # half the width and half the depth, taught by the same sloppy teacher as the base
     python models/make_tiny.py "$OUT/tiny" --hidden 64 --layers 2 --characters 等一下
     train student sft --model "$OUT/tiny" --data "$PROBLEMS-demonstrations" --from-scratch $STUDENT_SFT
     STUDENT=$(final student)
 fi
-sample "$(final rules-and-preference)" "$SAMPLED" "$OUT/teacher.jsonl"
+sample "$(final routed)" "$SAMPLED" "$OUT/teacher.jsonl"
 train distilled sft --model "$STUDENT" --data "$OUT/teacher.jsonl" --keep correct $SFT
 train student-rl grpo --model "$STUDENT" $RL $QUICK
 
 STAGES="base=$MODEL"
-for name in zero cold rl rejection preference-alone rules-and-preference; do STAGES+=" $name=$(final $name)"; done
+for name in zero cold rl rejection preference-alone rules-and-preference routed; do
+    STAGES+=" $name=$(final $name)"
+done
 STAGES+=" student=$STUDENT distilled=$(final distilled) student-rl=$(final student-rl)"
 evaluate --stages $STAGES --problems "$PROBLEMS" --temperatures 0.6 1.4 $EVALUATE
 echo "== outside the training distribution: $HARDER =="

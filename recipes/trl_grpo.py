@@ -8,7 +8,6 @@ Training begins at the run's start model, not at its result. evaluate.py reads t
 """
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import io
 import json
@@ -18,8 +17,6 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -38,9 +35,9 @@ from plumbing.flags import (  # noqa: E402
     check_folder,
     check_minibatch,
     check_ranges,
+    checkpoint_interval,
     fail,
     from_flat,
-    ranges,
     reason,
     to_flat,
 )
@@ -143,6 +140,7 @@ def translate(flags: dict, processes: int, prompt_tokens: int, gpu: bool) -> dic
         fail(f"--prompts-per-step {prompts}: not a multiple of the {processes} processes; change --num_processes")
     if minibatch_size % processes:
         fail(f"--minibatch-size {minibatch_size}: not a multiple of the {processes} processes; change --num_processes")
+    save_every = checkpoint_interval(flags["save_every"], flags["eval_every"])
     rows = minibatch_size // processes  # in one optimizer step on one device
     fitting = flags["micro_batch_tokens"] // (prompt_tokens + flags["max_new_tokens"])
     device_rows = max(size for size in range(1, rows + 1) if rows % size == 0 and size <= max(1, fitting))
@@ -154,8 +152,8 @@ def translate(flags: dict, processes: int, prompt_tokens: int, gpu: bool) -> dic
         "logging_steps": steps,  # once an iteration
         "bf16": flags["dtype"] == "bfloat16" or (flags["dtype"] == "auto" and gpu),
         "use_cpu": not gpu,
-        "save_strategy": "steps" if flags["save_every"] else "no",
-        "save_steps": max(1, flags["save_every"]) * steps,
+        "save_strategy": "steps" if save_every else "no",
+        "save_steps": max(1, save_every) * steps,
         "save_total_limit": flags["keep_checkpoints"] or None,
     }
     return fields
@@ -247,37 +245,12 @@ def read_run(run: str) -> train_grpo.Args:
         args = from_flat(train_grpo.Args(), saved)
         if missing := sorted(to_flat(args).keys() - saved.keys()):
             raise ValueError(f"no field {missing[0]!r}")
-        for name, hint in flat_hints(train_grpo.Args).items():
-            if not allows(hint, saved[name]):
-                raise ValueError(f"{json.dumps(saved[name])[:80]} in {name!r}")
     except OSError as error:
         fail(f"--run {run}: no run directory ({file} can't be read: {error.strerror})")
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         fail(f"--run {run}: {file} does not hold this version's arguments ({reason(error)}); start the run again")
+    check_ranges(args)
     return args
-
-
-def flat_hints(Args) -> dict:
-    """Every flag's type by name, including flags in groups."""
-    hints = {}
-    for name, hint in get_type_hints(Args, include_extras=True).items():
-        group = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-        hints |= flat_hints(group) if dataclasses.is_dataclass(group) else {name: hint}
-    return hints
-
-
-def allows(hint, value) -> bool:
-    """True if a flag of this type and range can have this value from args.json."""
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        return allows(parts[0], value) and all(limit.allows(value) for limit in ranges(hint))
-    if origin in (Union, UnionType):
-        return any(allows(part, value) for part in parts)
-    if origin is Literal:
-        return value in parts
-    if origin is tuple:
-        return isinstance(value, list) and all(allows(parts[0], part) for part in value)
-    return type(value) is hint or (hint is float and type(value) is int)
 
 
 def prepare(flags: Args, processes: int, gpu: bool):
@@ -301,8 +274,8 @@ def prepare(flags: Args, processes: int, gpu: bool):
         fail("several GPUs, one process: use accelerate launch --num_processes N, or set CUDA_VISIBLE_DEVICES=0")
     translate(to_flat(args), processes, 1, gpu)  # checks the flags before the problems are read
     tokenizer, config = common.load_tokenizer(args.model), common.load_config(args.model)
-    check_rewards(args.rewards, args.max_new_tokens, tokenizer)
     problems = load_train_problems(args.problems, args.setup.eval_data)
+    check_rewards(args.rewards, args.max_new_tokens, tokenizer, problems)
     problems = encode_problems(tokenizer, problems, args.setup.system_prompt, config, args.max_new_tokens)
     prompts = trl_prompts(tokenizer, problems, args.setup.system_prompt)
     fields = translate(to_flat(args), processes, max(len(problem.prompt_ids) for problem in problems), gpu)

@@ -12,6 +12,7 @@ import gc
 import importlib.util
 import inspect
 import io
+import json
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralC
 import common
 import data
 import train_grpo
+from plumbing.files import write_jsonl
 from plumbing.flags import from_flat
 
 EMBEDDED = "models/tiny-arithmetic"
@@ -120,8 +122,25 @@ def assert_same_events(first: Path, second: Path) -> None:
     assert set(ours) == set(theirs)
     for tag in ours:
         assert [x for x, _ in ours[tag]] == [x for x, _ in theirs[tag]], tag
-        if not tag.startswith(("time/", "memory/")) and tag != "rollout/tokens_per_second":
+        if not tag.startswith(MEASURED):
             assert ours[tag] == theirs[tag], tag
+    assert_same_lines(first, second)
+
+
+MEASURED = "time/", "memory/", "rollout/tokens_per_second"  # tags whose values no two runs share
+
+
+def assert_same_lines(first: Path, second: Path) -> None:
+    """The plain files are equal to the bit, except times and memory, and metrics.jsonl has what the events have."""
+    ours, theirs = ([*map(json.loads, (run / "metrics.jsonl").read_text().splitlines())] for run in (first, second))
+    assert [[*row] for row in ours] == [[*row] for row in theirs]
+    for row, other in zip(ours, theirs, strict=True):
+        for tag in row:
+            assert tag.startswith(MEASURED) or row[tag] == other[tag], (row["step"], tag)
+    assert (first / "samples.jsonl").read_bytes() == (second / "samples.jsonl").read_bytes()
+    logged = {tag: [x for x, _ in values] for tag, values in scalars(second).items()}
+    written = {tag: [row["step"] for row in theirs if tag in row] for row in theirs for tag in row}
+    assert logged == {tag: steps for tag, steps in written.items() if tag not in ("iteration", "step")}
 
 
 def texts(run_dir: Path, tag: str) -> list[str]:
@@ -163,7 +182,7 @@ def few_problems() -> str:
     """A file of 240 easy problems: drawing and encoding the 6,000 of "arithmetic" takes longer than a short run."""
     file = Path(tempfile.mkdtemp()) / "few.jsonl"
     atexit.register(shutil.rmtree, file.parent)
-    data.write_jsonl(str(file), [problem.to_row() for problem in data.load_problems("arithmetic:1-3", "train", 240)])
+    write_jsonl(str(file), [problem.to_row() for problem in data.load_problems("arithmetic:1-3", "train", 240)])
     return str(file)
 
 

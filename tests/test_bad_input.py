@@ -18,7 +18,7 @@ import train_pg
 import train_ppo
 import train_rm
 import train_sft
-from plumbing import runs
+from plumbing import flags
 from plumbing.flags import parse_args
 
 
@@ -137,14 +137,30 @@ def test_flags(script, flags, said, tmp_path, capsys, no_model, few):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("message", ["CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"])
-def test_out_of_memory_is_one_line(message, capsys):
-    error = torch.OutOfMemoryError(message) if "CUDA" in message else RuntimeError(message)
-    runs.explain(type(error), error, None)
-    printed = capsys.readouterr().err
-    assert printed.startswith("error: out of memory") and "--micro-batch-tokens" in printed and printed.count("\n") == 1
-    runs.explain(ValueError, ValueError("something else"), None)
-    assert "ValueError: something else" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+    ids=repr,
+)
+def test_out_of_memory_is_one_line(error, capsys):
+    """In every command, with the flags that it has; also behind the error of a capture that it broke."""
+    try:
+        try:
+            raise error
+        except Exception as cause:
+            raise RuntimeError("capture_end") from cause
+    except RuntimeError as hidden:
+        lowered = {train_grpo: "--micro-batch-tokens or --prompts-per-step", evaluate: "--batch-size"}
+        for script, named in lowered.items():
+            assert flags.explain(hidden, script.Args()) == 1
+            printed = capsys.readouterr().err
+            assert printed.startswith("error: out of memory") and named in printed and printed.count("\n") == 1
+    with pytest.raises(ValueError):
+        flags.explain(ValueError("something else"))
 
 
 def test_curriculum_without_difficulties(tmp_path, capsys, no_model, few):

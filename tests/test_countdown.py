@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 import common
 import evaluate
-from data import Problem, encode_problems, is_held_out, load_demonstrations, load_problems, read_problems, write_jsonl
+from data import Problem, encode_problems, is_held_out, load_demonstrations, load_problems, read_problems
 from plumbing.evaluation import evaluate as evaluate_records
+from plumbing.files import write_jsonl
 from plumbing.flags import parse_args
 from plumbing.statistics import count_reflection_words, summarize
 from rewards import Verifier, format_reward, language_reward

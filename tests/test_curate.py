@@ -34,8 +34,8 @@ def problem(question: str, answer: str = "1", **fields) -> Problem:
     return Problem(question, answer, fields.pop("id", question), **fields)
 
 
-def completion(text: str, correct: bool, reward: float | None = None, finished: bool = True) -> dict:
-    return {
+def completion(text: str, correct: bool, reward: float | None = None, finished: bool = True, **more) -> dict:
+    return more | {
         "text": text,
         "correct": correct,
         "reward": float(correct) if reward is None else reward,
@@ -170,26 +170,42 @@ def test_topic_balancing():
 
 
 def test_chosen_samples():
-    """Right and finished ones, each text once; the best has the highest reward, the shortest if several have it."""
+    """Right and finished ones, each text once; one of them by its length or at random, the right format first."""
     completions = [
-        completion("long and right", True, 1.0),
-        completion("right", True, 1.0),
-        completion("right", True, 1.0),
-        completion("nicer", True, 1.2),
+        completion("long and right", True, format=1.0, length=9),
+        completion("right", True, format=1.0, length=5),
+        completion("right", True, format=1.0, length=5),
+        completion("short", True, format=0.0, length=2),
+        completion("the longest, with another format", True, format=0.0, length=20),
         completion("wrong", False),
         completion("cut", True, finished=False),
     ]
-    assert chosen_samples({"completions": completions}, "correct") == ["long and right", "right", "nicer"]
-    assert chosen_samples({"completions": completions}, "best") == ["nicer"]
-    assert chosen_samples({"completions": completions[:3]}, "best") == ["right"]
-    assert chosen_samples({"completions": completions[4:]}, "best") == []
+    kept = {keep: chosen_samples(row(completions), keep) for keep in ("correct", "longest", "shortest", "random")}
+    assert kept["correct"] == ["long and right", "right", "short", "the longest, with another format"]
+    assert kept["longest"] == ["long and right"] and kept["shortest"] == ["right"]
+    assert kept["random"] in (["long and right"], ["right"])
+    assert chosen_samples(row(completions[3:5]), "longest") == ["the longest, with another format"]
+    assert chosen_samples(row(completions[5:]), "shortest") == []
+
+
+def row(completions: list[dict], question: str = "q") -> dict:
+    return {"question": question, "completions": completions}
+
+
+def test_a_random_choice_and_ties_do_not_go_by_length():
+    """ "random" picked the shortest, and of equally good ones the shortest in secret: SFT on ever shorter thoughts."""
+    texts = ["a" * n for n in (3, 30)]
+    for keep, length in (("random", len), ("longest", lambda text: 7), ("shortest", lambda text: 7)):
+        completions = [completion(text, True, length=length(text)) for text in texts]
+        chosen = [chosen_samples(row(completions, str(i)), keep)[0] for i in range(200)]
+        assert 70 < sum(text == texts[0] for text in chosen) < 130
 
 
 def test_sft_reads_a_samples_file(tmp_path):
     rows = [record("a", completion("x", True), completion("longer", True)), record("b", completion("z", False))]
     path = write(tmp_path / "s.jsonl", rows)
     assert load_demonstrations(path, 0) == [Demonstration("a", "x"), Demonstration("a", "longer")]
-    assert load_demonstrations(path, 0, keep="best") == [Demonstration("a", "x")]
+    assert load_demonstrations(path, 0, keep="shortest") == [Demonstration("a", "x")]
 
 
 def test_both_modes_from_one_sample():
@@ -277,12 +293,12 @@ def test_the_command_filters_and_labels(tmp_path, capsys):
     assert [row["question"] for row in rows(tmp_path)] == ["a"]
 
 
-@pytest.mark.parametrize("make", ["correct", "best", "fusion"])
+@pytest.mark.parametrize("make", ["correct", "random", "fusion"])
 def test_the_command_makes_demonstrations(make, tmp_path):
     samples = sampled(tmp_path / "s.jsonl", {"a": 0.5, "b": 1.0, "c": 0.0})
     curate.main(args(tmp_path, samples=samples, make=make))
     made = load_demonstrations(str(tmp_path / "out.jsonl"), 0)
-    assert len(made) == {"correct": 2 + 4, "best": 2, "fusion": 2 * (2 + 4)}[make]
+    assert len(made) == {"correct": 2 + 4, "random": 2, "fusion": 2 * (2 + 4)}[make]
 
 
 def test_from_sampling_to_filtered_problems(tmp_path, capsys):
@@ -319,7 +335,7 @@ def test_the_command_keeps_what_it_does_not_look_at(tmp_path):
 
 BAD = [
     ({}, "--problems or --samples: one of them is needed"),
-    ({"problems": "arithmetic", "make": "best"}, "--make best: needs --samples"),
+    ({"problems": "arithmetic", "make": "random"}, "--make random: needs --samples"),
     ({"samples": "S", "min_pass_rate": 0.6, "max_pass_rate": 0.5}, "--min-pass-rate 0.6: must be at most"),
     ({"samples": "S", "problems": "arithmetic"}, "samples of other problems: it asks 'a'"),
     ({"samples": "S", "problems": "P", "split": "all"}, "samples of other problems: it asks 'a', not 'other'"),

@@ -27,8 +27,8 @@ from data import (
     load_problems,
     load_train_problems,
     read_problems,
-    write_jsonl,
 )
+from plumbing.files import write_jsonl
 from plumbing.pairs import load_preference_pairs
 from plumbing.rows import can_match
 from rewards import accuracy_reward, format_reward

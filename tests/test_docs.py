@@ -75,6 +75,7 @@ def test_files_that_are_named_exist():
                 Path("plumbing") / name,
                 Path("benchmarks") / name,
                 Path("claims") / name,
+                Path("conformance") / name,
                 Path("tests") / name,
                 Path("tests/tools") / name,
                 Path("recipes") / name,
@@ -96,7 +97,7 @@ def test_commands_parse(path):
             continue
         assert Path(script).exists(), command
         if (
-            script.startswith("models/")
+            script.startswith(("models/", "conformance/"))
             or script in ("claims/process_reward.py", "tests/families.py", "tests/pretended_gpu.py")
             or "--help" in flags
         ):  # no Args

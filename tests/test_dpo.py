@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -378,32 +377,14 @@ def test_a_think_tag_in_the_prompt_is_not_repeated(embedded):
 # ---- The reference's logprobs ----------------------------------------------------------------------------------------
 
 
-def test_the_reference_is_computed_once_for_the_same_weights_and_tokens(embedded, tmp_path, monkeypatch):
-    """Catches: a cache that answers for other weights or other tokens."""
-    policy, tokenizer = common.load_policy(EMBEDDED, None), embedded[1]
-    pairs = [Pair("1+1=", "<think>2", "3"), Pair("12-5=", "7", "8</answer>")]
-    pairs = encode_pairs(tokenizer, pairs, "", 256)
-    passes, original = [], common.completion_logprobs
-
-    def counting(*args):
-        passes.append(args)
-        return original(*args)
-
-    monkeypatch.setattr(common, "completion_logprobs", counting)
-    first = reference_logprobs(policy, pairs, 4096, tmp_path)
-    assert len(passes) == 1
-    second = reference_logprobs(policy, pairs, 4096, tmp_path)
-    assert len(passes) == 1 and torch.equal(first, second)
-    rollout = pair_rollout(pairs, "cpu")
+def test_the_references_logprobs_are_those_of_the_pairs(embedded):
+    """Row 2i is pair i's chosen completion, row 2i + 1 its rejected one, in any micro-batch."""
+    policy, tokenizer = embedded
+    pairs = encode_pairs(tokenizer, [Pair("1+1=", "<think>2", "3"), Pair("12-5=", "7", "8</answer>")], "", 256)
     with torch.no_grad():
-        assert torch.allclose(first, original(policy, rollout, [0, 1, 2, 3])[0], atol=1e-5)
-    pairs[1] = replace(pairs[1], chosen_ids=pairs[1].rejected_ids, rejected_ids=pairs[1].chosen_ids)
-    other = reference_logprobs(policy, pairs, 4096, tmp_path)
-    assert len(passes) == 2 and torch.allclose(other[2], first[3], atol=1e-5)
-    with torch.no_grad():
-        next(policy.parameters())[5, 5] += 1e-3
-    reference_logprobs(policy, pairs, 4096, tmp_path)
-    assert len(passes) == 3 and len(list(tmp_path.iterdir())) == 3
+        expected = common.completion_logprobs(policy, pair_rollout(pairs, "cpu"), [0, 1, 2, 3])[0]
+    for max_tokens in (4096, 1):
+        assert torch.allclose(reference_logprobs(policy, pairs, max_tokens), expected, atol=1e-5)
 
 
 # ---- Whole runs ------------------------------------------------------------------------------------------------------
@@ -480,7 +461,7 @@ def test_the_soft_penalty_keeps_the_policy_near_the_reference(tmp_path):
 @pytest.mark.parametrize("lost_work", [False, True])
 def test_an_interrupted_run_equals_the_uninterrupted_one(lost_work, tmp_path, monkeypatch):
     """Catches: a resume that loses optimizer, data cursor or the start model's samples, or takes the checkpoint for the
-    reference. Weights agree to the byte, events except times and memory to the bit, also without the cache."""
+    reference. Weights agree to the byte, events except times and memory to the bit."""
     args = short_args(train_dpo, tmp_path, **TINY, iterations=5, eval_every=3, save_every=2, kl_coef=0.1)
     whole = run(train_dpo.main, args)
     with monkeypatch.context() as patched:
@@ -491,7 +472,6 @@ def test_an_interrupted_run_equals_the_uninterrupted_one(lost_work, tmp_path, mo
     (broken,) = set(tmp_path.iterdir()) - {whole}
     if lost_work:
         shutil.rmtree(broken / "checkpoints" / "step_000003")
-        shutil.rmtree(broken / "ref_logprobs")
     run(train_dpo.main, parse_args(train_dpo.Args, ["--resume", str(broken)]))
     assert weights(whole / "final") == weights(broken / "final")
     assert_same_events(whole, broken)

@@ -316,7 +316,9 @@ def test_stages_and_modes_are_rows(capsys, tmp_path):
         "again, think",
         "again, no_think",
     ]
-    assert lines[2].split()[2:] == lines[4].split()[2:]
+    assert "minus the first" in lines[0]
+    assert lines[4].split()[-4:] == ["+0.000", "+0.000", "to", "+0.000"]  # paired: the same model on the same problems
+    assert lines[2].split()[2:] == lines[4].split()[2:-4]
     evaluate.main(evaluate.Args(model=EMBEDDED, think_budget=3, **args))
     assert "difficulty 6" in capsys.readouterr().out
 

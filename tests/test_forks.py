@@ -19,8 +19,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import common
 import train_grpo
 import train_sft
-from data import encode_problems, load_eval_problems, load_problems, write_jsonl
+from data import encode_problems, load_eval_problems, load_problems
 from plumbing.evaluation import SAMPLES, HeldOut, evaluate
+from plumbing.files import write_jsonl
 from plumbing.flags import parse_args
 from rewards import Verifier
 
@@ -31,7 +32,7 @@ SECTIONS = {
     for title, body in re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", Path("docs/forking.md").read_text(), re.M | re.S)
     if BLOCK.search(body)
 }
-LEAVE_ONE_OUT, OWN_LOSS, ENTROPY, LION, BEST, OWN_REWARD, OWN_TASK, MOVING_REF, LAYERS, ADAPTERS, *RECENT = SECTIONS
+_, LEAVE_ONE_OUT, OWN_LOSS, ENTROPY, LION, BEST, OWN_REWARD, OWN_TASK, MOVING_REF, LAYERS, ADAPTERS, *RECENT = SECTIONS
 HIGH_ENTROPY, TOP_P, DISTILLATION, TOOL, JUDGE = RECENT
 FLAGS = {  # that give a section's fork something to resume
     LEAVE_ONE_OUT: {"kl_coef": 0.5},

@@ -18,7 +18,7 @@ import train_ppo
 import train_rm
 import train_sft
 from benchmarks import gpu as gpu_check
-from plumbing import engine, logs, runs
+from plumbing import engine, flags, logs
 from plumbing.engine import GraphDecoder, GroupDecoder, decoder_class
 from plumbing.flags import from_flat
 
@@ -144,8 +144,8 @@ def test_out_of_memory_in_a_capture_is_out_of_memory(pretended, monkeypatch, cap
     monkeypatch.setattr(GraphDecoder, "store", store)
     with pytest.raises(torch.AcceleratorError) as raised:
         decoder_class(model)
-    assert engine.out_of_memory(raised.value) and calls
-    runs.explain(raised.type, raised.value, None)
+    assert flags.out_of_memory(raised.value) and calls
+    flags.explain(raised.value)
     assert "error: out of memory" in capsys.readouterr().err
 
 

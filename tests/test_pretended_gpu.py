@@ -16,7 +16,8 @@ from conftest import make_model, remember
 
 import common
 import data
-from plumbing import engine, evaluation, logs, runs
+import train_grpo
+from plumbing import engine, evaluation, flags, logs, runs
 
 needs_none = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU, or a pretended one already")
 
@@ -141,13 +142,13 @@ def test_out_of_memory_is_found_behind_other_errors(monkeypatch, capsys):
     """Catches: a traceback of a capture's end, or of a library, where memory ran out; one GPU that is full of two."""
     full = torch.OutOfMemoryError("CUDA out of memory")
     for error in (full, hidden(hidden(full, RuntimeError("capture")), ValueError("end")), MemoryError()):
-        assert engine.out_of_memory(error)
+        assert flags.out_of_memory(error)
     for error in (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling"), RuntimeError("MPS backend out of memory")):
-        assert engine.out_of_memory(error)
-    assert not engine.out_of_memory(hidden(ValueError("a"), KeyError("b")))
+        assert flags.out_of_memory(error)
+    assert not flags.out_of_memory(hidden(ValueError("a"), KeyError("b")))
     for count in (1, 2):
         monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
-        runs.explain(RuntimeError, hidden(full, RuntimeError("capture")), None)
+        flags.explain(hidden(full, RuntimeError("capture")), train_grpo.Args())
         said = capsys.readouterr().err
         assert said.startswith("error: out of memory") and ("--device cuda:1" in said) == (count == 2)
 

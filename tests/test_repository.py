@@ -19,6 +19,7 @@ SUPERVISED = [Path(f"train_{name}.py") for name in ("sft", "dpo", "rm")]
 
 MAY_IMPORT = {  # of our own modules; a train script may import any of these, but no command
     "plumbing.flags": "",
+    "plumbing.files": "plumbing.flags",
     "plumbing.algebra": "",
     "plumbing.answers": "plumbing.algebra",
     "plumbing.engine": "plumbing.flags",
@@ -27,14 +28,15 @@ MAY_IMPORT = {  # of our own modules; a train script may import any of these, bu
     "plumbing.rows": "plumbing.answers plumbing.flags",
     "data": "common plumbing.rows plumbing.answers plumbing.flags",  # and tasks, by name
     "rewards": "data common plumbing.answers plumbing.flags",
-    "plumbing.runs": "data common plumbing.engine plumbing.flags",
-    "plumbing.logs": "data common plumbing.flags",
+    "plumbing.runs": "common plumbing.files plumbing.flags plumbing.statistics",
+    "plumbing.logs": "plumbing.runs data common plumbing.files plumbing.flags",
     "plumbing.evaluation": "rewards data common plumbing.answers plumbing.statistics",
     "plumbing.pairs": "plumbing.evaluation data common plumbing.rows plumbing.flags plumbing.statistics",
-    "evaluate": "plumbing.evaluation rewards data common plumbing.flags plumbing.statistics",
-    "curate": "plumbing.pairs rewards data plumbing.rows plumbing.answers plumbing.flags",
+    "evaluate": "plumbing.evaluation rewards data common plumbing.files plumbing.flags plumbing.statistics",
+    "compare": "plumbing.files plumbing.flags plumbing.statistics",
+    "curate": "plumbing.pairs rewards data plumbing.rows plumbing.answers plumbing.files plumbing.flags",
 }
-COMMANDS = {"evaluate", "curate"}
+COMMANDS = {"evaluate", "curate", "compare"}
 TASKS = {f"tasks.{path.stem}": path for path in Path("tasks").glob("*.py")}
 ROOMS = {
     **{path.stem: path for path in Path(".").glob("*.py") if not path.name.startswith("train_")},
@@ -93,11 +95,27 @@ def test_the_lowest_modules_need_nothing_heavy():
     assert packages(algebra) == packages(algebra, lazy) == {"mpmath"}  # only for roots, pi and sines
 
 
+def test_the_conformance_kit_stands_alone():
+    """Someone with another trainer copies the folder: only the adapters of our scripts may need this repository, and
+    TRL is imported when its adapters run."""
+    kit = {path.stem: path for path in Path("conformance").glob("*.py")}
+    ours, trl = [kit.pop(name) for name in ("ours", "mutants")], kit["with_trl"]
+    assert packages(trl) - {"trl", "datasets"} <= {"torch", "conformance"}
+    top = [node for node in ast.parse(trl.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not packages(trl, ast.Module(top, [])) & {"trl", "datasets"}
+    for path in {*kit.values()} - {trl}:
+        assert packages(path) <= {"torch", "transformers", "tokenizers", "conformance"}, path
+    for path in kit.values():
+        assert not imports(path) & {"conformance.ours", "conformance.mutants"}, path
+    for path in ours:
+        assert not imports(path) & COMMANDS, path
+
+
 @pytest.mark.parametrize(
     "path",
     [
         path
-        for folder in (".", "plumbing", "tasks", "benchmarks", "claims", "tests", "tests/tools")
+        for folder in (".", "plumbing", "tasks", "benchmarks", "claims", "conformance", "tests", "tests/tools")
         for path in Path(folder).glob("*.py")
     ],
     ids=str,
@@ -108,7 +126,7 @@ def test_a_file_begins_by_saying_what_it_is(path):
     assert re.match(r"[`\w].{20,}?[.?:](\s|$)", first, re.DOTALL), path
 
 
-@pytest.mark.parametrize("folder", ["benchmarks", "claims", "tests/tools"])
+@pytest.mark.parametrize("folder", ["benchmarks", "claims", "conformance", "tests/tools"])
 def test_no_command_hides_a_module(folder):
     """`python benchmarks/data.py` finds itself where it imports data."""
     ours = {part for name in MODULES for part in name.split(".")}
@@ -207,14 +225,14 @@ PARALLEL = {  # family, from the line with this to the line with that
     "step": ([GRPO, KIMI], "        grad_norm = ", 'clock.lap("update")'),
     "log": (POLICY_GRADIENT, "--- 6 log", "--- 7 evaluate and save"),
     "evaluate and save": (POLICY_GRADIENT, "--- 7 evaluate and save", "run.checkpoint("),
-    "end": ([*POLICY_GRADIENT, SFT], "    run.finish(", "main(flags.parse_args(Args))"),
+    "end": ([*POLICY_GRADIENT, SFT], "    run.finish(", "flags.start(main, Args)"),
     "data, supervised": ([SFT, DPO], "    device = ", "tokenizer, config = "),
     "pairs": ([DPO, RM], "    if len(train) < ", "sampler = "),
-    "first evaluation, supervised": (SUPERVISED, "        before = scores = ", "log_scalars("),
+    "first evaluation, supervised": ([SFT, DPO], "        before = scores = ", "log_scalars("),
     "learning rate, supervised": (SUPERVISED, "        rise = ", "common.set_learning_rate("),
     "step, supervised": ([SFT, DPO], "        grad_norm = ", 'clock.lap("update")'),
     "log, supervised": (SUPERVISED, "--- 3 log", "--- 4 evaluate and save"),
-    "evaluate, supervised": (SUPERVISED, "--- 4 evaluate and save", "log_scalars("),
+    "evaluate, supervised": ([SFT, DPO], "--- 4 evaluate and save", "log_scalars("),
 }
 
 

@@ -3,6 +3,7 @@ found."""
 
 import ast
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EMBEDDED, copied, refusal, rl_args, run, scalars, short_args, slow_case, texts
+from conftest import EMBEDDED, assert_same_lines, copied, refusal, rl_args, run, scalars, short_args, slow_case, texts
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 
 import common
 import plumbing.runs
@@ -22,8 +25,9 @@ import train_ppo
 import train_rm
 import train_sft
 from plumbing import evaluation
-from plumbing.flags import parse_args
+from plumbing.flags import checkpoint_interval, parse_args
 from plumbing.runs import Run, run_directory
+from plumbing.statistics import interval
 
 
 def without_the_runs_statements(script) -> str:
@@ -141,8 +145,94 @@ def test_a_run_may_have_a_name(saved_run, tmp_path, capsys):
 
 def test_a_run_from_another_runs_result_is_not_called_final(saved_run, tmp_path):
     args = short_args(train_kimi, tmp_path, model=str(saved_run / "final"))
-    script, data, model, seed, _ = run_directory(args).name.split("__")
+    script, data, model, *changed, seed, _ = run_directory(args).name.split("__")
     assert (script, data, model, seed) == ("train_kimi", "arithmetic", "train_grpo-final", "s1")
+    assert changed == ["prompts-per-step-4_group-size-4_eval-problems-6_and-4-more"]
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("", None),
+        ("--seed 7 --run-root elsewhere --model models/tiny-countdown", None),  # in the name already, or no difference
+        ("--learning-rate 3e-4 --no-normalize-std", "learning-rate-0.0003_no-normalize-std"),
+        (
+            "--iterations 60 --dynamic-sampling --eval-data x/mine.jsonl",
+            "eval-data-mine.jsonl_dynamic-sampling_iterations-60",
+        ),
+        ("--system-prompt " + "w" * 300, "system-prompt-" + "w" * 20),
+    ],
+)
+def test_a_runs_name_tells_the_flags_that_differ(flags, said):
+    """Catches: two variants of a script whose runs only args.json tells apart."""
+    assert plumbing.runs.changed_flags(parse_args(train_grpo.Args, flags.split()), 60) == ([said] if said else [])
+
+
+def test_a_run_leaves_plain_files(saved_run):
+    """Catches: a scalar that stands in the events only, a table that is printed and lost, a checkpoint without its
+    accuracy, samples of other problems than the first eight."""
+    assert_same_lines(saved_run, saved_run)
+    rows = [json.loads(line) for line in (saved_run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [0, 1, 2, 2, 3, 4, 4]
+    assert [row["iteration"] for row in rows if "eval/accuracy" in row] == [0, 2, 4]
+    samples = [json.loads(line) for line in (saved_run / "samples.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in samples] == [0, 0, 2, 2, 4, 4]  # of two problems
+    assert all(len(row["completions"]) == 4 and "ids" not in row["completions"][0] for row in samples)
+    right = [completion["correct"] for row in samples[-2:] for completion in row["completions"]]
+    assert sum(right) / 8 == rows[-1]["eval/accuracy"]
+    report = (saved_run / "report.txt").read_text()
+    assert report.startswith("held-out accuracy")
+    for row in rows:
+        if row["iteration"] and "eval/accuracy" in row:
+            low, high = interval(row["eval/accuracy"], 2)
+            line = rf"step_00000{row['iteration']} +{row['eval/accuracy']:.3f} +{low:.3f} to {high:.3f}\n"
+            assert re.search(line, report)
+    assert sorted(path.name for path in (saved_run / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
+
+
+@pytest.mark.parametrize("save, evaluate, every", [(None, 25, 25), (None, 0, 50), (0, 25, 0), (10, 25, 10)])
+def test_checkpoints_fall_on_evaluations(save, evaluate, every):
+    """By default each evaluation has its checkpoint, so half of the accuracies belong to no saved model otherwise."""
+    assert checkpoint_interval(save, evaluate) == every
+
+
+def test_flags_are_hyperparameters(saved_run):
+    """Catches: an HPARAMS tab that is empty, or a second run directory for it."""
+    assert len([*saved_run.glob("events.out.tfevents.*")]) == 1 and not [*saved_run.glob("*/events.*")]
+    events = EventAccumulator(str(saved_run))
+    events.Reload()
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    values = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert values["learning_rate"].number_value == 1e-4 and values["loss_norm"].string_value == "sequence"
+    assert {*values} == {"script", *json.loads((saved_run / "args.json").read_text())}
+
+
+def test_a_value_that_is_not_finite_is_null(tmp_path):
+    """Strict JSON has no NaN: another program could not read the file."""
+    writer = plumbing.runs.Writer(tmp_path, None, 3)
+    writer.add_scalar("mine/own", torch.tensor(0.5), 7)
+    writer.add_scalars_as_row({"loss/policy": float("nan"), "loss/ratio_max": float("inf")}, 8)
+    writer.close()
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [
+        '{"iteration": 3, "step": 7, "mine/own": 0.5}',
+        '{"iteration": 3, "step": 8, "loss/policy": null, "loss/ratio_max": null}',
+    ]
+
+
+@pytest.mark.parametrize("end", ["", '{"step": 8', '{"step": 16}\n'])
+def test_a_resumed_run_drops_what_its_checkpoint_does_not_count(end, tmp_path):
+    """A line cut by a kill, and lines past the checkpoint, which the resumed run writes again."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 8}\n' + end)
+    plumbing.runs.Writer(tmp_path, 9, 1).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n{"step": 8}\n'
+
+
+def test_a_damaged_line_is_refused(tmp_path, capsys):
+    """A kill cuts the last line only: another damage would silently lose the lines after it."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"st\n{"step": 8}\n')
+    with pytest.raises(SystemExit):
+        plumbing.runs.Writer(tmp_path, 9, 1)
+    assert "metrics.jsonl: line 2 is damaged" in capsys.readouterr().err
 
 
 def test_built_in_models_are_found_from_any_directory(tmp_path, monkeypatch):

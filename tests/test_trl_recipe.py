@@ -68,7 +68,7 @@ def test_flags_arrive_in_their_fields():
     assert (fields["epsilon"], fields["epsilon_high"], fields["beta"]) == (0.2, 0.28, 0.04)
     assert fields["use_bias_correction_kl"] is False and fields["mask_truncated_completions"] is True
     assert fields["bf16"] and not fields["use_cpu"]
-    assert fields["save_steps"] == 50 and fields["save_total_limit"] is None
+    assert fields["save_steps"] == 25 and fields["save_total_limit"] is None
 
 
 @pytest.mark.parametrize(
@@ -98,13 +98,13 @@ def test_a_flag_without_counterpart_is_one_line(changes, line, capsys):
         ({"script": "train_ppo.py"}, "holds train_ppo.py; a run of train_grpo.py is needed"),
         ({"clip_low": ...}, "arguments (no field 'clip_low')"),
         ({"clip": 0.2}, "arguments (unknown: clip)"),
-        ({"iterations": "many"}, """arguments ("many" in 'iterations')"""),
-        ({"iterations": True}, "arguments (true in 'iterations'"),
-        ({"iterations": -1}, "arguments (-1 in 'iterations'"),
-        ({"learning_rate": float("nan")}, "arguments (NaN in 'learning_rate'"),
-        ({"loss_norm": "sum"}, """arguments ("sum" in 'loss_norm'"""),
-        ({"minibatch_size": 8.5}, "arguments (8.5 in 'minibatch_size'"),
-        ({"model": ["a"]}, """arguments (["a"] in 'model'"""),
+        ({"iterations": "many"}, "arguments (--iterations can't be 'many')"),
+        ({"iterations": True}, "arguments (--iterations can't be True)"),
+        ({"iterations": -1}, "--iterations -1: must be 0 or more"),
+        ({"learning_rate": float("nan")}, "--learning-rate nan: must be finite"),
+        ({"loss_norm": "sum"}, "arguments (--loss-norm can't be 'sum')"),
+        ({"minibatch_size": 8.5}, "arguments (--minibatch-size can't be 8.5)"),
+        ({"model": ["a"]}, "arguments (--model can't be ['a'])"),
         ({"iterations": 0}, "has 0 iterations; give --iterations"),
         ({"model": "gone"}, "--model gone: neither a local directory nor a hub name"),
         ({"problems": "gone.jsonl"}, "gone.jsonl"),

@@ -45,7 +45,7 @@ train_grpo.py test_grpo.py test_training.py test_updates.py test_naive_forks.py
     weights per micro-batch: <<weights[micro]=>common.token_weights(trained[micro], args.loss_norm, 40)>>,
     temperature missing in the update: completion_logprobs(policy, rollout, micro<<, temperature=>>>)
     one seed for all batches: derive_seed(args.seed, "sample"<<, global_step=>>>)
-    dynamic sampling keeps the uniform groups: (<<~=>>>is_uniform(rewards, scored)).nonzero()
+    dynamic sampling keeps the uniform groups: (<<~=>>>is_uniform(rewards, scored) | unanswered
     truncated completions kept, finished ones masked: advantages.where(<<rollout.finished=>~rollout.finished>>, 0.0)
     no backward pass for rows that have only a KL: (advantages != 0).any(1)<< | (args.kl_coef != 0)=>>>
     the weights taken for the mask: <<A = advantages=>A, mask = advantages, weights != 0>>
@@ -81,7 +81,7 @@ train_dpo.py test_dpo.py
     SimPO's gamma with the wrong sign: margins <<-=>+>> gamma if
     label smoothing without the flipped label: label_smoothing * logsigmoid(<<-=>>>logits)
     mean over padding too: return <<logps / mask.sum(1).clamp(min=1)=>logprobs.mean(1)>> if mean
-    another model's reference from the cache: name.encode()<< + tensor.cpu().flatten().view(torch.uint8)=>)#>>
+    the policy for the reference after a resume: <<not simpo and ref_logprobs is None=>not simpo>>
 train_rm.py test_rm.py test_updates.py
     margin with the wrong sign: logsigmoid(margins <<-=>+>> margin)
     pair weights ignored: reward_model_loss(row_scores[0::2], row_scores[1::2], args.margin<<, weights=>>>)
@@ -134,14 +134,26 @@ plumbing/engine.py test_logprobs.py test_sampling.py
     decoding one position late: self.compute(tokens, self.lengths + self.done<< - 1=>>>)
     plain decoding one position late: (self.lengths + self.done<<=>+ 1>>)[:, None]
     remaining rows get other rows' lengths: = self.group[rows], self.lengths[<<rows=>: len(rows)>>], self.bias[rows]
+plumbing/files.py test_survival.py
+    an old file is lost while the new one is written: else target.with_name(<<f".{os.getpid()}.tmp"=>target.name>>)
+    two processes write one run: fcntl.lockf(file, <<fcntl.LOCK_EX | fcntl.LOCK_NB=>fcntl.LOCK_UN>>)
+    another model passes for the run's own: range(<<blocks=>0>>):
 plumbing/runs.py test_resume.py test_run_directory.py test_faults.py
     state not restored: <<value.load_state_dict(self._saved.pop(name))=>self._saved.pop(name)>>
     old events not purged: purge_step=<<purge=>None>>
     progress not saved: "global_step": global_step}<< | progress=>>>
     resumed from the start model: = <<state.get("model", args.model)=>args.model>>,
+    lines past the checkpoint stay: if row["step"] < <<(purge_step or 0)=>2**60>>
+    a line of another iteration's accuracy: evaluations.get(int(name.removeprefix("step_"))<<=> - 1>>,
     the oldest checkpoint first: removeprefix("step_"))<<, reverse=True=>>>)
     damaged checkpoint accepted: if digests <<!==>is None and digests !=>> file_digests(directory, list(digests)):
     the newest checkpoints removed: in written[<<keep:=>:-keep>>] if keep
+plumbing/statistics.py test_compare.py test_claims.py
+    one degree of freedom too many: degrees = n<< - 1=>>>
+    the deviation of the pairs, not of their mean: statistics.stdev(differences)<< / math.sqrt(n)=>>>
+compare.py test_compare.py
+    paired by position: <<for seed in groups[base] if seed in groups[name]=>for seed in groups[base]>>
+    evaluations of other problems compared: if run.task != <<first[0].task=>run.task>>:
 data.py test_data.py test_resume.py test_naive_forks.py
     ledger by position, not by problem: index = <<self.place[problem]=>problems.index(problem)>>
     every epoch in one order: random.Random(f"epoch <<{epoch} =>>>{self.seed}")
@@ -157,13 +169,16 @@ data.py test_data.py test_resume.py test_naive_forks.py
     a thinking mode moves a problem to the other split: hashlib.sha256(<<text=>question>>.encode())
     no EOS after a demonstration: return [ids<< + [tokenizer.eos_token_id]=>>> for ids in
     BOS twice: tokenizer(chunk<<, add_special_tokens=False=>>>).input_ids
+rewards.py test_unanswered.py
+    an absent reward counts as a wrong answer: [math.nan if value in (None, ABSENT<<=>>>) else
+    the learned reward goes everywhere: [ABSENT if by_rule<<=> and False>> and has_answer
 rewards.py test_rewards.py test_naive_forks.py
     longer answers get more: bonus = (<<0.5 - =>>>(lengths - shortest)
     short wrong answers get more: bonus.<<where(correct > 0, bonus.clamp(max=0.0))=>clone()>>
     penalty from the limit on: (lengths - <<(max_new_tokens - buffer)=>max_new_tokens>>)
     short answers win by the penalty: / buffer).clamp(<<0, 1=>max=1>>)
     groups and problems out of step: (texts, <<[problem for problem in problems for _ in range(G)]=>problems * G>>
-    truncated completions can be right: [right<< if finished else 0.0=>>> for right, finished in ended]
+    truncated completions can be right: <<right if finished or right == ABSENT else 0.0=>right>>
     an unknown reward counts as 0: scored <<&==>|=>> torch.tensor([value is not None
     length reward from the start: if iteration < <<flags.length_reward_start=>0>>:
     text outside of the tags: answer.strip()<< and not outside.strip()=>>> else
@@ -219,7 +234,6 @@ plumbing/engine.py test_pretended_gpu.py
     on a GPU, a mask in each layer: if <<dtype not in biases=>True>>:
     on a GPU, the slow kernel: <<grouped or torch.backends.cuda.can_use_efficient_attention(asked)=>True>>
     on a GPU, indices copied one by one: <<move_together(device, whole + parts)=>[t.to(device) for t in whole + parts]>>
-    on a GPU, out of memory hides: or out_of_memory(<<error.__cause__ or error.__context__=>None>>)
 common.py test_pretended_gpu.py
     on a GPU, weights replaced: <<weight.copy_(master)=>weight.data = master.to(weight.device, weight.dtype)>>
     on a GPU, gradients stay there: weight.grad.to(<<master.device=>weight.device>>)
@@ -230,6 +244,8 @@ common.py test_pretended_gpu.py
     on a GPU, a full memory is another head: if out_of_memory(error)<<=> and False>>:
     a restored moment stays mapped: {name: <<value.clone()=>value>> for name, value in own.items()
     a driver that is too old is not noticed: if NVIDIA.exists()<<=> and False>>:
+plumbing/flags.py test_pretended_gpu.py
+    on a GPU, out of memory hides: return out_of_memory(<<error.__cause__ or error.__context__=>None>>)
 plumbing/logs.py test_pretended_gpu.py
     on a GPU, logged values read one by one: <<value.detach().float().clone() if on_gpu=>value if False>> else
     a Mac's clock does not wait: if self.device.type <<!= "cpu"=>== "cuda">>:
