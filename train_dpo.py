@@ -236,15 +236,15 @@ def main(args: Args) -> None:
         wins = [(1 + ours - theirs) / 2 for ours, theirs in zip(rewards, start_rewards, strict=True)]  # a tie: 0.5
         scores |= {"eval/win_rate": sum(wins) / len(wins)} | ({} if simpo else {"eval/kl": kl})
         if held_out_pairs:
-            held, (rollout, ref_held, row_weights) = logs.Metrics(), make_batch(held_out_pairs)
-            for micro in pairs.pair_micro_batches(rollout, budget):
-                logprobs, _ = common.completion_logprobs(policy, rollout, micro)
-                loss, values = pair_loss(rollout, micro, ref_held, row_weights, logprobs)
-                share = row_weights[[row // 2 for row in micro[0::2]]].sum().item()
-                held.add({"eval/pair_loss": loss / share}, weight=share)
-                values = {f"eval/pair_{name}": values[f"rewards/{name}"] for name in ("accuracy", "margin")}
-                held.add(values, weight=len(micro))
-            scores |= held.means()
+            rollout, ref_held, row_weights = make_batch(held_out_pairs)
+            logprobs, _ = common.rollout_logprobs(policy, rollout, budget)
+            rows = list(range(len(logprobs)))
+            loss, _ = pair_loss(rollout, rows, ref_held, row_weights / row_weights.sum(), logprobs)
+            log_ratio = logprobs if simpo else logprobs - ref_held
+            rewards = beta * sequence_logps(log_ratio, rollout.trained, mean)
+            scores |= pairs.held_out_scores(rewards[0::2] - rewards[1::2], loss)
+            if args.loss == "ipo":  # its margin is no log-odds, of which a sigmoid makes a probability
+                del scores["eval/calibration"]
         return scores
 
     iteration, global_step = run.progress["iteration"], run.progress["global_step"]  # global_step: pairs seen

@@ -90,15 +90,6 @@ def reward_model_loss(
     return (row_weights * per_row).sum(), metrics
 
 
-def calibration_error(margins: Tensor, bins: int = 10) -> float:
-    """Expected calibration error of (N,) margins. sigmoid(|margin|) is the confidence in the preferred side. Over equal
-    bins of 0.5 to 1: |accuracy - mean confidence| of each bin, averaged with its share of the pairs as the weight."""
-    confidence, right = margins.abs().sigmoid(), pairs.ranked_right(margins)
-    index = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    gaps = torch.zeros(bins, dtype=margins.dtype, device=margins.device).index_add(0, index, right - confidence)
-    return gaps.abs().sum().item() / len(margins)
-
-
 def pair_scores(reward_model, dataset: list[pairs.Pair], max_tokens: int) -> Tensor:
     """(N, 2) scores of N pairs: chosen, rejected."""
     scores = []
@@ -135,11 +126,9 @@ def main(args: Args) -> None:
         if not held_out_pairs:
             return {}
         chosen, rejected = pair_scores(rm, held_out_pairs, args.optimization.micro_batch_tokens).unbind(1)
-        loss, values = reward_model_loss(chosen, rejected, args.margin)
-        values = {name: values[f"rewards/{name}"] for name in ("accuracy", "margin")} | {"loss": loss.item()}
-        scores = {f"eval/pair_{name}": value for name, value in values.items()}
-        scores |= {"eval/calibration": calibration_error(chosen - rejected), "eval/pairs": float(len(held_out_pairs))}
-        return scores
+        row_weights = torch.tensor([pair.weight for pair in held_out_pairs])
+        loss, _ = reward_model_loss(chosen, rejected, args.margin, row_weights / row_weights.sum())
+        return pairs.held_out_scores(chosen - rejected, loss)
 
     iteration, global_step = run.progress["iteration"], run.progress["global_step"]  # global_step: pairs seen
     before, scores = run.progress.get("before"), run.progress.get("scores")

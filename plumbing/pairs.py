@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 import common
@@ -248,6 +249,26 @@ def ranked_right(margins: Tensor) -> Tensor:
     """Margins reward(chosen) - reward(rejected), (B,) -> (B,): 1 if a pair is ranked as labelled, 0 if not, 0.5 for a
     tie. Margins within rounding error are ties: a policy equal to its reference has margins of 1e-6 in float32."""
     return ((margins.abs() > 1e-4) * margins.sign() + 1) / 2
+
+
+def calibration_error(margins: Tensor, bins: int = 10) -> float:
+    """Expected calibration error of (N,) margins. sigmoid(|margin|) is the confidence in the preferred side. Over equal
+    bins of 0.5 to 1: |accuracy - mean confidence| of each bin, averaged with its share of the pairs as the weight."""
+    confidence, right = margins.abs().sigmoid(), ranked_right(margins)
+    index = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    gaps = torch.zeros(bins, dtype=margins.dtype, device=margins.device).index_add(0, index, right - confidence)
+    return gaps.abs().sum().item() / len(margins)
+
+
+def held_out_scores(margins: Tensor, loss: Tensor) -> dict[str, float]:
+    """The eval/* scalars of held-out pairs: from their (N,) margins and their loss, a mean with the pairs' weights."""
+    return {
+        "eval/pair_accuracy": ranked_right(margins).mean().item(),
+        "eval/pair_margin": margins.mean().item(),
+        "eval/pair_loss": loss.item(),
+        "eval/calibration": calibration_error(margins),
+        "eval/pairs": float(len(margins)),
+    }
 
 
 def pair_table(before: dict[str, float], after: dict[str, float], questions: list[str]) -> str:

@@ -393,7 +393,8 @@ TINY = {"pair_problems": 20, "eval_problems": 2, "max_new_tokens": 12}
 TAGS = """
     rewards/chosen rewards/rejected rewards/margin rewards/accuracy logps/chosen logps/rejected
     loss/policy loss/kl loss/entropy loss/grad_norm loss/learning_rate eval/pair_accuracy eval/pair_margin
-    eval/pair_loss eval/kl eval/win_rate eval/accuracy eval/accuracy_greedy eval/format eval/length
+    eval/pair_loss eval/pairs eval/calibration eval/kl eval/win_rate eval/accuracy eval/accuracy_greedy
+    eval/format eval/length
     time/update memory/peak_gb
 """.split()
 

@@ -17,17 +17,19 @@ import plumbing.runs
 import train_rm
 from data import is_held_out
 from plumbing.engine import PaddedRows
+from plumbing.files import write_jsonl
 from plumbing.flags import parse_args
 from plumbing.pairs import (
     Pair,
     PairFlags,
+    calibration_error,
     encode_pairs,
     load_preference_pairs,
     pair_micro_batches,
     pair_rollout,
     ranked_right,
 )
-from train_rm import calibration_error, pair_scores, reward_model_loss
+from train_rm import pair_scores, reward_model_loss
 
 
 def double(*shape) -> torch.Tensor:
@@ -169,6 +171,26 @@ def test_the_result_is_a_classifier_whose_mean_score_is_zero(tmp_path):
         assert tag in values
     assert values["loss/pair"][0][1] == pytest.approx(math.log(2), abs=1e-6)
     assert values["eval/pair_accuracy"][0][1] == 0.5
+
+
+def test_the_held_out_loss_has_the_pairs_weights(tmp_path):
+    """Catches: a held-out loss in which all pairs count the same, so that another quantity is trained than measured."""
+    sides = ("1", "-"), ("-", "1")  # the second kind contradicts the first and weighs little
+    rows = [dict(zip(("prompt", "chosen", "rejected"), (f"{i}+1=", *sides[i % 2]), strict=True)) for i in range(200)]
+    rows = [row | {"weight": (5, 0.5)[i % 2]} for i, row in enumerate(rows)]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    changes = {"data": str(tmp_path / "pairs.jsonl"), "eval_problems": 300, "warmup_iterations": 1}
+    args = short_args(train_rm, tmp_path / "runs", **changes)
+    run_dir = run(train_rm.main, args)
+    tokenizer = common.load_tokenizer(EMBEDDED)
+    pairs = encode_pairs(tokenizer, load_preference_pairs(args.data), "", 256)
+    pairs = [pair for pair in pairs if is_held_out(pair.question)]
+    chosen, rejected = pair_scores(common.load_reward_model(str(run_dir / "final"), None), pairs, 4096).unbind(1)
+    weight = torch.tensor([pair.weight for pair in pairs])
+    losses = -logsigmoid(chosen - rejected)
+    expected = ((weight * losses).sum() / weight.sum()).item()
+    assert abs(expected - losses.mean().item()) > 1e-3
+    assert scalars(run_dir)["eval/pair_loss"][-1][1] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.slow

@@ -85,7 +85,7 @@ train_dpo.py test_dpo.py
 train_rm.py test_rm.py test_updates.py
     margin with the wrong sign: logsigmoid(margins <<-=>+>> margin)
     pair weights ignored: reward_model_loss(row_scores[0::2], row_scores[1::2], args.margin<<, weights=>>>)
-    calibration without its first bin: index_add(0, index, right - confidence)<<=>[1:]>>
+    the held-out loss without the pairs' weights: args.margin<<, row_weights / row_weights.sum()=>>>)
 plumbing/engine.py test_any_model.py test_families.py
     any way to run a model counts as exact: if error.max().item() <<< limit=>>= 0>>:
     a model that is not causal is taken: > <<0.15=>1e9>> * half.float().norm():
@@ -214,6 +214,7 @@ plumbing/pairs.py test_dpo.py test_rm.py
     a cut completion gets an EOS: tuple(i<< if whole else i[:-1]=>>>)
     ties make pairs: if <<gap > 0 and =>>>gap >= min_gap:
     a tie counts as wrong: return <<((margins.abs() > 1e-4) * margins.sign() + 1) / 2=>(margins > 0).float()>>
+    calibration without its first bin: index_add(0, index, right - confidence)<<=>[1:]>>
     pair weights not scaled to mean 1: weight=pair.weight<< / mean=>>> if
 plumbing/engine.py test_pretended_gpu.py
     on a GPU, an index on the CPU: row = torch.arange(R, device=<<self.group.device=>"cpu">>)
