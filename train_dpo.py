@@ -8,7 +8,8 @@ The gradient raises log pi(y+) and lowers log pi(y-), weighted by beta * sigmoid
 reward beta * log(pi / pi_ref) ranks the pair wrongly. A larger beta keeps the policy closer to the reference, which is
 the starting model; the default, 1, is for the embedded model (paper: 0.1). Only the difference is trained:
 logps/chosen may fall too if logps/rejected falls faster, and then completions that are in no pair gain probability.
-That is the method, not a bug; eval/* shows whether it hurts.
+That is the method, not a bug; eval/* shows whether it hurts. eval/pair_*, eval/calibration, eval/kl and eval/win_rate
+are of --data's held-out pairs and of samples of their prompts; the others, such as eval/accuracy, of --problems.
 
     --length-normalize   log pi(y) is the mean over y's tokens, not the sum
     --loss ipo           (Delta - 1/(2 beta))^2: stops at a finite margin; beta is the paper's tau (arXiv:2310.12036)
@@ -21,8 +22,8 @@ Departures from the paper:
 2. Pairs count the same unless --pair-weight gap or a field `weight` says otherwise.
 3. --kl-coef adds a penalty of (log pi - log pi_ref)^2 / 2 per token. It does not estimate the KL, as the policy did not
    sample the pairs; eval/kl does, on samples of the policy.
-4. The reference is not kept in memory: its logprobs of the pairs are computed once and kept on disk. Only evaluations
-   load it again, for eval/kl.
+4. The reference is not kept in memory. Its logprobs of the pairs are computed once, before the first update, and saved
+   in each checkpoint, from which a resumed run takes them. Only evaluations load it, for eval/kl.
 5. The optimizer is AdamW (paper: RMSprop), its learning rate decays as a cosine to a tenth, and gradients are clipped.
 
     python train_dpo.py                                   # pairs of the embedded model's own samples
@@ -47,9 +48,9 @@ from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 
 import common
-from data import ProblemSampler, decode, encode_problems, is_held_out, load_eval_problems
+from data import Problem, ProblemSampler, decode, encode_problems, is_held_out, load_eval_problems
 from plumbing import evaluation, flags, logs, pairs, runs
-from rewards import Verifier
+from rewards import ABSENT, Verifier
 
 
 @dataclass
@@ -152,22 +153,26 @@ def reference_logprobs(ref, dataset: list[pairs.Pair], max_tokens: int) -> Tenso
     return logprobs
 
 
-def judge_samples(policy, ref, tokenizer, problems, args: Args) -> tuple[list[float], float]:
-    """Samples one completion per problem at temperature 1, with the same random numbers in each call. Returns their
-    rewards by the verifier and the KL to `ref` (0 without one): the mean over completions of sum_t log pi - log pi_ref,
-    an unbiased estimate because the policy sampled them."""
-    rewards, log_ratio, verify = [], 0.0, Verifier()
-    for start in range(0, len(problems), args.minibatch_size):
-        chunk, seed = problems[start : start + args.minibatch_size], common.derive_seed(args.seed, "judge", start)
-        prompts = [problem.prompt_ids for problem in chunk]
-        rollout = common.sample_groups(policy, prompts, 1, args.max_new_tokens, seed=seed)
-        texts = decode(tokenizer, rollout)
-        rewards += verify(texts, chunk)
+def judge_samples(policy, ref, tokenizer, prompts: list[pairs.Pair], args: Args) -> tuple[list, float, float]:
+    """Samples a few completions of each pair's prompt at temperature 1, with the same random numbers in each call.
+    Returns their verdicts (rewards.ABSENT where the pair names no problem), the KL to `ref` (0 without one), and their
+    mean length in tokens. KL: the mean over completions of sum_t log pi - log pi_ref, an unbiased estimate because the
+    policy sampled them."""
+    verdicts, log_ratio, tokens, verify = [], 0.0, 0, Verifier()
+    context, G = common.context_length(policy.config), evaluation.SAMPLES
+    per_batch = max(1, args.minibatch_size // G)
+    for start in range(0, len(prompts), per_batch):
+        chunk, seed = prompts[start : start + per_batch], common.derive_seed(args.seed, "judge", start)
+        limits = [min(args.max_new_tokens, context - len(pair.prompt_ids)) for pair in chunk for _ in range(G)]
+        rollout = common.sample_groups(policy, [pair.prompt_ids for pair in chunk], G, limits, seed=seed)
+        problems = [pair.problem or Problem(pair.question, "") for pair in chunk for _ in range(G)]
+        verdicts += verify(decode(tokenizer, rollout), problems)
+        tokens += int(rollout.lengths.sum())
         if ref is not None:
             budget = args.optimization.micro_batch_tokens
             logprobs, ref_logprobs = (common.rollout_logprobs(model, rollout, budget)[0] for model in (policy, ref))
             log_ratio += (logprobs - ref_logprobs)[rollout.trained].sum().item()
-    return rewards, log_ratio / len(problems)
+    return verdicts, log_ratio / len(verdicts), tokens / len(verdicts)
 
 
 def main(args: Args) -> None:
@@ -193,6 +198,7 @@ def main(args: Args) -> None:
     dataset = pairs.load_preference_pairs(args.data, args.seed, args.selection)
     dataset = pairs.encode_pairs(tokenizer, dataset, args.setup.system_prompt, common.context_length(config))
     held_out_pairs = [i for i, pair in enumerate(dataset) if is_held_out(pair.question)][: args.run.eval_problems]
+    prompts = list({dataset[i].prompt_ids: dataset[i] for i in held_out_pairs}.values())  # each once
     train = [i for i, pair in enumerate(dataset) if not is_held_out(pair.question)]
     if len(train) < args.minibatch_size:
         flags.fail(f"--minibatch-size {args.minibatch_size}: only {len(train)} pairs are left to train on; lower it")
@@ -230,11 +236,6 @@ def main(args: Args) -> None:
     @torch.no_grad()
     def evaluate_now() -> dict[str, float]:
         scores = held_out.evaluate(policy)
-        # the reference, for eval/kl; its memory is freed on return
-        ref = None if simpo else common.load_policy(args.model, tokenizer, device, dtype)
-        rewards, kl = judge_samples(policy, ref, tokenizer, eval_problems, args)
-        wins = [(1 + ours - theirs) / 2 for ours, theirs in zip(rewards, start_rewards, strict=True)]  # a tie: 0.5
-        scores |= {"eval/win_rate": sum(wins) / len(wins)} | ({} if simpo else {"eval/kl": kl})
         if held_out_pairs:
             rollout, ref_held, row_weights = make_batch(held_out_pairs)
             logprobs, _ = common.rollout_logprobs(policy, rollout, budget)
@@ -245,11 +246,19 @@ def main(args: Args) -> None:
             scores |= pairs.held_out_scores(rewards[0::2] - rewards[1::2], loss)
             if args.loss == "ipo":  # its margin is no log-odds, of which a sigmoid makes a probability
                 del scores["eval/calibration"]
+            # the reference, for eval/kl; its memory is freed on return
+            ref = None if simpo else common.load_policy(args.model, tokenizer, device, dtype)
+            verdicts, kl, length = judge_samples(policy, ref, tokenizer, prompts, args)
+            scores |= {"eval/pair_length": length} | ({} if simpo else {"eval/kl": kl})
+            start_verdicts[:] = start_verdicts or verdicts  # a new run's first evaluation is that of the start model
+            judged = [pair for pair in zip(verdicts, start_verdicts, strict=True) if not {None, ABSENT} & {*pair}]
+            if judged:
+                scores["eval/win_rate"] = sum((1 + ours - theirs) / 2 for ours, theirs in judged) / len(judged)
         return scores
 
     iteration, global_step = run.progress["iteration"], run.progress["global_step"]  # global_step: pairs seen
     before, scores = run.progress.get("before"), run.progress.get("scores")
-    start_rewards = run.progress.get("start_rewards") or judge_samples(policy, None, tokenizer, eval_problems, args)[0]
+    start_verdicts = run.progress.get("start_verdicts", [])
     if before is None:  # a new run
         before = scores = evaluate_now()
         logs.log_scalars(run.writer, scores, global_step, held_out.samples)
@@ -300,7 +309,7 @@ def main(args: Args) -> None:
         if iteration == args.iterations or (args.run.eval_every and iteration % args.run.eval_every == 0):
             scores = evaluate_now()
             logs.log_scalars(run.writer, scores, global_step, held_out.samples)
-        progress = {"before": before, "scores": scores, "start_rewards": start_rewards, "ref_logprobs": ref_logprobs}
+        progress = {"before": before, "scores": scores, "start_verdicts": start_verdicts, "ref_logprobs": ref_logprobs}
         run.checkpoint(policy, iteration, global_step, **progress)
 
     ranked = pairs.pair_table(before, scores, [dataset[i].question for i in held_out_pairs])

@@ -10,10 +10,23 @@ from torch import Tensor
 
 import common
 from common import Rollout
-from data import add_mode, encode_completions, encode_problems, encode_prompts, load_problems, read_samples
+from data import (
+    Problem,
+    add_mode,
+    encode_completions,
+    encode_problems,
+    encode_prompts,
+    load_problems,
+    read_samples,
+    task_of,
+    verifier_of,
+)
 from plumbing.evaluation import evaluate
 from plumbing.flags import AtLeast1, NonNegative, fail
 from plumbing.rows import (
+    EMPTY,
+    UNKEPT,
+    answer_field,
     as_number,
     as_prompt,
     check_needed,
@@ -39,6 +52,7 @@ class Pair:
     chosen_finished: bool = True  # ended by an EOS, not cut by the length limit
     rejected_finished: bool = True
     messages: tuple | None = None  # the prompt's turns, see data.Problem
+    problem: Problem | None = None  # whose completions they are, if they were sampled: it judges others
     prompt_ids: tuple = field(default=(), compare=False, repr=False)  # these three are set by encode_pairs; before,
     chosen_ids: tuple = field(default=(), compare=False, repr=False)  # the two hold the ids of a samples file, if any
     rejected_ids: tuple = field(default=(), compare=False, repr=False)
@@ -127,6 +141,7 @@ def sampled_pairs(rows: list[tuple[str, dict]], source: str, min_gap: float, dro
             dropped["duplicate prompts"] += 1
             continue
         questions.add((question, messages))
+        problem = sampled_problem(place, record, source)
         best_first = sorted(scored.values(), key=lambda completion: -completion["reward"])
         for i, better in enumerate(best_first):
             for worse in best_first[i + 1 :]:
@@ -136,11 +151,23 @@ def sampled_pairs(rows: list[tuple[str, dict]], source: str, min_gap: float, dro
                     ends = better.get("finished", True), worse.get("finished", True)
                     topic = str(record.get("topic") or "")
                     ids = tuple(better.get("ids", ())), tuple(worse.get("ids", ()))
-                    pair = Pair(question, better["text"], worse["text"], place, topic, gap, *ends, messages, (), *ids)
-                    pairs.append(pair)
+                    texts = better["text"], worse["text"]
+                    pairs.append(Pair(question, *texts, place, topic, gap, *ends, messages, problem, (), *ids))
     if not pairs:
         fail(f"{source}: no prompt has two completions whose scores differ by --min-gap {min_gap:g} or more")
     return pairs
+
+
+def sampled_problem(place: str, record: dict, source: str) -> Problem:
+    """The problem of a samples file's record; its answer is "" if its task's verifier decides, or if it has none."""
+    task, answer = task_of(record), ""
+    try:
+        if record.get("answer") not in EMPTY and not verifier_of(task):
+            answer = answer_field(record)
+    except ValueError as error:
+        fail_on([(place, error)], source)
+    columns = {name: value for name, value in record.items() if name not in UNKEPT}
+    return Problem(record["question"], answer, messages=record["messages"], task=task, columns=columns)
 
 
 def read_pairs(rows: list[tuple[str, dict]], source: str, dropped: Counter) -> list[Pair]:
@@ -274,7 +301,7 @@ def held_out_scores(margins: Tensor, loss: Tensor) -> dict[str, float]:
 def pair_table(before: dict[str, float], after: dict[str, float], questions: list[str]) -> str:
     """Table of a preference method's metrics, except accuracy, before and after training. questions: one per held-out
     pair. Pairs of one question are not independent, so the interval counts distinct questions, not pairs."""
-    names = ("pair_accuracy", "pair_margin", "pair_loss", "calibration", "kl", "win_rate")
+    names = ("pair_accuracy", "pair_margin", "pair_loss", "calibration", "pair_length", "kl", "win_rate")
     rows = [[name, before[f"eval/{name}"], after[f"eval/{name}"]] for name in names if f"eval/{name}" in after]
     if rows and rows[0][0] == "pair_accuracy":
         ranges = ["{:.3f}-{:.3f}".format(*interval(rate, len(set(questions)))) for rate in rows[0][1:]]

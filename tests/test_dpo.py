@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import EMBEDDED, assert_same_events, make_model, run, scalars, short_args, weights
+from conftest import EMBEDDED, assert_same_events, make_model, refusal, remember, run, scalars, short_args, weights
 from test_bad_input import no_model, refuse  # noqa: F401  (a fixture)
 from test_resume import StopAtIterationThree
 from torch.nn.functional import logsigmoid
@@ -19,7 +19,7 @@ from data import encode_prompts, is_held_out
 from plumbing.engine import PaddedRows
 from plumbing.flags import parse_args
 from plumbing.pairs import Pair, PairFlags, encode_pairs, load_preference_pairs, pair_micro_batches, pair_rollout
-from rewards import accuracy_reward, format_reward
+from rewards import ABSENT, Verifier, accuracy_reward, format_reward
 from train_dpo import dpo_loss, reference_logprobs, sequence_logps
 
 
@@ -218,6 +218,20 @@ def test_the_turns_and_the_mode_of_a_sample_reach_its_pair(tmp_path):
     assert (pair.question, pair.messages) == ("1+1= /think", None)
 
 
+def test_a_sampled_pair_has_its_problem(tmp_path, capsys):
+    """Catches: an answer that is a worked one, or 0, and so matches nothing; a task's columns lost to its verifier."""
+    worked = {"question": "1+1=", "answer": "1+1 = 2\n#### 2", "mode": "think"}
+    game = {"question": "make 3", "task": "countdown", "nums": [1, 2], "target": 3}
+    rows = [worked, {"question": "1-1=", "answer": 0}, game, {"question": "Write a poem."}]
+    rows = [row | {"completions": [sample("a", 0.0), sample("b", 1.0)]} for row in rows]
+    problems = [pair.problem for pair in load_preference_pairs(write(tmp_path / "s.jsonl", rows))]
+    assert [(p.question, p.answer) for p in problems[:2]] == [("1+1=", "2"), ("1-1=", "0")]
+    texts = [f"<answer>{answer}</answer>" for answer in ("2", "0", "1+2", "x")]
+    assert Verifier()(texts, problems) == [1.0, 1.0, 1.0, ABSENT]
+    file = write(tmp_path / "t.jsonl", [rows[0] | {"answer": "####"}])
+    assert "t.jsonl:1: field 'answer' has nothing after '####'" in refusal(load_preference_pairs, file, capsys)
+
+
 def test_a_system_turn_makes_another_prompt(tmp_path):
     """Catches: pairs dropped as duplicates, or counted as one prompt's, because only their system turns differ."""
     rows = []
@@ -393,7 +407,7 @@ TINY = {"pair_problems": 20, "eval_problems": 2, "max_new_tokens": 12}
 TAGS = """
     rewards/chosen rewards/rejected rewards/margin rewards/accuracy logps/chosen logps/rejected
     loss/policy loss/kl loss/entropy loss/grad_norm loss/learning_rate eval/pair_accuracy eval/pair_margin
-    eval/pair_loss eval/pairs eval/calibration eval/kl eval/win_rate eval/accuracy eval/accuracy_greedy
+    eval/pair_length eval/pair_loss eval/pairs eval/calibration eval/kl eval/win_rate eval/accuracy eval/accuracy_greedy
     eval/format eval/length
     time/update memory/peak_gb
 """.split()
@@ -437,6 +451,50 @@ def test_every_loss_runs(changes, tmp_path):
     values = scalars(run(train_dpo.main, short_args(train_dpo, tmp_path, **changes)))
     assert all(math.isfinite(value) for points in values.values() for _, value in points)
     assert ("eval/kl" in values) == ("loss/kl" in values) == (changes.get("loss") != "simpo")
+
+
+HELD_OUT = [question for question in (f"{i}+9=" for i in range(1, 300)) if is_held_out(question)][:6]
+TRAINED = [question for question in (f"{i}+9=" for i in range(1, 300)) if not is_held_out(question)][:8]
+
+
+@pytest.mark.parametrize("kind", ["samples", "preferences", "both kinds of samples"])
+def test_the_policy_is_sampled_on_the_pairs_own_prompts(kind, tmp_path, monkeypatch):
+    """Catches: eval/kl, eval/win_rate and eval/pair_length of other prompts, such as those of --problems; a prompt of
+    several pairs counted as often; a win where nothing can judge."""
+    rows = []
+    for i, question in enumerate(HELD_OUT + TRAINED):
+        if kind == "preferences":
+            rows += [{"prompt": question, "chosen": chosen, "rejected": "<think>" * 9} for chosen in "12"]
+        else:
+            rows.append({"question": question, "completions": [sample("1", 1.0), sample("2", 1.0), sample("3", 0.0)]})
+            rows[-1] |= {"answer": eval(question[:-1])} if kind == "samples" or i % 2 else {}
+    sampled = remember(monkeypatch, common, "sample_groups")
+    changes = {"data": write(tmp_path / "p.jsonl", rows), "iterations": 0, "eval_problems": 12, "max_new_tokens": 12}
+    run_dir = run(train_dpo.main, short_args(train_dpo, tmp_path / "runs", **changes))
+    tokenizer = common.load_tokenizer(EMBEDDED)
+    judged = [rollout for _, rollout in sampled]
+    assert sum((rollout.prompt_ids for rollout in judged), []) == encode_prompts(tokenizer, HELD_OUT)
+    values = {tag: points[-1][1] for tag, points in scalars(run_dir).items()}
+    assert values["eval/pair_length"] == pytest.approx(torch.cat([r.lengths for r in judged]).float().mean().item())
+    assert values["eval/kl"] == pytest.approx(0, abs=1e-4) and values["eval/pairs"] == 12
+    assert ("eval/win_rate" in values) == (kind != "preferences")
+
+
+def test_a_win_is_a_right_sample_where_the_start_models_was_wrong(tmp_path, monkeypatch):
+    """Catches: a win rate over prompts that only one of the two was judged on, or with its sign reversed."""
+    (start, end) = [1.0, 0.0, 0.0, None, ABSENT], [0.0, 1.0, 1.0, 1.0, ABSENT]
+    verdicts = iter([start, end])
+    monkeypatch.setattr(train_dpo, "judge_samples", lambda *_: (next(verdicts), 0.0, 1.0))
+    run_dir = run(train_dpo.main, short_args(train_dpo, tmp_path, **TINY, iterations=1))
+    assert [value for _, value in scalars(run_dir)["eval/win_rate"]] == pytest.approx([0.5, 2 / 3])
+
+
+def test_a_long_prompt_is_sampled_as_far_as_the_context_goes(embedded):
+    """Catches: a run that ends at its first evaluation, because a held-out pair fits and --max-new-tokens does not."""
+    policy, tokenizer = embedded
+    pairs = [pair_of([15] * 250, [24, 1], [25, 1]), pair_of([15, 16], [24, 1], [25, 1])]
+    verdicts, kl, length = train_dpo.judge_samples(policy, policy, tokenizer, pairs, train_dpo.Args())
+    assert verdicts == [ABSENT] * 8 and kl == 0 and 1 <= length <= (6 + 40) / 2
 
 
 def test_simpo_loads_no_reference_and_dpo_only_for_evaluations(tmp_path, monkeypatch):

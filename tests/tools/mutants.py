@@ -82,6 +82,8 @@ train_dpo.py test_dpo.py
     label smoothing without the flipped label: label_smoothing * logsigmoid(<<-=>>>logits)
     mean over padding too: return <<logps / mask.sum(1).clamp(min=1)=>logprobs.mean(1)>> if mean
     the policy for the reference after a resume: <<not simpo and ref_logprobs is None=>not simpo>>
+    each prompt judged once a pair: prompts = list({<<dataset[i].prompt_ids=>i>>: dataset[i]
+    the win of a start model: sum((1 + <<ours - theirs=>theirs - ours>>) / 2
 train_rm.py test_rm.py test_updates.py
     margin with the wrong sign: logsigmoid(margins <<-=>+>> margin)
     pair weights ignored: reward_model_loss(row_scores[0::2], row_scores[1::2], args.margin<<, weights=>>>)
