@@ -195,8 +195,9 @@ def main(args: Args) -> None:
         flags.fail(
             f"--data arithmetic-pairs: its pairs are no training data for --problems {args.problems}; set --data"
         )
-    dataset = pairs.load_preference_pairs(args.data, args.seed, args.selection)
-    dataset = pairs.encode_pairs(tokenizer, dataset, args.setup.system_prompt, common.context_length(config))
+    selection, context = (args.seed, args.selection), common.context_length(config)
+    dataset = pairs.load_preference_pairs(args.data, *selection)
+    dataset = pairs.encode_pairs(tokenizer, dataset, args.setup.system_prompt, context, *selection)
     held_out_pairs = [i for i, pair in enumerate(dataset) if is_held_out(pair.question)][: args.run.eval_problems]
     prompts = list({dataset[i].prompt_ids: dataset[i] for i in held_out_pairs}.values())  # each once
     train = [i for i, pair in enumerate(dataset) if not is_held_out(pair.question)]
@@ -269,6 +270,7 @@ def main(args: Args) -> None:
         metrics, clock = logs.Metrics(), logs.Clock(device)
         # ----------------------------------------------------------------------------------------------------- 1 sample
         rollout, batch_ref_logprobs, row_weights = make_batch(sampler.draw(args.minibatch_size))
+        metrics.add(pairs.length_metrics(rollout))
         global_step += args.minibatch_size
         clock.lap("sample")
 

@@ -104,8 +104,9 @@ def main(args: Args) -> None:
     device = common.resolve_device(args.device)
     dtype = common.resolve_dtype(args.dtype, device)
     tokenizer, config = common.load_tokenizer(args.model), common.load_config(args.model)
-    dataset = pairs.load_preference_pairs(args.data, args.seed, args.selection)
-    dataset = pairs.encode_pairs(tokenizer, dataset, args.system_prompt, common.context_length(config))
+    selection, context = (args.seed, args.selection), common.context_length(config)
+    dataset = pairs.load_preference_pairs(args.data, *selection)
+    dataset = pairs.encode_pairs(tokenizer, dataset, args.system_prompt, context, *selection)
     held_out_pairs = [pair for pair in dataset if is_held_out(pair.question)][: args.run.eval_problems]
     train = [pair for pair in dataset if not is_held_out(pair.question)]
     if len(train) < args.minibatch_size:
@@ -144,6 +145,7 @@ def main(args: Args) -> None:
         batch = sampler.draw(args.minibatch_size)
         rollout = pairs.pair_rollout(batch, device)  # rows chosen, rejected, chosen, ...
         row_weights = torch.tensor([pair.weight / len(batch) for pair in batch], device=device)  # (B,), one per pair
+        metrics.add(pairs.length_metrics(rollout))
         global_step += len(batch)
         clock.lap("sample")
 

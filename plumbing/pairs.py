@@ -16,6 +16,7 @@ from data import (
     encode_completions,
     encode_problems,
     encode_prompts,
+    is_held_out,
     load_problems,
     read_samples,
     task_of,
@@ -75,6 +76,8 @@ class PairFlags:
     """at most this many pairs per prompt, chosen at random, so that a few prompts don't dominate"""
     balance_topics: bool = False
     """reduce every topic to as many pairs as the rarest topic has"""
+    balance_lengths: bool = False
+    """keep as many pairs whose chosen completion is the longer one, in tokens, as pairs whose rejected one is"""
 
 
 def load_preference_pairs(source: str, seed: int = 0, flags: PairFlags | None = None) -> list[Pair]:
@@ -92,6 +95,8 @@ def load_preference_pairs(source: str, seed: int = 0, flags: PairFlags | None = 
     else:
         rows = placed_rows(source)
         samples = "completions" in rows[0][1]
+    if flags.balance_topics and flags.balance_lengths:
+        fail("--balance-lengths: doesn't go with --balance-topics, which it would undo")
     if flags.pair_weight == "gap" and not samples:
         fail(f"--pair-weight gap: {source} holds pairs without scores; a samples file is needed")
     pairs = sampled_pairs(rows, source, flags.min_gap, dropped) if samples else read_pairs(rows, source, dropped)
@@ -222,10 +227,13 @@ def listed(dropped: Counter) -> str:
 # ---- Token ids and batches -----------------------------------------------------------------------------------------
 
 
-def encode_pairs(tokenizer, pairs: list[Pair], system_prompt: str, context: float) -> list[Pair]:
-    """The pairs that fit the context, with their token ids.
+def encode_pairs(
+    tokenizer, pairs: list[Pair], system_prompt: str, context: float, seed: int = 0, flags: PairFlags | None = None
+) -> list[Pair]:
+    """The pairs that fit the context, with their token ids; with --balance-lengths, what `balance_lengths` keeps.
 
-    Longer pairs are dropped and counted: truncation would remove the answer and the EOS.
+    Longer pairs are dropped and counted: truncation would remove the answer and the EOS. seed: for the random choice of
+    --balance-lengths.
     """
     prompts = encode_prompts(tokenizer, [pair.messages or pair.question for pair in pairs], system_prompt)
     for pair, prompt in zip(pairs, prompts, strict=True):
@@ -245,9 +253,28 @@ def encode_pairs(tokenizer, pairs: list[Pair], system_prompt: str, context: floa
         for pair, prompt, better, worse in zip(pairs, prompts, chosen, rejected, strict=True)
     ]
     fits = [p for p in encoded if p.chosen_ids and p.rejected_ids and pair_length(p) <= context]
-    if len(fits) < len(pairs):
-        print(f"note: {len(pairs) - len(fits)} of {len(pairs)} pairs exceed the context of {context}: dropped")
-    return fits
+    dropped = Counter({f"longer than the context of {context}": len(pairs) - len(fits)})
+    kept = balance_lengths(fits, seed, dropped) if flags and flags.balance_lengths else fits
+    if len(kept) < len(pairs):
+        print(f"pairs: {len(kept)} of {len(pairs)} left; dropped: {listed(dropped)}")
+    return kept
+
+
+def balance_lengths(pairs: list[Pair], seed: int, dropped: Counter) -> list[Pair]:
+    """Drops pairs at random until the chosen completion is the longer one, in tokens, as often as the rejected one:
+    among the pairs to train on, and among the held-out ones. Pairs of equal lengths stay."""
+    rng, surplus = random.Random(f"lengths {seed}"), set()
+    longer_by = [len(pair.chosen_ids) - len(pair.rejected_ids) for pair in pairs]
+    for held_out in (False, True):
+        split = [i for i, pair in enumerate(pairs) if is_held_out(pair.question) == held_out]
+        longer, shorter = [i for i in split if longer_by[i] > 0], [i for i in split if longer_by[i] < 0]
+        if bool(longer) != bool(shorter) and not held_out:
+            which = "longer" if longer else "shorter"
+            fail(f"--balance-lengths: of completions that differ in length, the {which} one is chosen in every pair")
+        few, many = sorted((longer, shorter), key=len)
+        surplus |= {*rng.sample(many, len(many) - len(few))}
+    dropped["to balance lengths"] = len(surplus)
+    return [pair for i, pair in enumerate(pairs) if i not in surplus]
 
 
 def pair_length(pair: Pair) -> int:
@@ -258,6 +285,12 @@ def pair_rollout(pairs: list[Pair], device) -> Rollout:
     """A Rollout with groups of two: row 2i is pair i's chosen completion, row 2i + 1 its rejected one."""
     completions = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
     return common.make_rollout([pair.prompt_ids for pair in pairs], completions, group_size=2, device=device)
+
+
+def length_metrics(rollout: Rollout) -> dict[str, Tensor]:
+    """Mean tokens of both sides of a Rollout of pairs, EOS included."""
+    chosen, rejected = rollout.lengths.float().view(-1, 2).mean(0)
+    return {"rollout/length_chosen": chosen, "rollout/length_rejected": rejected}
 
 
 def pair_micro_batches(rollout: Rollout, max_tokens: int) -> list[list[int]]:

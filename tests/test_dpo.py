@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -18,7 +19,15 @@ import train_dpo
 from data import encode_prompts, is_held_out
 from plumbing.engine import PaddedRows
 from plumbing.flags import parse_args
-from plumbing.pairs import Pair, PairFlags, encode_pairs, load_preference_pairs, pair_micro_batches, pair_rollout
+from plumbing.pairs import (
+    Pair,
+    PairFlags,
+    encode_pairs,
+    length_metrics,
+    load_preference_pairs,
+    pair_micro_batches,
+    pair_rollout,
+)
 from rewards import ABSENT, Verifier, accuracy_reward, format_reward
 from train_dpo import dpo_loss, reference_logprobs, sequence_logps
 
@@ -134,7 +143,7 @@ def test_a_bandit_converges_to_the_tilted_reference():
 
 def test_the_gradient_does_not_depend_on_micro_batches():
     """Catches: a loss normalised per micro-batch, a pair split over two of them, or swapped sides if the rejected
-    completion is the shorter one."""
+    completion is the shorter one, also in the logged lengths."""
     model = make_model("llama").double()
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
     completions = [([14, 15, 16, 17, 1], [18, 1]), ([19, 1], [20, 21, 22, 23, 24, 1]), ([25, 1], [26, 27, 1])]
@@ -143,6 +152,7 @@ def test_the_gradient_does_not_depend_on_micro_batches():
     assert [ids[m].tolist() for ids, m in zip(rollout.completion_ids, rollout.mask, strict=True)] == sum(
         map(list, completions), []
     )
+    assert [tokens.item() for tokens in length_metrics(rollout).values()] == pytest.approx([9 / 3, 11 / 3])
     row_weights = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
     gradients = []
     for budget in (1, 28, 1000):
@@ -256,6 +266,27 @@ def test_topics_are_balanced_by_dropping(tmp_path, capsys):
     assert "does not name two topics" in capsys.readouterr().err
 
 
+def test_lengths_are_balanced_by_dropping(embedded, capsys):
+    """Catches: lengths balanced over both splits together, or counted in characters; other pairs in a second run; pairs
+    of equal lengths dropped."""
+    sides = [("1", "2 3"), ("4 5", "6"), ("4 5", "7"), ("4 5", "8"), ("1", "9"), ("14", "2")]
+    pairs = [Pair(f"{i}+1=", *sides[i % 6]) for i in range(600)]
+    encoded, balanced = (encode_pairs(embedded[1], pairs, "", 256, 1, PairFlags(balance_lengths=b)) for b in (0, 1))
+    for held_out in (False, True):
+        all_of, kept = ([p for p in some if is_held_out(p.question) == held_out] for some in (encoded, balanced))
+        before, after = (Counter(len(p.chosen_ids) - len(p.rejected_ids) for p in some) for some in (all_of, kept))
+        assert after[0] == before[0] > 0
+        assert sum(after[d] for d in after if d > 0) == sum(after[d] for d in after if d < 0) > 0
+    dropped = 600 - len(balanced)
+    assert f"pairs: {600 - dropped} of 600 left; dropped: {dropped} to balance lengths\n" in capsys.readouterr().out
+    again, other = (encode_pairs(embedded[1], pairs, "", 256, s, PairFlags(balance_lengths=True)) for s in (1, 2))
+    assert again == balanced != other
+    one_sided = [Pair(pair.question, "1 2", "3") for pair in pairs]
+    flags = PairFlags(balance_lengths=True)
+    said = refusal(lambda _: encode_pairs(embedded[1], one_sided, "", 256, 1, flags), None, capsys)
+    assert "--balance-lengths: of completions that differ in length, the longer one is chosen in every pair" in said
+
+
 def test_pairs_of_the_embedded_model():
     """The pairs are the same every time; the better completion is chosen; their questions are of both splits."""
     few = PairFlags(pair_problems=60)
@@ -318,6 +349,7 @@ BAD_FLAGS = [
     ({"beta": 0.0}, "--beta 0.0: must be more than 0"),
     ({"max_pairs_per_prompt": 0}, "--max-pairs-per-prompt 0: must be 1 or more"),
     ({"pair_weight": "gap"}, "--pair-weight gap: "),
+    ({"balance_lengths": True, "balance_topics": True}, "--balance-lengths: doesn't go with --balance-topics"),
     ({}, "--minibatch-size 64: only"),
 ]
 
@@ -376,7 +408,7 @@ def test_pairs_that_the_context_would_cut_are_dropped_and_counted(embedded, caps
     assert kept == pairs[0]
     assert all(ids[-1] == embedded[1].eos_token_id for ids in (kept.chosen_ids, kept.rejected_ids))
     assert len(encode_pairs(embedded[1], pairs, "", 4 + 300 + 1)) == 3  # to the token
-    assert "2 of 3 pairs exceed the context of 256: dropped" in capsys.readouterr().out
+    assert "pairs: 1 of 3 left; dropped: 2 longer than the context of 256" in capsys.readouterr().out
 
 
 def test_a_think_tag_in_the_prompt_is_not_repeated(embedded):
@@ -406,6 +438,7 @@ def test_the_references_logprobs_are_those_of_the_pairs(embedded):
 TINY = {"pair_problems": 20, "eval_problems": 2, "max_new_tokens": 12}
 TAGS = """
     rewards/chosen rewards/rejected rewards/margin rewards/accuracy logps/chosen logps/rejected
+    rollout/length_chosen rollout/length_rejected
     loss/policy loss/kl loss/entropy loss/grad_norm loss/learning_rate eval/pair_accuracy eval/pair_margin
     eval/pair_length eval/pair_loss eval/pairs eval/calibration eval/kl eval/win_rate eval/accuracy eval/accuracy_greedy
     eval/format eval/length

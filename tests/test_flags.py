@@ -257,7 +257,7 @@ def is_number(hint) -> bool:
     return typing.get_origin(hint) is not typing.Literal and bool(plain_types(hint) & {int, float})
 
 
-MOST_FLAGS = {"grpo": 54, "ppo": 54, "pg": 50, "kimi": 48, "dpo": 39, "rm": 29, "sft": 31}
+MOST_FLAGS = {"grpo": 54, "ppo": 54, "pg": 50, "kimi": 48, "dpo": 40, "rm": 30, "sft": 31}
 
 
 @pytest.mark.parametrize("script", TRAIN, ids=name_of)

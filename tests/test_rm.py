@@ -167,7 +167,9 @@ def test_the_result_is_a_classifier_whose_mean_score_is_zero(tmp_path):
     run_dir = run(train_rm.main, args)
     assert_scores_as_a_classifier(run_dir / "final", args.seed, args.selection)
     values = scalars(run_dir)
-    for tag in "rewards/chosen rewards/rejected rewards/margin rewards/accuracy eval/calibration".split():
+    for tag in (
+        "rewards/chosen rewards/rejected rewards/margin rewards/accuracy eval/calibration rollout/length_chosen".split()
+    ):
         assert tag in values
     assert values["loss/pair"][0][1] == pytest.approx(math.log(2), abs=1e-6)
     assert values["eval/pair_accuracy"][0][1] == 0.5

@@ -217,6 +217,8 @@ plumbing/pairs.py test_dpo.py test_rm.py
     ties make pairs: if <<gap > 0 and =>>>gap >= min_gap:
     a tie counts as wrong: return <<((margins.abs() > 1e-4) * margins.sign() + 1) / 2=>(margins > 0).float()>>
     calibration without its first bin: index_add(0, index, right - confidence)<<=>[1:]>>
+    the sides' lengths by halves: lengths.float()<<.view(-1, 2).mean(0)=>.view(2, -1).mean(1)>>
+    lengths balanced over both splits together: if is_held_out(pair.question) == held_out<<=> or True>>]
     pair weights not scaled to mean 1: weight=pair.weight<< / mean=>>> if
 plumbing/engine.py test_pretended_gpu.py
     on a GPU, an index on the CPU: row = torch.arange(R, device=<<self.group.device=>"cpu">>)
