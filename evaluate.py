@@ -10,7 +10,7 @@ As a command it compares models and writes the samples file:
 Accuracy is reported *sampled at temperature 1* (the policy that RL trains) and greedy, each with a 95% interval.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -38,15 +38,14 @@ def sample_within_budget(
 ) -> Rollout:
     """Samples with Qwen3's thinking budget (arXiv:2505.09388, section 4.3). A completion that is still thinking after
     `budget` tokens gets the stop sentence, which closes the think block, and then answers. Any other unfinished one
-    just continues. max_new_tokens: limit after the budget. The stop sentence counts towards the completion's length."""
+    just continues. max_new_tokens: limit after the budget. The stop sentence is real, but not in `lengths`."""
     rollout = sample_groups(policy, prompts, group_size, budget, temperature, seed)
     heads = [ids[real].tolist() for ids, real in zip(rollout.completion_ids, rollout.mask, strict=True)]
     stops, inserts = stop_ids(tokenizer, stop_sentence, heads), []
     for text, finished, stop in zip(decode(tokenizer, rollout), rollout.finished.tolist(), stops, strict=True):
         thinking = "<think>" in text and "</think>" not in text
         inserts.append(None if finished else stop if thinking else [])
-    whole = continue_groups(policy, rollout, inserts, max_new_tokens, temperature, derive_seed("answers", seed))
-    return replace(whole, loss_mask=None)
+    return continue_groups(policy, rollout, inserts, max_new_tokens, temperature, derive_seed("answers", seed))
 
 
 def stop_ids(tokenizer, stop_sentence: str, before: list[list[int]]) -> list[list[int]]:

@@ -35,8 +35,9 @@ def evaluate(
     max_tokens: int = 8192,
 ) -> list[dict]:
     """One record per problem: its row and `completions`, a list of {text, answer, correct, format, reward, length,
-    finished, logprob, ids}. reward is the verdict, 1 if correct; logprob is the sum over the completion's tokens, at
-    `temperature`; ids are the text's tokens as they were sampled. Completions whose verdict is None are left out, and
+    finished, logprob, ids}. reward is the verdict, 1 if correct; length is the number of tokens that the policy wrote,
+    without inserted ones, and logprob the sum over them, at `temperature`; ids are the text's tokens as they were
+    sampled. Completions whose verdict is None are left out, and
     so are problems without any other. A completion of a problem without an answer has correct None, and the reward
     model's score as its reward.
 

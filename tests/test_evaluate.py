@@ -265,8 +265,8 @@ def test_a_completion_goes_on_after_inserted_tokens(name):
 
 
 def test_a_thinking_budget_is_kept_to_the_token(embedded):
-    """A completion that is stopped has exactly `budget` tokens of thinking, the stop sentence and the answer, all
-    counted. One that ended its thinking before is the same as without a budget."""
+    """A completion that is stopped has exactly `budget` tokens of thinking, the stop sentence, which its length leaves
+    out, and the answer. One that ended its thinking before is the same as without a budget."""
     policy, tokenizer = embedded
     problems = arithmetic(embedded, "arithmetic:5-6", 12)
     prompts = [list(p.prompt_ids) for p in problems]
@@ -286,12 +286,26 @@ def test_a_thinking_budget_is_kept_to_the_token(embedded):
             assert ids == head
         if rollout.finished[row]:
             assert ids[-1] == tokenizer.eos_token_id
-        assert rollout.lengths[row] == len(ids)
+        closed = ids[budget : budget + len(stop)] == stop and not free.finished[row]
+        assert rollout.lengths[row] == len(ids) - closed * len(stop)
     assert stopped > 5 and rollout.finished.float().mean() > 0.8
     sample = partial(sample_within_budget, tokenizer=tokenizer, budget=budget, stop_sentence="</think>")
     found = evaluate.evaluate(policy, tokenizer, problems, 1, 10, sample=sample)
-    assert all(c["length"] <= budget + 1 + 10 for r in found for c in r["completions"])
+    assert all(c["length"] <= budget + 10 for r in found for c in r["completions"])
     assert any(c["length"] > budget for r in found for c in r["completions"])
+
+
+def test_entropy_under_a_budget_is_of_the_sampled_tokens(embedded):
+    """Catches: inserted tokens, whose logprob is 0, among the tokens over which entropy and length are taken. By hand:
+    tokens of -1 and -2 nats, an inserted one, tokens of -3 and -4 nats; and a completion of one token of -5."""
+    policy, tokenizer = embedded
+    rollout = common.make_rollout([[15, 16]], [[17, 18, 7, 19, 1], [1]], 2)
+    rollout.sampler_logprobs[:] = torch.tensor([[-1.0, -2, 0, -3, -4], [-5, 0, 0, 0, 0]])
+    rollout = replace(rollout, loss_mask=torch.tensor([[True, True, False, True, True], [True] * 5]))
+    problem = Problem("1+1=", "2", prompt_ids=(15, 16))
+    records = evaluate.evaluate(policy, tokenizer, [problem], 2, 10, sample=lambda *_: rollout)
+    assert [c["length"] for c in records[0]["completions"]] == [4, 1]
+    assert diversity(records)["entropy"] == pytest.approx((1 + 2 + 3 + 4 + 5) / 5)
 
 
 def test_the_greedy_answer_after_the_stop_is_the_models(embedded):

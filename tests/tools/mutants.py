@@ -256,7 +256,8 @@ plumbing/logs.py test_pretended_gpu.py
     a Mac's clock does not wait: if self.device.type <<!= "cpu"=>== "cuda">>:
 plumbing/runs.py test_pretended_gpu.py
     a checkpoint is in memory twice: map_location="cpu"<<, mmap=True=>>>
-plumbing/evaluation.py test_pretended_gpu.py
+plumbing/evaluation.py test_pretended_gpu.py test_evaluate.py
+    inserted tokens count in the entropy: decode(tokenizer, rollout), <<rollout.lengths=>rollout.mask.sum(1)>>.tolist()
     short prompts first: per_batch > len(order), <<-start=>start>>)
     the smaller batch first: key=lambda start: (<<start + per_batch > len(order)=>False>>, -start)
 """
