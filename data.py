@@ -572,8 +572,8 @@ class ProblemSampler:
     what it would have drawn.
 
     mode "uniform": every item once per epoch, in an order fixed by (seed, epoch).
-    "curriculum": uniformly from the easiest items by `difficulty`. Their share grows with the draws and reaches all
-    items after `total_draws`, a run's number of draws.
+    "curriculum": uniformly from the easiest items by `difficulty`. Their share grows with the iterations, however many
+    draws one takes, and reaches all items after `iterations`.
     "prioritized": with weight 1 - s, at least `floor` (Kimi K1.5, arXiv:2501.12599, section 2.3.4). s is the recent
     success rate. It starts as the problem's `pass_rate` (if unknown: the mean of the known ones); each draw moves it
     halfway to the success rate of the group.
@@ -587,7 +587,7 @@ class ProblemSampler:
         mode: str = "uniform",
         seed: int = 0,
         floor: float = 0.05,
-        total_draws: int = 0,
+        iterations: int = 0,
         contents: list | None = None,
     ):
         if mode not in ("uniform", "curriculum", "prioritized"):
@@ -596,7 +596,7 @@ class ProblemSampler:
             fail("--problem-sampling curriculum: needs problems that all have a difficulty")
         self.items, self.size, self.mode, self.seed, self.floor = items, len(items), mode, seed, floor
         self.contents = items if contents is None else contents
-        self.drawn, self.total_draws, self.unweighted = 0, max(1, total_draws), 0
+        self.drawn, self.iterations, self.unweighted = 0, max(1, iterations), 0
         self.attempts, self.successes = [0] * self.size, [0.0] * self.size
         rates = {i: getattr(item, "pass_rate", None) for i, item in enumerate(items)}
         known = {i: rate for i, rate in rates.items() if rate is not None}
@@ -604,9 +604,12 @@ class ProblemSampler:
         self.rates = [known.get(i, mean) for i in range(self.size)]
         self.epoch, self.order = -1, []
 
-    def draw(self, count: int) -> list:
-        draws = {"uniform": self.draw_uniform, "curriculum": self.draw_easiest, "prioritized": self.draw_prioritized}
-        return [self.items[i] for i in draws[self.mode](count)]
+    def draw(self, count: int, iteration: int | None = None) -> list:
+        """The next `count` items. iteration: how many the run has finished; a curriculum needs it."""
+        if self.mode == "curriculum":
+            return [self.items[i] for i in self.draw_easiest(count, iteration)]
+        draw = self.draw_uniform if self.mode == "uniform" else self.draw_prioritized
+        return [self.items[i] for i in draw(count)]
 
     def draw_uniform(self, count: int) -> list[int]:
         indices = []
@@ -620,11 +623,13 @@ class ProblemSampler:
             self.drawn += len(part)
         return indices
 
-    def draw_easiest(self, count: int) -> list[int]:
-        """Draws uniformly, without replacement, from the easiest drawn / total_draws of the items."""
+    def draw_easiest(self, count: int, iteration: int | None) -> list[int]:
+        """Draws uniformly, without replacement, from the easiest iteration / iterations of the items."""
+        if iteration is None:
+            raise ValueError("a curriculum is paced by iterations: draw(count, iteration)")
         if not self.order:
             self.order = sorted(range(self.size), key=lambda i: self.items[i].difficulty)
-        share = min(1.0, max(self.drawn / self.total_draws, count / self.size))
+        share = min(1.0, max(iteration / self.iterations, count / self.size))
         pool = self.order[: math.ceil(share * self.size)]
         random.Random(f"curriculum {self.drawn} {self.seed}").shuffle(pool)
         self.drawn += count
@@ -674,7 +679,7 @@ class ProblemSampler:
 
     def state_dict(self) -> dict:
         ledger = {"attempts": list(self.attempts), "successes": list(self.successes), "rates": list(self.rates)}
-        counts = {"drawn": self.drawn, "total_draws": self.total_draws, "unweighted": self.unweighted}
+        counts = {"drawn": self.drawn, "iterations": self.iterations, "unweighted": self.unweighted}
         return ledger | counts | {"digests": self.digests}
 
     def load_state_dict(self, state: dict) -> None:
@@ -687,6 +692,6 @@ class ProblemSampler:
                 "Restore it, or start a new run with --model RUN/final or a checkpoint's directory"
             )
         self.drawn, self.unweighted = state["drawn"], state["unweighted"]
-        self.total_draws = state["total_draws"]
+        self.iterations = state["iterations"]
         self.attempts, self.successes = list(state["attempts"]), list(state["successes"])
         self.rates = list(state["rates"])

@@ -171,8 +171,8 @@ def main(args: Args) -> None:
     problems = load_train_problems(args.problems, args.setup.eval_data, bool(args.rewards.reward_model))
     check_rewards(args.rewards, args.max_new_tokens, tokenizer, problems)
     problems = encode_problems(tokenizer, problems, args.setup.system_prompt, config, args.max_new_tokens)
-    draws = args.iterations * args.prompts_per_step
-    sampler = ProblemSampler(problems, args.sampling.problem_sampling, args.seed, args.sampling.priority_floor, draws)
+    sampling = args.sampling.problem_sampling, args.seed, args.sampling.priority_floor
+    sampler = ProblemSampler(problems, *sampling, args.iterations)
     verify, path = Verifier(args.rewards, device, dtype, budget), args.rewards.reward_model
     reward_model = common.load_reward_model(path, tokenizer, device, dtype) if path else None
     eval_problems = load_eval_problems(args.problems, args.setup.eval_data, args.run.eval_problems, bool(path))
@@ -203,7 +203,7 @@ def main(args: Args) -> None:
     metrics, clock = logs.Metrics(), logs.Clock(device)
     while iteration < args.iterations:
         # ----------------------------------------------------------------------------------------------------- 1 sample
-        batch = sampler.draw(args.prompts_per_step)
+        batch = sampler.draw(args.prompts_per_step, iteration)
         rollout = common.sample_groups(
             policy,
             [problem.prompt_ids for problem in batch],

@@ -279,11 +279,10 @@ def prepare(flags: Args, processes: int, gpu: bool):
     problems = encode_problems(tokenizer, problems, args.setup.system_prompt, config, args.max_new_tokens)
     prompts = trl_prompts(tokenizer, problems, args.setup.system_prompt)
     fields = translate(to_flat(args), processes, max(len(problem.prompt_ids) for problem in problems), gpu)
-    draws = args.iterations * args.prompts_per_step
-    sampler = ProblemSampler(problems, args.sampling.problem_sampling, args.seed, total_draws=draws)
+    sampler = ProblemSampler(problems, args.sampling.problem_sampling, args.seed, iterations=args.iterations)
     order = []
-    for _ in range(args.iterations):
-        order += [sampler.place[problem] for problem in sampler.draw(args.prompts_per_step)]
+    for iteration in range(args.iterations):
+        order += [sampler.place[problem] for problem in sampler.draw(args.prompts_per_step, iteration)]
     return args, fields | {"output_dir": str(output)}, tokenizer, problems, prompts, order
 
 

@@ -693,7 +693,7 @@ def test_a_rate_is_recorded_for_its_problem(mode):
     sampler = ProblemSampler(problems, mode, seed=3)
     attempts, successes = [0] * 4, [0.0] * 4
     for step in range(6):
-        drawn = sampler.draw(6)  # six of four: two or more come twice
+        drawn = sampler.draw(6, step)  # six of four: two or more come twice
         rates = [(step + place) / 20 for place in range(6)]
         for problem, rate in zip(drawn, rates, strict=True):
             attempts[int(problem.answer)] += 1
@@ -719,9 +719,9 @@ def test_a_sampler_takes_any_items():
 def test_a_curriculum_begins_with_the_easiest_and_ends_with_all():
     """Catches: a run stuck at the easy ones; a run resumed with more iterations drawing others; repeats in a draw."""
     problems = load_problems("arithmetic", "train", 600)
-    sampler, draws = ProblemSampler(problems, "curriculum", seed=1, total_draws=1200), []
+    sampler, draws = ProblemSampler(problems, "curriculum", seed=1, iterations=60), []
     for step in range(60):
-        draws.append(sampler.draw(20))
+        draws.append(sampler.draw(20, step))
         assert len({p.id for p in draws[-1]}) == 20
         if step == 30:
             state = json.loads(json.dumps(sampler.state_dict()))
@@ -729,13 +729,29 @@ def test_a_curriculum_begins_with_the_easiest_and_ends_with_all():
     assert set(difficulties[0]) == {1} and max(difficulties[19]) == 2 and set(difficulties[59]) == {1, 2, 3, 4, 5, 6}
     means = [sum(sum(d) for d in difficulties[i : i + 10]) / 200 for i in range(0, 60, 10)]
     assert means == sorted(means) and 3.0 < means[-1] < 3.5
-    after = [p.difficulty for _ in range(20) for p in sampler.draw(20)]
+    after = [p.difficulty for step in range(60, 80) for p in sampler.draw(20, step)]
     assert 3.3 < sum(after) / 400 < 3.7
-    longer = ProblemSampler(problems, "curriculum", seed=1, total_draws=4000)
+    longer = ProblemSampler(problems, "curriculum", seed=1, iterations=200)
     longer.load_state_dict(state)
-    assert [longer.draw(20) for _ in range(29)] == draws[31:]
-    other = ProblemSampler(problems, "curriculum", seed=2, total_draws=1200)
-    assert other.draw(20) != draws[0]
+    assert [longer.draw(20, step) for step in range(31, 60)] == draws[31:]
+    other = ProblemSampler(problems, "curriculum", seed=2, iterations=60)
+    assert other.draw(20, 0) != draws[0]
+    with pytest.raises(ValueError, match="paced by iterations"):
+        other.draw(20)
+
+
+def test_rounds_of_an_iteration_do_not_hurry_a_curriculum():
+    """Catches: a curriculum paced by draws, which the further rounds of dynamic sampling run through too fast; a round
+    that draws the problems of the one before."""
+    problems = load_problems("arithmetic", "train", 600)
+    once, often = (ProblemSampler(problems, "curriculum", seed=1, iterations=60) for _ in range(2))
+    for iteration in range(31):
+        single = [once.draw(20, iteration)]
+        rounds = [often.draw(20, iteration) for _ in range(4)]
+    assert len({p.id for draw in rounds for p in draw}) > 60
+    hardest = sorted(p.difficulty for p in problems)[300 - 1]
+    for draws in (single, rounds):
+        assert max(p.difficulty for draw in draws for p in draw) == hardest == 3
 
 
 def test_prioritized_prefers_what_fails_and_loses_nothing_for_good():

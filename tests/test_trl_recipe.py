@@ -173,8 +173,8 @@ def test_the_draws_are_those_of_our_run(mode, tmp_path, monkeypatch):
     drawn = []
     draw = train_grpo.ProblemSampler.draw
 
-    def recorded(sampler, count):
-        drawn.extend(problems := draw(sampler, count))
+    def recorded(sampler, count, iteration):
+        drawn.extend(problems := draw(sampler, count, iteration))
         return problems
 
     monkeypatch.setattr(train_grpo.ProblemSampler, "draw", recorded)

@@ -164,8 +164,9 @@ data.py test_data.py test_resume.py test_naive_forks.py
     rates don't move: self.rates[index] += (rate - self.rates[index]) / <<2=>1e9>>
     pass rates ignored: self.rates = [<<known.get(i, mean)=>0.0>> for
     curriculum from hard to easy: key=lambda i: <<=>->>self.items[i].difficulty
-    a curriculum that ends at once: share = min(1.0, max(<<self.drawn / self.total_draws=>1.0>>,
-    a resumed curriculum forgets its length: self.total_draws = <<state["total_draws"]=>self.total_draws>>
+    a curriculum that ends at once: share = min(1.0, max(<<iteration / self.iterations=>1.0>>,
+    a curriculum paced by draws: max(<<iteration / self.iterations=>self.drawn / self.iterations / 20>>,
+    a resumed curriculum forgets its length: self.iterations = <<state["iterations"]=>self.iterations>>
     too many draws across an epoch's end: self.order[position : position + count<< - len(indices)=>>>]
     ledger not restored: <<list(state["attempts"]), list(state["successes"])=>self.attempts, self.successes>>
     a thinking mode moves a problem to the other split: hashlib.sha256(<<text=>question>>.encode())
