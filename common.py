@@ -13,6 +13,7 @@ import random
 import re
 import sys
 import tempfile
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -35,7 +36,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from plumbing.engine import PackedGroups, PaddedRows, batch_class, decoder_class, gather_rows
-from plumbing.flags import fail, reason
+from plumbing.flags import fail, out_of_memory, reason
 
 
 def derive_seed(*parts) -> int:
@@ -49,18 +50,19 @@ def derive_seed(*parts) -> int:
 def resolve_device(device: str) -> torch.device:
     """The device to use; "auto" is the GPU if there is one, else the CPU. Also makes torch's global settings, which
     depend on the device: call it before a model is loaded."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = ("cuda" if sees_gpu() else "cpu") if device == "auto" else device
     try:
-        resolved = torch.device(device)
-        torch.empty(1, device=resolved)
+        resolved = torch.device(name)
+        torch.zeros(1, device=resolved).add(1).item()  # computes: a wheel may have no kernels for the card
         if resolved.type == "cuda" and resolved.index is not None:
             torch.cuda.set_device(resolved)  # CUDA streams and graphs use the current device
         if resolved.type == "cuda":
             torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans again for each new shape: nearly every batch
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums in fp32, as on a CPU
     except (RuntimeError, AssertionError) as error:
-        fail(f"--device {device}: not usable on this machine ({reason(error)}); try --device auto")
+        others = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if name.partition(":")[0] == "cuda" else []
+        others = [other for other in others if other != (name if ":" in name else "cuda:0")] + ["cpu"]
+        fail(f"--device {device}: not usable on this machine ({reason(error)}); try --device {' or '.join(others)}")
     # "medium" doubles the speed of fp32 matmuls on CPUs with bf16 instructions, in three bf16 passes (error 4e-6). With
     # AMX it means one pass, on a GPU TF32. Both are too coarse: sampler and trainer should agree on logprobs.
     medium = resolved.type == "cpu" and not torch.cpu._is_amx_tile_supported()
@@ -70,14 +72,47 @@ def resolve_device(device: str) -> torch.device:
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(cache, "32")
     transformers_logging.disable_progress_bar()  # "Loading weights", "Writing model shards": one bar is enough
-    print(f"device: {resolved}")
+    card = ""
+    if resolved.type == "cuda":
+        free, total = (size / 1e9 for size in torch.cuda.mem_get_info())
+        card = f", {torch.cuda.get_device_name()}, {free:.1f} of {total:.1f} GB free"
+    print(f"device: {resolved}{card}")
     return resolved
 
 
+NVIDIA = Path("/proc/driver/nvidia")  # there if a driver is loaded
+
+
+def sees_gpu() -> bool:
+    """Whether torch sees a GPU. If only the machine does, a note says why the run will be a hundred times slower."""
+    with warnings.catch_warnings(record=True) as warned:  # torch warns of a driver that is too old
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            return True
+    if NVIDIA.exists():
+        why = reason(warned[-1].message) if warned else "CUDA_VISIBLE_DEVICES or the container hides it"
+        why = why if torch.version.cuda else f"torch {torch.__version__} is built without CUDA"
+        index = "https://download.pytorch.org/whl/cu126"
+        what = f"an NVIDIA driver is here, but torch sees no GPU ({why}), so the run takes the CPU"
+        print(f"note: {what}. If the driver is older than 580: pip install torch --index-url {index}", file=sys.stderr)
+    return False
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """False for a GPU that would only emulate it (T4, V100) and that some of its matrix products refuse."""
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 on a GPU (with fp32 master weights, see `MasterAdamW`), float32 on a CPU."""
-    auto = "bfloat16" if device.type == "cuda" else "float32"
-    return getattr(torch, auto if dtype == "auto" else dtype)
+    """auto: bfloat16 on a GPU that computes in it (with fp32 master weights, see `MasterAdamW`), else float32."""
+    able = has_bfloat16(device)
+    if dtype == "bfloat16" and not able:
+        fail(f"--dtype bfloat16: {torch.cuda.get_device_name()} can't compute in it; take --dtype float32")
+    name = ("bfloat16" if device.type == "cuda" and able else "float32") if dtype == "auto" else dtype
+    if device.type == "cuda":
+        why = "" if able else ", because this card has no bfloat16"
+        print(f"dtype: {name}{why}" + (", with float32 masters if it is trained" if name == "bfloat16" else ""))
+    return getattr(torch, name)
 
 
 def resolve_model(path: str) -> str:
@@ -641,14 +676,14 @@ def keep_below(target: Tensor, limit: Tensor) -> Tensor:
 
 def pack_rows(model: PreTrainedModel, rollout: Rollout, rows: list[int]) -> PackedGroups | PaddedRows:
     """The given rows of a Rollout as one batch. batch.run(model) returns the model's output at all tokens.
-    batch.predictor (N,) holds the positions that predict the N completion tokens, in the order of
-    mask[rows].nonzero(), and batch.ends (R,) each row's last position."""
-    mask, prompts = rollout.mask[rows], {row // rollout.group_size: None for row in rows}
+    batch.targets (N,) are the N completion tokens, in the order of mask[rows].nonzero(), batch.predictor (N,) the
+    positions that predict them, and batch.ends (R,) each row's last position."""
+    mask, prompts = rollout.mask.cpu()[rows], {row // rollout.group_size: None for row in rows}
     mask = mask[:, : int(mask.sum(1).max())]
     number = {p: i for i, p in enumerate(prompts)}
-    group = torch.tensor([number[row // rollout.group_size] for row in rows], device=mask.device)
-    packed = [rollout.prompt_ids[p] for p in prompts], rollout.completion_ids[rows, : mask.shape[1]], mask, group
-    return batch_class(model)(*packed)
+    group = torch.tensor([number[row // rollout.group_size] for row in rows])
+    packed = [rollout.prompt_ids[p] for p in prompts], rollout.completion_ids.cpu()[rows, : mask.shape[1]], mask, group
+    return batch_class(model)(*packed, model.device)
 
 
 def logits_at_once(device: torch.device) -> int:
@@ -669,7 +704,9 @@ def has_plain_head(model: PreTrainedModel) -> bool:
         try:
             hidden = model.base_model(ids, use_cache=False)[0]
             PLAIN_HEADS[model] = torch.equal(hidden @ head.weight.T, model(ids, use_cache=False).logits)
-        except (RuntimeError, TypeError, AttributeError):  # no output embedding, or one that doesn't fit
+        except (RuntimeError, TypeError, AttributeError) as error:  # no output embedding, or one that doesn't fit
+            if out_of_memory(error):
+                raise
             PLAIN_HEADS[model] = False
         if not PLAIN_HEADS[model]:
             print("note: this model's head is not a plain linear layer: logprobs take more memory", file=sys.stderr)
@@ -743,12 +780,12 @@ def completion_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """logprobs and entropy of the completions in `rows`, both (R, T), 0 on padding, with gradient. One forward pass."""
     batch, mask = pack_rows(model, rollout, rows), rollout.mask[rows]
-    targets, options = rollout.completion_ids[rows][mask], (temperature, suppressed(model))  # (N,)
+    options = batch.targets, temperature, suppressed(model)
     if has_plain_head(model):
         hidden = gather_rows(batch.run(model.base_model), batch.predictor)
-        logprobs, entropy = HeadLogprobs.apply(hidden, model.get_output_embeddings().weight, targets, *options)
+        logprobs, entropy = HeadLogprobs.apply(hidden, model.get_output_embeddings().weight, *options)
     else:
-        logprobs, entropy = HeadLogprobs.apply(batch.logits(model), None, targets, *options)
+        logprobs, entropy = HeadLogprobs.apply(batch.logits(model), None, *options)
     zeros = torch.zeros(mask.shape, device=mask.device)
     return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
 
@@ -851,7 +888,7 @@ class Masters:
         self.weights = [p for p in model.parameters() if p.requires_grad]
         if offload:
             check_host_memory(sum(w.numel() for w in self.weights))
-            self.masters = [torch.empty(w.shape, pin_memory=w.is_cuda).copy_(w.detach()) for w in self.weights]
+            self.masters = [torch.empty(w.shape).copy_(w.detach()) for w in self.weights]
         else:
             self.masters = [w if w.dtype == torch.float32 else w.detach().float() for w in self.weights]
         for weight, master in zip(self.weights, self.masters, strict=True):
@@ -881,6 +918,8 @@ class Masters:
         if not state["masters"] and any(w.dtype != torch.float32 for w in self.weights):
             fail("--resume: the run's weights are float32, a 16-bit dtype rounds them: go on with --dtype float32")
         super().load_state_dict({name: value for name, value in state.items() if name != "masters"})
+        for own in self.state.values():  # copies: a checkpoint's tensors are mapped to a file that may be removed
+            own |= {name: value.clone() for name, value in own.items() if torch.is_tensor(value)}
         # [] if the run's weights were fp32: then copy the model's, which must be restored first (a critic's too).
         for master, saved in zip(self.masters, state["masters"] or self.weights, strict=True):
             master.copy_(saved)

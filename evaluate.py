@@ -108,7 +108,7 @@ class Args:
     device: str = "auto"
     """auto (the GPU if there is one) | cpu | cuda"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 on a GPU, float32 on a CPU"""
+    """auto: bfloat16 on a GPU that has it, else float32"""
 
 
 def main(args: Args) -> None:

@@ -105,7 +105,7 @@ def dpo_loss(
     gamma: float = 0.0,
     label_smoothing: float = 0.0,
     row_weights: Tensor | None = None,
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Logps are of whole completions, sums or means over tokens, all (B,). None for the reference's: they count as 0.
     row_weights (B,): the loss is the sum of the pairs' losses with these weights; None: the mean. Returns the loss and
     metrics, which are means over pairs."""
@@ -122,12 +122,12 @@ def dpo_loss(
     if row_weights is None:
         row_weights = torch.full_like(per_row, 1 / len(per_row))
     metrics = {
-        "rewards/chosen": chosen_rewards.mean().item(),
-        "rewards/rejected": rejected_rewards.mean().item(),
-        "rewards/margin": margins.mean().item(),
-        "rewards/accuracy": pairs.ranked_right(margins).mean().item(),
-        "logps/chosen": chosen_logps.mean().item(),
-        "logps/rejected": rejected_logps.mean().item(),
+        "rewards/chosen": chosen_rewards.mean().detach(),
+        "rewards/rejected": rejected_rewards.mean().detach(),
+        "rewards/margin": margins.mean().detach(),
+        "rewards/accuracy": pairs.ranked_right(margins).mean().detach(),
+        "logps/chosen": chosen_logps.mean().detach(),
+        "logps/rejected": rejected_logps.mean().detach(),
     }
     return (row_weights * per_row).sum(), metrics
 
@@ -218,7 +218,7 @@ def main(args: Args) -> None:
         rows = [2 * i + side for i in indices for side in (0, 1)]
         return rollout, ref_logprobs[rows][:, : rollout.mask.shape[1]].to(device), row_weights
 
-    def pair_loss(rollout, micro, ref, row_weights, logprobs) -> tuple[Tensor, dict[str, float]]:
+    def pair_loss(rollout, micro, ref, row_weights, logprobs) -> tuple[Tensor, dict[str, Tensor]]:
         """dpo_loss of the pairs in `micro`, whose rows are chosen, rejected, chosen, ..."""
         logps = sequence_logps(logprobs, rollout.trained[micro], mean)  # (R,)
         ref_logps = None if ref is None else sequence_logps(ref[micro], rollout.trained[micro], mean)
@@ -273,14 +273,14 @@ def main(args: Args) -> None:
             logprobs, entropy = common.completion_logprobs(policy, rollout, micro)  # (R, T)
             loss, loss_metrics = pair_loss(rollout, micro, batch_ref_logprobs, row_weights, logprobs)
             trained = rollout.trained[micro]
-            tokens = trained.sum().item()
+            tokens = trained.sum()
             if not simpo:
                 log_ratio = (logprobs - batch_ref_logprobs[micro]).masked_fill(~trained, 0.0)
                 k2 = 0.5 * log_ratio**2  # its gradient pulls log pi to log pi_ref
-                metrics.add({"loss/kl": k2.sum().item() / tokens}, weight=tokens)
+                metrics.add({"loss/kl": k2.detach().sum() / tokens}, weight=tokens)
                 loss = loss + args.kl_coef * (kl_weights[micro] * k2).sum()
             loss.backward()
-            policy_loss += loss.item()
+            policy_loss += loss.detach()
             metrics.add(loss_metrics, weight=len(micro))
             metrics.add(logs.token_metrics(rollout, micro, entropy), weight=tokens)
         grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.masters, args.optimization.max_grad_norm).item()

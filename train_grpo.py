@@ -149,7 +149,7 @@ def grpo_loss(
     kl_coef: float,
     ratio_level: str = "token",
     unbiased_kl: bool = False,
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Minus DeepSeekMath's eq. 3. Tensors are (B, T). mask: the tokens that get a loss; the others are ignored.
     weights, made by common.token_weights, are eq. 3's 1/G 1/|o_i| and the mean over prompts; a weight may be 0.
     Returns the loss and metrics, means over the mask's tokens. If you add a term, see `trains` in main."""
@@ -167,7 +167,7 @@ def grpo_loss(
     if ref_logprobs is not None:
         ref_log_ratio = (ref_logprobs - logprobs).masked_fill(~mask, 0.0)
         k3 = torch.expm1(ref_log_ratio) - ref_log_ratio  # eq. 4
-        metrics["kl"] = (k3.detach().sum() / mask.sum().clamp(min=1)).item()
+        metrics["kl"] = k3.detach().sum() / mask.sum().clamp(min=1)
         per_token = per_token + kl_coef * (token_log_ratio.exp() * k3 if unbiased_kl else k3)
     return (weights * per_token.masked_fill(~mask, 0.0)).sum(), metrics
 
@@ -296,10 +296,10 @@ def main(args: Args) -> None:
                         unbiased_kl=args.unbiased_kl,
                     )
                     common.backward(loss)
-                    policy_loss += loss.item()
+                    policy_loss += loss.detach()
                     loss_metrics = {f"loss/{name}": value for name, value in loss_metrics.items()}
                     loss_metrics |= logs.token_metrics(rollout, micro, entropy, old)
-                    metrics.add(loss_metrics, weight=trained[micro].sum().item())
+                    metrics.add(loss_metrics, weight=trained[micro].sum())
                 grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.masters, args.optimization.max_grad_norm).item()
                 finite = health.allows_step(policy_loss, grad_norm, rollout, minibatch, advantages=advantages)
                 if finite:

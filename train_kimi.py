@@ -110,7 +110,7 @@ def kimi_loss(
     mask: Tensor,
     tau: float,
     row_weights: Tensor | None = None,
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Kimi K1.5's squared surrogate over 2 tau, without its constant; its gradient is minus eq. 3. Logprobs
     and mask (B, T), advantages and row_weights (B,), None: 1/B each. Returns the loss and metrics over rows."""
     d = (logprobs - anchor_logprobs).masked_fill(~mask, 0.0).sum(1)  # (B,): summed over the completion, not averaged
@@ -118,8 +118,8 @@ def kimi_loss(
     if row_weights is None:
         row_weights = torch.full_like(advantages, 1 / len(advantages))
     metrics = {
-        "kl": (d**2 / 2).mean().item(),  # half the squared log-ratio of whole completions to the anchor (k2)
-        "ratio_max": d.detach().max().exp().item(),
+        "kl": (d.detach() ** 2 / 2).mean(),  # half the squared log-ratio of whole completions to the anchor (k2)
+        "ratio_max": d.detach().max().exp(),
     }
     return (row_weights * per_row).sum(), metrics
 
@@ -223,8 +223,8 @@ def main(args: Args) -> None:
                         row_weights=row_weights[micro],
                     )
                     loss.backward()
-                    policy_loss += loss.item()
-                    tokens = trained[micro].sum().item()
+                    policy_loss += loss.detach()
+                    tokens = trained[micro].sum()
                     metrics.add(logs.token_metrics(rollout, micro, entropy, anchor_logprobs[micro]), weight=tokens)
                     metrics.add({f"loss/{name}": value for name, value in loss_metrics.items()}, weight=len(micro))
                 grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.masters, args.optimization.max_grad_norm).item()

@@ -103,17 +103,17 @@ def compute_gae(
     return advantages.masked_fill(~mask, 0.0), returns.masked_fill(~mask, 0.0)
 
 
-def pg_loss(logprobs: Tensor, advantages: Tensor, mask: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, float]]:
+def pg_loss(logprobs: Tensor, advantages: Tensor, mask: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """A loss whose gradient is minus the policy gradient. All (B, T). mask: the tokens that the policy wrote; the
     others are ignored. weights: see common.token_weights; one may be 0."""
     return -(weights * (logprobs * advantages).masked_fill(~mask, 0.0)).sum(), {}
 
 
-def value_loss(values: Tensor, returns: Tensor, mask: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, float]]:
+def value_loss(values: Tensor, returns: Tensor, mask: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Half the squared error. All (B, T), mask and weights as in pg_loss. The metric is the mean over the mask's
     tokens."""
     errors = (0.5 * (values - returns) ** 2).masked_fill(~mask, 0.0)
-    return (weights * errors).sum(), {"value": (errors.sum() / mask.sum().clamp(min=1)).item()}
+    return (weights * errors).sum(), {"value": errors.detach().sum() / mask.sum().clamp(min=1)}
 
 
 def main(args: Args) -> None:
@@ -213,9 +213,9 @@ def main(args: Args) -> None:
             logprobs, entropy = common.completion_logprobs(policy, rollout, micro, temperature)  # (R, T)
             loss, _ = pg_loss(logprobs, advantages[micro], trained[micro], weights[micro])
             loss.backward()
-            policy_loss += loss.item()
+            policy_loss += loss.detach()
             token_metrics = logs.token_metrics(rollout, micro, entropy, logprobs.detach())
-            metrics.add(token_metrics, weight=trained[micro].sum().item())
+            metrics.add(token_metrics, weight=trained[micro].sum())
         grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.masters, args.optimization.max_grad_norm).item()
         finite = health.allows_step(policy_loss, grad_norm, rollout, rows, advantages=advantages)
         if finite:
@@ -233,9 +233,9 @@ def main(args: Args) -> None:
                     values = common.completion_values(value_model, rollout, micro)  # (R, T)
                     loss, loss_metrics = value_loss(values, returns[micro], trained[micro], weights[micro])
                     loss.backward()
-                    critic_loss += loss.item()
+                    critic_loss += loss.detach()
                     loss_metrics = {f"loss/{name}": value for name, value in loss_metrics.items()}
-                    metrics.add(loss_metrics, weight=trained[micro].sum().item())
+                    metrics.add(loss_metrics, weight=trained[micro].sum())
                 max_norm = args.optimization.max_grad_norm
                 value_norm = torch.nn.utils.clip_grad_norm_(value_optimizer.masters, max_norm).item()
                 finite = value_health.allows_step(critic_loss, value_norm, rollout, minibatch, returns=returns)

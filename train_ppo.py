@@ -138,7 +138,7 @@ def ppo_loss(
     weights: Tensor,
     clip_low: float,
     clip_high: float,
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped surrogate, eq. 7, as a loss. All (B, T). mask: the tokens that get a loss; the others are
     ignored. weights: see common.token_weights; one may be 0. Metrics are means over the mask's tokens."""
     ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0).exp()  # masked before exp: inf * 0 would be NaN
@@ -149,13 +149,13 @@ def ppo_loss(
 
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, weights: Tensor, value_clip: float
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Half the larger of the squared errors of V and of V clipped to V_old +- value_clip. With the larger one,
     clipping can only remove gradient. All (B, T), mask and weights as in ppo_loss. The metric is the mean over the
     mask's tokens."""
     clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
     errors = (0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)).masked_fill(~mask, 0.0)
-    return (weights * errors).sum(), {"value": (errors.sum() / mask.sum().clamp(min=1)).item()}
+    return (weights * errors).sum(), {"value": errors.detach().sum() / mask.sum().clamp(min=1)}
 
 
 def main(args: Args) -> None:
@@ -270,7 +270,7 @@ def main(args: Args) -> None:
                         clip_high=args.clip_high,
                     )
                     loss.backward()
-                    policy_loss += loss.item()
+                    policy_loss += loss.detach()
                     values = common.completion_values(value_model, rollout, micro)  # (R, T)
                     critic_loss, value_metrics = value_loss(
                         values, old_values[micro], returns[micro], trained[micro], weights[micro], args.value_clip
@@ -278,7 +278,7 @@ def main(args: Args) -> None:
                     critic_loss.backward()
                     loss_metrics = {f"loss/{name}": value for name, value in (loss_metrics | value_metrics).items()}
                     loss_metrics |= logs.token_metrics(rollout, micro, entropy, old_logprobs[micro])
-                    metrics.add(loss_metrics, weight=trained[micro].sum().item())
+                    metrics.add(loss_metrics, weight=trained[micro].sum())
                 max_norm = args.optimization.max_grad_norm
                 grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.masters, max_norm).item()
                 value_norm = torch.nn.utils.clip_grad_norm_(value_optimizer.masters, max_norm).item()

@@ -61,7 +61,7 @@ class Args:
     device: str = "auto"
     """auto | cpu | cuda | cuda:1 ..."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """dtype of the weights; auto: bfloat16 on a GPU (with fp32 master weights), float32 on a CPU"""
+    """dtype of the weights; auto: bfloat16 on a GPU that has it (with fp32 master weights), else float32"""
     selection: flags.Group[pairs.PairFlags] = field(default_factory=pairs.PairFlags)
     optimization: flags.Group[flags.OptimizationFlags] = field(
         default_factory=lambda: flags.OptimizationFlags(warmup_iterations=20, micro_batch_tokens=4096)
@@ -74,7 +74,7 @@ class Args:
 
 def reward_model_loss(
     chosen_scores: Tensor, rejected_scores: Tensor, margin: float | Tensor = 0.0, row_weights: Tensor | None = None
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Scores of whole completions, (B,). row_weights (B,): the loss is the sum of the pairs' losses with these weights;
     None: the mean. Returns the loss and metrics, which are means over pairs."""
     margins = chosen_scores - rejected_scores  # positive where the pair is ranked as labelled
@@ -82,10 +82,10 @@ def reward_model_loss(
     if row_weights is None:
         row_weights = torch.full_like(per_row, 1 / len(per_row))
     metrics = {
-        "rewards/chosen": chosen_scores.mean().item(),
-        "rewards/rejected": rejected_scores.mean().item(),
-        "rewards/margin": margins.mean().item(),
-        "rewards/accuracy": pairs.ranked_right(margins).mean().item(),
+        "rewards/chosen": chosen_scores.mean().detach(),
+        "rewards/rejected": rejected_scores.mean().detach(),
+        "rewards/margin": margins.mean().detach(),
+        "rewards/accuracy": pairs.ranked_right(margins).mean().detach(),
     }
     return (row_weights * per_row).sum(), metrics
 
@@ -168,7 +168,7 @@ def main(args: Args) -> None:
             weights = row_weights[[row // 2 for row in micro[0::2]]]
             loss, loss_metrics = reward_model_loss(row_scores[0::2], row_scores[1::2], args.margin, weights)
             loss.backward()
-            minibatch_loss += loss.item()
+            minibatch_loss += loss.detach()
             metrics.add(loss_metrics, weight=len(micro))
         grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.masters, args.optimization.max_grad_norm).item()
         finite = health.allows_step(minibatch_loss, grad_norm, rollout, range(len(rollout.mask)))

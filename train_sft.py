@@ -151,8 +151,8 @@ def main(args: Args) -> None:
             logprobs, entropy = common.completion_logprobs(policy, rollout, micro)  # (R, T)
             loss, _ = sft_loss(logprobs, rollout.trained[micro], weights[micro])
             loss.backward()
-            policy_loss += loss.item()
-            metrics.add(logs.token_metrics(rollout, micro, entropy), weight=rollout.trained[micro].sum().item())
+            policy_loss += loss.detach()
+            metrics.add(logs.token_metrics(rollout, micro, entropy), weight=rollout.trained[micro].sum())
         grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.masters, args.optimization.max_grad_norm).item()
         finite = health.allows_step(policy_loss, grad_norm, rollout, range(len(rollout.mask)))
         if finite:

@@ -91,8 +91,8 @@ def make_prompts(count: int, length: int = 200) -> list[list[int]]:
 # ---- Is it exact? --------------------------------------------------------------------------------------------------
 
 
-def check_fast_path(mini: str, device) -> Iterator[Row]:
-    for dtype in (torch.float32, torch.bfloat16):
+def check_fast_path(mini: str, device: torch.device) -> Iterator[Row]:
+    for dtype in (torch.float32, torch.bfloat16)[: 1 + common.has_bfloat16(device)]:
         model = common.load_policy(mini, None, device, dtype)
         meaning = "sampling and training take the slow path; the note on stderr says why"
         yield Row(
@@ -105,8 +105,10 @@ def check_fast_path(mini: str, device) -> Iterator[Row]:
     yield Row("decoder", decoder_class(model).__name__)
 
 
-def check_gap(mini: str, device) -> Iterator[Row]:
+def check_gap(mini: str, device: torch.device) -> Iterator[Row]:
     """The gap between sampler and trainer in bf16, against bf16's own error: the trainer in bf16 and in float32."""
+    if not common.has_bfloat16(device):
+        return
     model = common.load_policy(mini, None, device, torch.bfloat16)
     rollout = common.sample_groups(model, make_prompts(8, 60), 4, 60, seed=3)
     with torch.no_grad():
@@ -152,7 +154,7 @@ def check_graphs(mini: str, device) -> Iterator[Row]:
 
 def check_release(mini: str, device) -> Iterator[Row]:
     gc.collect()
-    model = common.load_policy(mini, None, device, torch.bfloat16)
+    model = common.load_policy(mini, None, device)
     common.sample_groups(model, make_prompts(4, 30), 4, 10)
     dropped = weakref.ref(model)
     del model

@@ -159,8 +159,17 @@ def memory_needs(case: Case) -> dict[str, float]:
     # the keys' and 4 x the hidden size; in fp32, for the norms, 2 x the hidden size.
     row, together = case.prompt + case.completion, 2 if script in ("train_dpo", "train_rm") else 1  # a pair stays whole
     tokens = min(max(args.optimization.micro_batch_tokens, together * row), minibatch * row)
+    rows = tokens / row
     tokens *= (case.completion + case.prompt / G) / row  # a group's prompt is computed once, see engine.py
     layer = tokens * (item * (4 * width + 2 * queries + 3 * keys + 4 * hidden) + 8 * hidden)
+    mask = 0
+    if not case.cpu:  # a CPU computes a layer's attention again in the backward pass
+        # Queries, keys, values and outputs of the prompts; then of the completions, each row with its prompt's keys.
+        # These have a mask, and torch's kernel with a mask wants a key and a value for every query head.
+        shared = keys if item == 2 else queries  # without a mask, 16-bit kernels take fewer key heads
+        attended = case.prompt / G * (2 * queries + 2 * shared) + 2 * queries * (case.completion + row)
+        layer += rows * item * attended
+        mask = rows * item * case.completion * row  # one for all layers
     kept = layers * tokens * hidden * item + layer if args.optimization.gradient_checkpointing else layers * layer
     scores = 3 * 4 * tokens * heads * row if case.cpu else 0  # attention scores of one layer; a GPU's kernel keeps none
     at_once = common.logits_at_once(torch.device("cpu" if case.cpu else "cuda"))
@@ -181,7 +190,7 @@ def memory_needs(case: Case) -> dict[str, float]:
         "weights": (size * trained + sum(frozen)) * item,
         "optimizer": optimizer,
         "sampling": sampling,
-        "training": gradients + kept + scores + (0 if script == "train_rm" else head),  # gradients in fp32
+        "training": gradients + kept + scores + mask + (0 if script == "train_rm" else head),  # gradients in fp32
     }
 
 

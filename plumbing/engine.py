@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from plumbing.flags import fail, reason
+from plumbing.flags import fail, out_of_memory, reason
 
 GROWTH = 16  # a decoder's buffers grow by this many completion tokens
 PREFILL_TOKENS = 2**15  # prompt tokens per prefill pass
@@ -49,18 +49,22 @@ ALL_MASK_ATTENTION_FUNCTIONS.register("groups", sdpa_mask)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
-    """Softmax attention of q (R, T, H, D) over k, v (R, S, KVH, D), where H is a multiple of KVH. bias (R, T, S): 0
-    where a query may see a key, -inf elsewhere; None: causal. Returns (R, T, H, D)."""
+    """Softmax attention of q (R, T, H, D) over k, v (R, S, KVH, D), where H is a multiple of KVH. bias (R, T, S), in
+    q's dtype on a GPU: 0 where a query may see a key, -inf elsewhere; None: causal. Returns (R, T, H, D)."""
     R, T, H, D = q.shape
     S, KVH = k.shape[1:3]
     if q.is_cuda:
-        shared = {"is_causal": True} if bias is None else {"attn_mask": bias[:, None].to(q.dtype)}
-        grouped = bias is None and q.dtype != torch.float32  # else enable_gqa would take the slow kernel
-        if not grouped:
-            k, v = k.repeat_interleave(H // KVH, 2), v.repeat_interleave(H // KVH, 2)
+        mask, causal = None if bias is None else bias[:, None], bias is None
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        out = nn.functional.scaled_dot_product_attention(q, k, v, scale=scaling, enable_gqa=grouped, **shared)
-        return out.transpose(1, 2)
+        # Ask torch whether a fused kernel takes fewer key heads than query heads. If none does, enable_gqa would take
+        # the slow one, which stores all scores.
+        asked = torch.backends.cuda.SDPAParams(q, k, v, mask, 0.0, causal, True)
+        grouped = torch.backends.cuda.can_use_flash_attention(asked)
+        grouped = grouped or torch.backends.cuda.can_use_efficient_attention(asked)
+        if not grouped:
+            k, v = k.repeat_interleave(H // KVH, 1), v.repeat_interleave(H // KVH, 1)
+        options = {"scale": scaling, "enable_gqa": grouped, "is_causal": causal}
+        return nn.functional.scaled_dot_product_attention(q, k, v, mask, **options).transpose(1, 2)
     # On a CPU, plain matrix products are faster than torch's fused attention (see common.load_weights). Query heads
     # that share a key/value head are stacked as additional queries.
     if bias is None:
@@ -85,6 +89,21 @@ def causal_bias(T: int, device: torch.device) -> Tensor:
     return torch.full((T, T), -torch.inf, device=device).triu(1)
 
 
+def rows_bias(lengths: Tensor, T: int, L: int, dtype: torch.dtype) -> Tensor:
+    """(R, T, L + T) bias for rows of T tokens after prompts of the given lengths (R,), padded to L: -inf on the padding
+    and on the row's later tokens."""
+    padded = torch.arange(L, device=lengths.device) >= lengths[:, None]
+    prompt = torch.zeros(padded.shape, device=lengths.device).masked_fill(padded, -torch.inf)[:, None]  # (R, 1, L)
+    parts = prompt, causal_bias(T, lengths.device)
+    return torch.cat([part.expand(len(lengths), T, -1) for part in parts], 2).to(dtype)
+
+
+def move_together(device: torch.device, tensors: list[Tensor]) -> list[Tensor]:
+    """The integer tensors on the device, by one copy: the CPU waits for each."""
+    moved = torch.cat([t.flatten() for t in tensors]).to(device).split([t.numel() for t in tensors])
+    return [flat.view(t.shape) for flat, t in zip(moved, tensors, strict=True)]
+
+
 SCORES_KEPT = 2**21  # on a CPU, the backward pass recomputes a layer's attention if it has more scores
 
 
@@ -98,14 +117,13 @@ def call_with_groups(model: nn.Module, ids: Tensor, positions: Tensor, groups, *
 class PackedGroups:
     """P prompts and R completions packed into one row of N tokens: all prompts, then all completions.
 
-    completions, mask: (R, T); group (R,): the index of each row's prompt. Only inside the attention are rows padded (on
-    the right); no real token attends to the padding.
+    completions, mask: (R, T); group (R,): the index of each row's prompt; all three on the CPU. device: the model's.
+    Only inside the attention are rows padded (on the right); no real token attends to the padding.
     """
 
-    def __init__(self, prompts: list[list[int]], completions: Tensor, mask: Tensor, group: Tensor):
-        self.cache, device = None, completions.device
-        # Indices are built on the CPU: on a GPU, nearly every line below would synchronize with it.
-        completions, mask, group = completions.cpu(), mask.cpu(), group.cpu()
+    def __init__(self, prompts: list[list[int]], completions: Tensor, mask: Tensor, group: Tensor, device="cpu"):
+        self.cache = None
+        # Indices are built on the CPU and moved together: on a GPU, nearly every line below would wait for it.
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         prompt_mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (P, L)
         flat = torch.tensor([token for prompt in prompts for token in prompt])
@@ -121,23 +139,23 @@ class PackedGroups:
         ends = len(flat) + mask.sum(1).cumsum(0) - 1  # (R,)
 
         # The shorter and the longer half of the rows are padded separately, each to its own longest row. For each
-        # half: query indices, key indices, and the bias (causal, -inf on prompt padding).
-        prompt_bias = torch.zeros(prompt_mask.shape).masked_fill(~prompt_mask, -torch.inf)
+        # half: query indices, key indices, and the lengths of the prompts, beyond which no query looks.
         completion_at = (len(flat) + mask.flatten().cumsum(0) - 1).view_as(mask).clamp(max=ids.numel() - 1)
-        self.parts, place, done = [], torch.zeros_like(completion_at), prompt_mask.numel()
+        parts, place, done = [], torch.zeros_like(completion_at), prompt_mask.numel()
         for rows in mask.sum(1).argsort(stable=True).tensor_split(2):
             if len(rows):
                 T = int(mask[rows].sum(1).max())
-                at, bias = completion_at[rows, :T], (prompt_bias[group[rows], None].to(device), causal_bias(T, device))
-                bias = torch.cat([part.expand(len(rows), T, -1) for part in bias], 2)  # (R / 2, T, L + T)
-                self.parts.append((at.to(device), torch.cat([prompt_at[group[rows]], at], 1).to(device), bias))
+                at = completion_at[rows, :T]
+                parts += [at, torch.cat([prompt_at[group[rows]], at], 1), lengths[group[rows]]]
                 place[rows, :T] = torch.arange(at.numel()).view_as(at) + done
                 done += at.numel()
         # index of each of the N tokens in the concatenated attention outputs (padded prompts, then the two halves)
         source = torch.cat([prompt_mask.flatten().nonzero()[:, 0], place[mask]])
-        self.ids, self.positions, self.prompt_at = ids.to(device), positions.to(device), prompt_at.to(device)
-        self.predictor, self.prompt_ends, self.ends = predictor.to(device), prompt_ends.to(device), ends.to(device)
-        self.source = source.to(device)
+        whole = [ids, completions[mask], positions, prompt_at, predictor, prompt_ends, ends, source]
+        moved = move_together(device, whole + parts)
+        self.ids, self.targets, self.positions, self.prompt_at, self.predictor, self.prompt_ends, self.ends = moved[:7]
+        self.source, parts = moved[7], moved[8:]
+        self.parts = [(*parts[i : i + 3], {}) for i in range(0, len(parts), 3)]  # {}: the bias, by dtype
 
     def logits(self, model: nn.Module) -> Tensor:
         return self.run(model, logits_to_keep=self.predictor)
@@ -147,7 +165,7 @@ class PackedGroups:
         return call_with_groups(model, self.ids, self.positions, self, **options)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        scores = q.shape[1] * sum(bias.numel() for _, _, bias in self.parts)
+        scores = q.shape[1] * sum(at.numel() * seen_at.shape[1] for at, seen_at, *_ in self.parts)
         if torch.is_grad_enabled() and scores > SCORES_KEPT and not q.is_cuda:  # GPU kernels store none
             return checkpoint(self.attend_rows, q, k, v, scaling, use_reentrant=False)
         return self.attend_rows(q, k, v, scaling)
@@ -157,9 +175,12 @@ class PackedGroups:
         if self.cache is not None:
             self.cache.append((prompt_k, prompt_v))
         outputs = [attention(gather_rows(q, self.prompt_at), prompt_k, prompt_v, scaling).flatten(0, 1)]
-        for at, seen_at, bias in self.parts:
+        for at, seen_at, lengths, biases in self.parts:
+            dtype = q.dtype if q.is_cuda else torch.float32  # a CPU adds it to scores in float32
+            if dtype not in biases:  # made in the first layer, for all of them
+                biases[dtype] = rows_bias(lengths, at.shape[1], seen_at.shape[1] - at.shape[1], dtype)
             keys, values = gather_rows(k, seen_at), gather_rows(v, seen_at)  # (R, L + T, KVH, D)
-            outputs.append(attention(gather_rows(q, at), keys, values, scaling, bias).flatten(0, 1))
+            outputs.append(attention(gather_rows(q, at), keys, values, scaling, biases[dtype]).flatten(0, 1))
         return gather_rows(torch.cat(outputs), self.source)
 
 
@@ -169,14 +190,14 @@ class PaddedRows:
 
     note = "this model's attention can't be replaced: sampling and training take the slow path"
 
-    def __init__(self, prompts: list[list[int]], completions: Tensor, mask: Tensor, group: Tensor):
-        heads = [torch.tensor(prompts[p], device=completions.device) for p in group.tolist()]
+    def __init__(self, prompts: list[list[int]], completions: Tensor, mask: Tensor, group: Tensor, device="cpu"):
+        heads = [torch.tensor(prompts[p]) for p in group.tolist()]
         rows = [torch.cat([head, ids[m]]) for head, ids, m in zip(heads, completions, mask, strict=True)]
-        self.ids = pad_sequence(rows, batch_first=True)
+        ids = pad_sequence(rows, batch_first=True)
         row, column = mask.nonzero(as_tuple=True)
-        starts = torch.tensor([len(head) for head in heads], device=row.device)
-        starts += torch.arange(len(rows), device=row.device) * self.ids.shape[1]
-        self.predictor, self.ends = starts[row] + column - 1, starts + mask.sum(1) - 1
+        starts = torch.tensor([len(head) for head in heads]) + torch.arange(len(rows)) * ids.shape[1]
+        whole = [ids, completions[mask], starts[row] + column - 1, starts + mask.sum(1) - 1]
+        self.ids, self.targets, self.predictor, self.ends = move_together(device, whole)
 
     def logits(self, model: nn.Module) -> Tensor:
         return self.run(model)[self.predictor]
@@ -304,8 +325,8 @@ class GroupDecoder:
 
     def prefill_slice(self, prompts: list[list[int]]) -> tuple[Tensor, list[list[Tensor]]]:
         """Logits (P, V) after the prompts' last tokens, and each layer's keys and values."""
-        none = torch.zeros(0, 1, dtype=torch.long, device=self.model.device)  # no completions yet
-        packed = PackedGroups(prompts, none, none.bool(), none[:, 0])
+        none = torch.zeros(0, 1, dtype=torch.long)  # no completions yet
+        packed = PackedGroups(prompts, none, none.bool(), none[:, 0], self.model.device)
         packed.cache = []  # attend() puts the layers' keys and values there
         logits = packed.run(self.model, logits_to_keep=packed.prompt_ends)
         pad = (0, 0, 0, self.width - packed.prompt_at.shape[1])
@@ -393,11 +414,15 @@ class GraphDecoder(GroupDecoder):
     kept: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
     def __init__(self, model: PreTrainedModel, prompts: list[list[int]], group_size: int, max_new_tokens: int):
+        self.asked, width = len(prompts) * group_size, 0
+        P, G, L, _ = self.kept[model]["shape"] if model in self.kept else (0, 0, 0, 0)
+        if G == group_size and len(prompts) <= P <= 2 * len(prompts):
+            # Neither narrower nor fewer prompts than before, so that graphs can be reused: an evaluation's last batch
+            # is smaller. The rows of the added prompts are computed and ignored.
+            prompts, width = prompts + [min(prompts, key=len)] * (P - len(prompts)), L
         super().__init__(model, prompts, group_size, max_new_tokens)
-        last = self.kept.get(model)
-        if last is not None and last["shape"][:2] == (len(prompts), group_size):
-            self.width = max(self.width, last["shape"][2])  # never narrower, so that graphs can be reused
-        self.width, self.capacity = (-(-n // 64) * 64 for n in (self.width, max_new_tokens))  # so shapes rarely change
+        sizes = max(self.width, width), max_new_tokens
+        self.width, self.capacity = (-(-size // 64) * 64 for size in sizes)  # so shapes rarely change
         self.shape = len(prompts), group_size, self.width, self.capacity
         self.graphs: dict[int, tuple] = {}  # number of rows -> (graph, its logits)
 
@@ -418,7 +443,7 @@ class GraphDecoder(GroupDecoder):
                 target.copy_(source)
             setattr(self, name, old)
         self.kept[self.model] = {name: getattr(self, name) for name in ("shape", "keys", "values", "graphs", *names)}
-        return logits
+        return logits[: self.asked]
 
     def store(self, buffer: Tensor, new: Tensor) -> None:
         buffer.index_copy_(2, self.column, new[:, :, None])
@@ -436,21 +461,27 @@ class GraphDecoder(GroupDecoder):
         self.slot[:R], self.rows[:] = self.place_rows(self.group_size)
 
     def compute(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        R = len(tokens)
-        self.tokens[:R], self.positions[:R] = tokens, positions
+        R = len(positions)  # the rows of added prompts, too
+        self.tokens[: len(tokens)], self.positions[:R] = tokens, positions
         if R not in self.graphs:
             self.graphs[R] = self.capture(R)
         graph, logits = self.graphs[R]
         graph.replay()
-        return logits
+        return logits[: len(tokens)]
 
     def capture(self, R: int) -> tuple:
         inputs = self.tokens[:R], self.positions[:R]
         stream = GraphDecoder.stream = GraphDecoder.stream or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # warm up: a library's first allocations must not be captured
-            for _ in range(2):
-                super().compute(*inputs)
+        # A step that waits for the GPU would break the capture, and with it the error that says why: raise before that.
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.cuda.stream(stream):  # warm up: a library's first allocations must not be captured
+                for _ in range(2):
+                    super().compute(*inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         pool = next((other.pool() for other, _ in self.graphs.values()), None)  # one memory pool for all sizes
@@ -472,9 +503,9 @@ def batch_class(model: PreTrainedModel) -> type:
     if model not in BATCHES:
         prompts, completions = probe_ids(model)
         implementation, group = model.config.get_text_config()._attn_implementation, torch.tensor([0, 0, 1, 1])
-        mask = torch.ones_like(completions).bool()
+        mask = torch.ones(completions.shape, dtype=torch.bool)
         mask[1, 2] = False  # rows of different lengths
-        expected = rows_alone(model, prompts, completions)[mask]
+        expected = rows_alone(model, prompts, completions)[mask.to(model.device)]
 
         def compute(kind: type) -> Tensor:
             if kind is PackedGroups and not layer_types(model) <= {"full_attention", "attention"}:
@@ -482,7 +513,7 @@ def batch_class(model: PreTrainedModel) -> type:
             model.set_attn_implementation("groups" if kind is PackedGroups else implementation)
             if kind is PaddedRows:
                 check_causality(model)
-            batch = kind(prompts, completions, mask, group.to(model.device))
+            batch = kind(prompts, completions.cpu(), mask, group, model.device)
             return batch.logits(model) if generates(model) else batch.run(model.base_model)[batch.predictor]
 
         BATCHES[model] = first_exact(model, (PackedGroups, PaddedRows), compute, expected)
@@ -545,9 +576,9 @@ def rows_alone(model: PreTrainedModel, prompts: list[list[int]], completions: Te
         for row, completion in enumerate(completions.tolist()):
             ids = torch.tensor([prompts[row // 2] + completion[:2]], device=model.device)
             rows.append(run(ids, use_cache=False)[0][0, -3:])
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if out_of_memory(error):
+            raise
         fail(f"{model.name_or_path}: can't compute a row of tokens as a causal language model ({reason(error)})")
     if not torch.stack(rows).isfinite().all():
         fail(f"{model.name_or_path}: its outputs are NaN or infinite: damaged weights, or too large for {model.dtype}")
@@ -565,13 +596,15 @@ def first_exact(model: PreTrainedModel, kinds, compute: Callable[[type], Tensor]
             if error.max().item() < limit:
                 break
             why = f"its outputs differ by {error.max().item():.2g}, more than {limit:g}"
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # an unsupported model may raise anything
+            if out_of_memory(error):
+                raise
             why = reason(error)
         whys.append(f"{kind.__name__}: {why}")
     else:
         fail(f"{model.name_or_path}: can't be run exactly here: {'; '.join(whys)}")
     if whys:
         print(f"note: {kind.note} ({whys[-1]})", file=sys.stderr)
+    elif kind is GraphDecoder:
+        print(f"decoder: {kind.__name__}: its trial differs from the model by {error.max().item():.1g}")
     return kind

@@ -49,7 +49,9 @@ def evaluate(
     records: list[dict] = [{}] * len(problems)
     per_batch = max(1, batch_size // num_samples)
     order = sorted(range(len(problems)), key=lambda i: len(problems[i].prompt_ids))  # similar lengths together
-    for start in tqdm(range(0, len(order), per_batch), desc="evaluate", disable=not progress):
+    # The whole batches, longest first, then the smaller one: a GPU's graphs fit what is no larger than before.
+    starts = sorted(range(0, len(order), per_batch), key=lambda start: (start + per_batch > len(order), -start))
+    for start in tqdm(starts, desc="evaluate", disable=not progress):
         batch = order[start : start + per_batch]
         prompts, batch_seed = [problems[i].prompt_ids for i in batch], derive_seed("evaluate", seed, start)
         rollout = sample(policy, prompts, num_samples, max_new_tokens, temperature, batch_seed)

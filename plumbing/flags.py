@@ -81,15 +81,14 @@ def explain(error: BaseException, args=None) -> int:
         number = error.args[0] if error.args else signal.SIGINT
         print(f"stopped at once; {go_on if 'resume' in flat else 'nothing was written'}", file=sys.stderr)
         return 128 + number
-    cause = error
-    while cause is not None and not out_of_memory(cause):  # it may hide behind an error of what it broke
-        cause = cause.__cause__ or cause.__context__
-    if cause is not None:
+    if cause := out_of_memory(error):
         lower = "micro_batch_tokens", "prompts_per_step", "group_size", "minibatch_size", "batch_size", "max_new_tokens"
         lower = [as_flag(name) for name in lower if flat.get(name)]
         advice = f"; lower {' or '.join(lower)}" if lower else ""
         if "gradient_checkpointing" in flat:
             advice += ", add --gradient-checkpointing or --offload-optimizer"
+            torch = sys.modules.get("torch")  # not imported here: that takes seconds
+            advice += ", take another GPU (--device cuda:1)" if torch and torch.cuda.device_count() > 1 else ""
             advice += "; python benchmarks/memory.py says which flags fit"
         print(f"error: out of memory ({reason(cause)}){advice}", file=sys.stderr)
     elif isinstance(error, OSError) and (error.filename or error.errno in NO_ROOM):
@@ -104,8 +103,13 @@ def explain(error: BaseException, args=None) -> int:
 NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 
 
-def out_of_memory(error: BaseException) -> bool:  # of the host, torch's CPU allocator, or CUDA
-    return isinstance(error, MemoryError) or bool(re.search("out of memory|allocate memory", str(error)))
+def out_of_memory(error: BaseException | None) -> BaseException | None:
+    """The error that says that memory ran out: this one, or one that it hides, as the end of a CUDA graph's capture
+    does. None: it did not run out."""
+    signs = "out of memory|allocate memory|ALLOC_FAILED"  # torch's own, a CPU's, cuBLAS's
+    if error is None or isinstance(error, MemoryError) or re.search(signs, str(error)):
+        return error
+    return out_of_memory(error.__cause__ or error.__context__)
 
 
 class Output:
@@ -251,7 +255,7 @@ class SetupFlags:
     device: str = "auto"
     """auto | cpu | cuda | cuda:1 ..."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """dtype of the weights; auto: bfloat16 on a GPU (with fp32 master weights), float32 on a CPU"""
+    """dtype of the weights; auto: bfloat16 on a GPU that has it (with fp32 master weights), else float32"""
 
 
 @dataclass

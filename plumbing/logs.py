@@ -26,25 +26,41 @@ class Metrics:
 
     def __init__(self):
         self.tokens = 0  # sampled tokens
-        self.sums: dict[str, float] = {}
-        self.weights: dict[str, float] = {}
+        self.added: list[tuple[str, float | Tensor, float | Tensor | None]] = []  # name, value, weight
         self.weighted: dict[str, bool] = {}
 
-    def add(self, values: dict[str, float], weight: float | None = None) -> None:
-        """weight: weight of these values in their means, such as the number of tokens; None: equal weights."""
+    def add(self, values: dict[str, float | Tensor], weight: float | Tensor | None = None) -> None:
+        """weight: weight of these values in their means, such as the number of tokens; None: equal weights. Tensors may
+        be on the GPU: `means` reads them all at once, because each reading waits for it."""
         for name, value in values.items():
-            if name.endswith("_max"):
-                self.sums[name] = max(float(value), self.sums.get(name, -float("inf")))
-                self.weights[name] = 1.0
-                continue
-            if self.weighted.setdefault(name, weight is not None) != (weight is not None):
+            weighted = weight is not None and not name.endswith("_max")
+            if self.weighted.setdefault(name, weighted) != weighted:
                 raise ValueError(f"{name} was added with a weight and without one: use two names")
-            if weight is None or weight > 0:
-                self.sums[name] = self.sums.get(name, 0.0) + (weight or 1.0) * float(value)
-                self.weights[name] = self.weights.get(name, 0.0) + (weight or 1.0)
+            self.added.append((name, unread(value), unread(weight) if weighted else 1.0))
 
     def means(self) -> dict[str, float]:
-        return {name: total / self.weights[name] for name, total in self.sums.items()}
+        sums, weights = {}, {}
+        numbers = iter(read([number for _, *pair in self.added for number in pair]))
+        for (name, _, _), value, weight in zip(self.added, numbers, numbers, strict=True):
+            if name.endswith("_max"):
+                sums[name], weights[name] = max(value, sums.get(name, -float("inf"))), 1.0
+            elif weight > 0:
+                sums[name] = sums.get(name, 0.0) + weight * value
+                weights[name] = weights.get(name, 0.0) + weight
+        return {name: total / weights[name] for name, total in sums.items()}
+
+
+def unread(value: float | Tensor) -> float | Tensor:
+    """A float, or a copy on the GPU, so that nobody has to wait for it now."""
+    on_gpu = isinstance(value, Tensor) and value.device.type != "cpu"
+    return value.detach().float().clone() if on_gpu else float(value)
+
+
+def read(values: list[float | Tensor]) -> list[float]:
+    """The values as floats; the GPU is waited for once."""
+    waiting = [value for value in values if isinstance(value, Tensor)]
+    numbers = iter(torch.stack(waiting).tolist() if waiting else [])
+    return [next(numbers) if isinstance(value, Tensor) else value for value in values]
 
 
 class Clock:
@@ -55,8 +71,8 @@ class Clock:
         self.last = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
         last, self.last = self.last, time.perf_counter()
         self.seconds[name] = self.seconds.get(name, 0.0) + self.last - last
 
@@ -134,12 +150,10 @@ def token_metrics(rollout: Rollout, rows: list[int], entropy: Tensor, old_logpro
     """Over the rows' trained tokens: mean entropy and, with old_logprobs, the logprob gap of sampler and trainer. If
     both use the same weights, only kernels, cache and rounding differ. entropy, old_logprobs: (R, T)."""
     trained = rollout.trained[rows]
-    if not trained.any():
-        return {}
-    values = {"loss/entropy": (entropy.detach() * trained).sum() / trained.sum()}
+    values = {"loss/entropy": (entropy.detach() * trained).sum() / trained.sum()}  # NaN without a token: weight 0
     if old_logprobs is not None:
-        gap = (rollout.sampler_logprobs[rows] - old_logprobs)[trained].abs()
-        values |= {"rollout/logprob_gap_mean": gap.mean(), "rollout/logprob_gap_max": gap.max()}
+        gap = (rollout.sampler_logprobs[rows] - old_logprobs).abs().masked_fill(~trained, 0.0)
+        values |= {"rollout/logprob_gap_mean": gap.sum() / trained.sum(), "rollout/logprob_gap_max": gap.max()}
     return values
 
 
@@ -150,9 +164,9 @@ def ratio_metrics(ratio: Tensor, advantages: Tensor, mask: Tensor, clip_low: flo
     tokens = mask.sum().clamp(min=1)
     clipped_low, clipped_high = (advantages < 0) & (ratio < 1 - clip_low), (advantages > 0) & (ratio > 1 + clip_high)
     return {
-        "clip_low": ((clipped_low & mask).sum() / tokens).item(),
-        "clip_high": ((clipped_high & mask).sum() / tokens).item(),
-        "ratio_max": ratio.masked_fill(~mask, 0.0).max().item(),
+        "clip_low": (clipped_low & mask).sum() / tokens,
+        "clip_high": (clipped_high & mask).sum() / tokens,
+        "ratio_max": ratio.masked_fill(~mask, 0.0).max(),
     }
 
 
@@ -214,9 +228,12 @@ class Health:
         self.streaks: Counter = Counter()  # tag: iterations in a row that show its sign
         self.warned: set[str] = set()
 
-    def allows_step(self, loss: float, grad_norm: float, rollout: Rollout, rows: list[int], **values: Tensor) -> bool:
+    def allows_step(
+        self, loss: float | Tensor, grad_norm: float, rollout: Rollout, rows: list[int], **values: Tensor
+    ) -> bool:
         """Whether the optimizer may take this step: not with a loss or gradient that is not finite. After
         max_bad_updates of those in a row it reports the last minibatch (see `give_up`) and ends the run."""
+        loss = float(loss)
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.bad_updates = 0
             return True

@@ -391,7 +391,8 @@ def load_checkpoint(run: str | None) -> dict:
             digests = json.loads((directory / "digests.json").read_text())
             if digests != file_digests(directory, list(digests)):  # other files, such as .DS_Store, don't matter
                 raise ValueError("its files don't match their digests")
-            state = torch.load(directory / "trainer.pt", weights_only=True, map_location="cpu")
+            # mapped: an offloaded optimizer fills the memory that a copy of its state would take
+            state = torch.load(directory / "trainer.pt", weights_only=True, map_location="cpu", mmap=True)
         except Exception as error:  # json, torch and the file system raise anything on damaged files
             print(f"warning: {directory} is damaged ({reason(error)}); trying the one before it", file=sys.stderr)
             continue

@@ -1,6 +1,7 @@
 """benchmarks/gpu.py on a CPU: it prints all its rows, and it notices a wrong decoder."""
 
 import pytest
+import torch
 
 import common
 from benchmarks import gpu
@@ -31,5 +32,5 @@ def test_a_decoder_that_is_off_is_noticed(tmp_path, monkeypatch):
     # the trial at load would not choose it
     monkeypatch.setattr(common, "decoder_class", lambda model: batch_class(model) and GroupDecoder)
     mini = gpu.make_model(tmp_path, "mini")
-    (row,) = gpu.check_gap(mini, "cpu")
+    (row,) = gpu.check_gap(mini, torch.device("cpu"))
     assert row.good is False and "ratios are noise" in row.meaning

@@ -130,7 +130,7 @@ plumbing/engine.py test_logprobs.py test_sampling.py
     padded predictor off by one: starts[row] + column<< - 1=>>>
     completions begin at position 0: prompt_mask.nonzero()[:, 1], <<lengths[group][row] + =>>>column
     a token sees the next one: .triu(<<1=>2>>)
-    padding of a prompt is seen: .masked_fill(~prompt_mask, <<-torch.inf=>0.0>>)
+    padding of a prompt is seen: .masked_fill(padded, <<-torch.inf=>0.0>>)
     decoding one position late: self.compute(tokens, self.lengths + self.done<< - 1=>>>)
     plain decoding one position late: (self.lengths + self.done<<=>+ 1>>)[:, None]
     remaining rows get other rows' lengths: = self.group[rows], self.lengths[<<rows=>: len(rows)>>], self.bias[rows]
@@ -198,8 +198,8 @@ plumbing/algebra.py test_answers.py
     a set may hold more: return <<not others=>True>>
     a chain is its last side: <<all(equal(value, values[-1]) for value in values)=>True>>
 plumbing/logs.py test_updates.py
-    last value instead of the maximum: = <<max(float(value), self.sums.get(name, -float("inf")))=>float(value)>>
-    positive and negative gaps cancel: - old_logprobs)[trained]<<.abs()=>>>
+    last value instead of the maximum: = <<max(value, sums.get(name, -float("inf")))=>value>>, 1.0
+    positive and negative gaps cancel: - old_logprobs)<<.abs()=>>>.masked_fill
     entropy over padding: <<(entropy.detach() * trained).sum() / trained.sum()=>entropy.detach().mean()>>
     clipped share ignores the advantage's sign: <<(advantages < 0) & =>>>(ratio < 1 - clip_low)
     a gradient that is not finite is applied: math.isfinite(loss)<< and math.isfinite(grad_norm)=>>>
@@ -215,6 +215,45 @@ plumbing/pairs.py test_dpo.py test_rm.py
     ties make pairs: if <<gap > 0 and =>>>gap >= min_gap:
     a tie counts as wrong: return <<((margins.abs() > 1e-4) * margins.sign() + 1) / 2=>(margins > 0).float()>>
     pair weights not scaled to mean 1: weight=pair.weight<< / mean=>>> if
+plumbing/engine.py test_pretended_gpu.py
+    on a GPU, an index on the CPU: row = torch.arange(R, device=<<self.group.device=>"cpu">>)
+    on a GPU, item() in the captured step: buffer.index_copy_(2, <<self.column=>self.column.item() + self.column>>,
+    on a GPU, float32 times bfloat16: torch.bmm(q, k.transpose(1, 2)<<, out_dtype=torch.float32=>.float()>>)
+    on a GPU, a captured tensor is replaced: <<self.slot[:R], self.rows[:]=>self.slot, self.rows>> = self.place
+    on a GPU, graphs reused without their new inputs: <<target.copy_(source)=>pass>>
+    on a GPU, every token in the first column: self.column.fill_(<<self.done=>0>>)
+    on a GPU, one graph for all sizes: if <<R not in self.graphs:=>not self.graphs:>>
+    on a GPU, positions of the step before: self.positions[:R] = tokens, <<positions=>self.positions[:R].clone()>>
+    on a GPU, logits of added rows: return logits[: <<len(tokens)=>R>>]
+    on a GPU, rows leave the buffers, not the cache: <<t[:R] = t[rows]=>pass>>
+    on a GPU, a narrower batch is captured again: min(prompts, key=len)] * (P - len(prompts)), <<L=>0>>
+    on a GPU, a smaller batch is captured again: len(prompts) <= <<P <= 2 * len(prompts)=>P == len(prompts)>>:
+    on a GPU, a wait breaks the capture: torch.cuda.set_sync_debug_mode(<<"error"=>mode>>)
+    on a GPU, waits are errors from then on: torch.cuda.set_sync_debug_mode(<<mode=>"error">>)
+    on a GPU, a float32 mask for bfloat16: dtype = <<q.dtype if q.is_cuda else torch.float32=>torch.float32>>
+    on a GPU, a mask in each layer: if <<dtype not in biases=>True>>:
+    on a GPU, the slow kernel: <<grouped or torch.backends.cuda.can_use_efficient_attention(asked)=>True>>
+    on a GPU, indices copied one by one: <<move_together(device, whole + parts)=>[t.to(device) for t in whole + parts]>>
+common.py test_pretended_gpu.py
+    on a GPU, weights replaced: <<weight.copy_(master)=>weight.data = master.to(weight.device, weight.dtype)>>
+    on a GPU, gradients stay there: weight.grad.to(<<master.device=>weight.device>>)
+    on a GPU, pinned masters: torch.empty(w.shape<<=>, pin_memory=True>>).copy_
+    on a GPU, a T4 emulates bfloat16: including_emulation=<<False=>True>>
+    on a GPU, nothing is computed by the check: torch.zeros(1, device=resolved)<<.add(1).item()=>>>
+    on a GPU, its own random numbers: torch.rand(B, longest, <<generator=generator=>device=device>>)
+    on a GPU, a full memory is another head: if out_of_memory(error)<<=> and False>>:
+    a restored moment stays mapped: {name: <<value.clone()=>value>> for name, value in own.items()
+    a driver that is too old is not noticed: if NVIDIA.exists()<<=> and False>>:
+plumbing/flags.py test_pretended_gpu.py
+    on a GPU, out of memory hides: return out_of_memory(<<error.__cause__ or error.__context__=>None>>)
+plumbing/logs.py test_pretended_gpu.py
+    on a GPU, logged values read one by one: <<value.detach().float().clone() if on_gpu=>value if False>> else
+    a Mac's clock does not wait: if self.device.type <<!= "cpu"=>== "cuda">>:
+plumbing/runs.py test_pretended_gpu.py
+    a checkpoint is in memory twice: map_location="cpu"<<, mmap=True=>>>
+plumbing/evaluation.py test_pretended_gpu.py
+    short prompts first: per_batch > len(order), <<-start=>start>>)
+    the smaller batch first: key=lambda start: (<<start + per_batch > len(order)=>False>>, -start)
 """
 COMPARE_TEXT = "test_repository.py", "test_forks.py"
 
