@@ -477,8 +477,9 @@ def test_a_length_that_explodes_is_told(tmp_path, capsys):
 
 
 def test_a_kl_is_judged_in_nats_a_completion(tmp_path, capsys):
-    """Catches: one limit for a token's KL and a completion's; a KL of 0.9 a token, at 15 tokens, that is no sign."""
-    for kl, length, told in ((0.9, 15.0, 1), (0.1, 15.0, 0), (0.9, 3.0, 0)):
+    """Catches: one limit for a token's KL and a completion's; a KL of 0.9 a token, at 15 tokens, that is no sign; a
+    long completion that is one by its length."""
+    for kl, length, told in ((0.9, 15.0, 1), (0.1, 15.0, 0), (0.9, 3.0, 0), (0.04, 500.0, 0)):
         health = Health(tmp_path, None, 10)
         for _ in range(9):
             health.watch({"loss/kl": kl, "rollout/length_mean": length})
