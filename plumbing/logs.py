@@ -222,7 +222,7 @@ class Health:
             "Read the samples; lower that reward's weight, or raise --kl-coef",
         ),
         "rise of eval/truncated": (
-            lambda rise: rise > 0.5,
+            lambda rise: rise > 0.25,
             "completions have grown to the length limit: read them; are the chosen ones mostly the longer ones? Try "
             "--length-normalize, a larger --beta, or pairs that don't differ in length",
         ),

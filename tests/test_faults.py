@@ -492,7 +492,7 @@ def test_evaluations_show_signs_at_once(tmp_path, capsys):
     health.watch({"eval/kl": 0.0, "eval/truncated": 0.0})
     for _ in range(5):
         health.watch({"loss/pair_kl": 20.0})
-        health.watch({"eval/kl": 1.0, "eval/truncated": 0.4})
+        health.watch({"eval/kl": 1.0, "eval/truncated": 0.2})
     assert capsys.readouterr().err.startswith("warning: loss/pair_kl 20 for 5 iterations")
     health.watch({"eval/kl": 9.0, "eval/truncated": 0.6})
     said = capsys.readouterr().err
