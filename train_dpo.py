@@ -266,6 +266,7 @@ def main(args: Args) -> None:
 
     bar = tqdm(total=args.iterations, initial=iteration, desc="DPO", unit="it")
     health = logs.Health(run.dir, tokenizer, args.optimization.max_bad_updates, dtype)
+    health.watch(before)
     while iteration < args.iterations:
         metrics, clock = logs.Metrics(), logs.Clock(device)
         # ----------------------------------------------------------------------------------------------------- 1 sample
@@ -288,7 +289,7 @@ def main(args: Args) -> None:
             if not simpo:
                 log_ratio = (logprobs - batch_ref_logprobs[micro]).masked_fill(~trained, 0.0)
                 k2 = 0.5 * log_ratio**2  # its gradient pulls log pi to log pi_ref
-                metrics.add({"loss/kl": k2.detach().sum() / tokens}, weight=tokens)
+                metrics.add({"loss/pair_kl": k2.detach().sum() / len(micro)}, weight=len(micro))
                 loss = loss + args.kl_coef * (kl_weights[micro] * k2).sum()
             loss.backward()
             policy_loss += loss.detach()
@@ -310,6 +311,7 @@ def main(args: Args) -> None:
         # ------------------------------------------------------------------------------------------ 4 evaluate and save
         if iteration == args.iterations or (args.run.eval_every and iteration % args.run.eval_every == 0):
             scores = evaluate_now()
+            health.watch(scores)
             logs.log_scalars(run.writer, scores, global_step, held_out.samples)
         progress = {"before": before, "scores": scores, "start_verdicts": start_verdicts, "ref_logprobs": ref_logprobs}
         run.checkpoint(policy, iteration, global_step, **progress)

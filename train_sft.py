@@ -134,6 +134,7 @@ def main(args: Args) -> None:
 
     bar = tqdm(total=args.iterations, initial=iteration, desc="SFT", unit="it")
     health = logs.Health(run.dir, tokenizer, args.optimization.max_bad_updates, dtype)
+    health.watch(before)
     while iteration < args.iterations:
         metrics, clock = logs.Metrics(), logs.Clock(device)
         # ----------------------------------------------------------------------------------------------------- 1 sample
@@ -169,6 +170,7 @@ def main(args: Args) -> None:
         # ------------------------------------------------------------------------------------------ 4 evaluate and save
         if iteration == args.iterations or (args.run.eval_every and iteration % args.run.eval_every == 0):
             scores = evaluate_now()
+            health.watch(scores)
             logs.log_scalars(run.writer, scores, global_step, held_out.samples)
         run.checkpoint(policy, iteration, global_step, before=before, scores=scores)
 

@@ -368,7 +368,7 @@ def process_or_outcome(runs: Runner) -> list[Row]:
     return [compare("accuracy: outcome, process", last(r["outcome"]), last(r["process"]), AS_GOOD)]
 
 
-@claim("RL beats search at equal tokens (a miniature of R1's search)")
+@claim("RL beats search at equal completions (a miniature of R1's search)")
 def rl_or_search(runs: Runner) -> list[Row]:
     r = runs(rl=GRPO, search="evaluate.py --eval-problems 300 --num-samples 51")  # 15,300 completions, as many as RL's
 

@@ -231,7 +231,7 @@ def changed_flags(args, size: int) -> list[str]:
     for name, value in sorted(to_flat(args).items(), key=lambda flag: flag[0] in RESUME_MAY_CHANGE):
         if name in IN_THE_NAME or value == default[name]:
             continue
-        shown = "+".join(map(plain, value)) if isinstance(value, tuple | list) else plain(value)
+        shown = "+".join(map(str, value)) if isinstance(value, tuple | list) else plain(value)
         flag = name.replace("_", "-")
         words.append(
             ("" if value else "no-") + flag if isinstance(value, bool) else f"{flag}-{Path(str(shown)).name[:20]}"

@@ -41,7 +41,8 @@ for mode in think no_think; do sample "$(final fusion)" "$SAMPLED" "$OUT/$mode.j
 cat "$OUT/think.jsonl" "$OUT/no_think.jsonl" >"$OUT/preferences.jsonl"
 python train_rm.py --run-root "$OUT/rm" --model "$(final fusion)" --data "$OUT/preferences.jsonl" $RM
 python curate.py --problems "$OUT/all.jsonl" --split all --mode think --output "$OUT/reasoning.jsonl"
-python curate.py --problems "$HARDER" --limit "$SAMPLED" --mode think --make prompts --output "$OUT/prompts.jsonl"
+python curate.py --problems "$HARDER" --limit "$(wc -l <"$OUT/reasoning.jsonl")" --mode think --make prompts \
+    --output "$OUT/prompts.jsonl" # as many as there are reasoning prompts
 cat "$OUT/reasoning.jsonl" "$OUT/prompts.jsonl" >"$OUT/general.jsonl"
 python curate.py --problems "$OUT/eval.jsonl" --split all --mode think --output "$OUT/general-eval.jsonl"
 train general grpo --model "$(final fusion)" --problems "$OUT/general.jsonl" --eval-data "$OUT/general-eval.jsonl" \

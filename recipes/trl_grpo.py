@@ -188,7 +188,8 @@ def trl_prompts(tokenizer, problems: list, system_prompt: str) -> list:
 class Scores:
     """Our rewards as TRL's reward functions, one per reward, so that TRL logs them by name. score_completions computes
     them all once per batch. Each process has whole groups. If one reward of a completion is unknown (None), so are the
-    others: TRL leaves a completion out of its group's mean only if all are."""
+    others: TRL leaves a completion out of its group's mean only if all are. A reward that a problem does not have (NaN)
+    is None alone: TRL adds up the others."""
 
     def __init__(self, args: train_grpo.Args, tokenizer, problems: list, stops: list[int], device, dtype):
         self.args, self.tokenizer, self.problems, self.stops, self.device = args, tokenizer, problems, stops, device
@@ -226,9 +227,20 @@ class Scores:
         components = score_completions(texts, batch, rollout, *scoring)
         known = sum_rewards(components, self.final_weights, texts, batch)[1].flatten().tolist()
         return {
-            name: [value if k else None for value, k in zip(values.flatten().tolist(), known, strict=True)]
+            name: [v if k and v == v else None for v, k in zip(values.flatten().tolist(), known, strict=True)]
             for name, values in components.items()
         }
+
+
+@torch.no_grad()
+def check_positions(model) -> None:
+    """TRL pads prompts on the left and gives no position ids when it trains. Exits with an error if the model then
+    computes something else than the prompt alone, as models with learned positions do."""
+    ids = torch.tensor([[3, 4, 5]])
+    padded, mask = torch.nn.functional.pad(ids, (2, 0), value=3), torch.tensor([[0, 0, 1, 1, 1]])
+    difference = model.eval()(padded, attention_mask=mask).logits[0, -1] - model(ids).logits[0, -1]
+    if not difference.abs().max() < 1e-3:
+        fail(f"{model.name_or_path}: TRL would train it at wrong positions (it counts the padding of shorter prompts)")
 
 
 # ---- The run --------------------------------------------------------------------------------------------------------
@@ -274,7 +286,7 @@ def prepare(flags: Args, processes: int, gpu: bool):
         fail("several GPUs, one process: use accelerate launch --num_processes N, or set CUDA_VISIBLE_DEVICES=0")
     translate(to_flat(args), processes, 1, gpu)  # checks the flags before the problems are read
     tokenizer, config = common.load_tokenizer(args.model), common.load_config(args.model)
-    problems = load_train_problems(args.problems, args.setup.eval_data)
+    problems = load_train_problems(args.problems, args.setup.eval_data, bool(args.rewards.reward_model))
     check_rewards(args.rewards, args.max_new_tokens, tokenizer, problems)
     problems = encode_problems(tokenizer, problems, args.setup.system_prompt, config, args.max_new_tokens)
     prompts = trl_prompts(tokenizer, problems, args.setup.system_prompt)
@@ -315,6 +327,7 @@ def main(flags: Args) -> None:
         common.resolve_model(args.model), dtype=torch.float32, use_safetensors=True, trust_remote_code=False
     )
     common.set_stops(model, tokenizer)
+    check_positions(model)
     dtype = common.resolve_dtype(args.setup.dtype, config.device)
     scores = Scores(args, tokenizer, problems, model.generation_config.eos_token_id, config.device, dtype)
     config.reward_weights = scores.weights

@@ -439,7 +439,7 @@ TINY = {"pair_problems": 20, "eval_problems": 2, "max_new_tokens": 12}
 TAGS = """
     rewards/chosen rewards/rejected rewards/margin rewards/accuracy logps/chosen logps/rejected
     rollout/length_chosen rollout/length_rejected
-    loss/policy loss/kl loss/entropy loss/grad_norm loss/learning_rate eval/pair_accuracy eval/pair_margin
+    loss/policy loss/pair_kl loss/entropy loss/grad_norm loss/learning_rate eval/pair_accuracy eval/pair_margin
     eval/pair_length eval/pair_loss eval/pairs eval/calibration eval/kl eval/win_rate eval/accuracy eval/accuracy_greedy
     eval/format eval/length
     time/update memory/peak_gb
@@ -454,7 +454,7 @@ def assert_begins_at_the_reference(values: dict[str, list[float]]) -> None:
     assert values["rewards/accuracy"][0] == 0.5
     assert values["eval/pair_loss"][0] == pytest.approx(math.log(2), abs=1e-4)
     assert values["eval/win_rate"][0] == 0.5 and abs(values["eval/kl"][0]) < 1e-4
-    assert values["loss/kl"][0] < 1e-8
+    assert values["loss/pair_kl"][0] < 1e-8
 
 
 @pytest.mark.slow
@@ -472,7 +472,7 @@ def test_a_short_run_learns_to_rank(tmp_path, capsys):
     assert_begins_at_the_reference(values)
     assert values["eval/pair_accuracy"][-1] > 0.65
     assert values["eval/pair_loss"][-1] < values["eval/pair_loss"][0]
-    assert values["loss/kl"][-1] > 1e-8
+    assert values["loss/pair_kl"][-1] > 1e-8
     printed = capsys.readouterr().out
     assert "pair_accuracy" in printed and f"model: {run_dir / 'final'}" in printed
     common.load_policy(str(run_dir / "final"), None)
@@ -483,7 +483,7 @@ def test_a_short_run_learns_to_rank(tmp_path, capsys):
 def test_every_loss_runs(changes, tmp_path):
     values = scalars(run(train_dpo.main, short_args(train_dpo, tmp_path, **changes)))
     assert all(math.isfinite(value) for points in values.values() for _, value in points)
-    assert ("eval/kl" in values) == ("loss/kl" in values) == (changes.get("loss") != "simpo")
+    assert ("eval/kl" in values) == ("loss/pair_kl" in values) == (changes.get("loss") != "simpo")
 
 
 HELD_OUT = [question for question in (f"{i}+9=" for i in range(1, 300)) if is_held_out(question)][:6]
@@ -545,7 +545,7 @@ def test_the_soft_penalty_keeps_the_policy_near_the_reference(tmp_path):
     """Catches: a penalty with the wrong sign."""
     changes = TINY | {"iterations": 10, "learning_rate": 3e-4, "warmup_iterations": 1}
     runs = [run(train_dpo.main, short_args(train_dpo, tmp_path, **changes, kl_coef=c)) for c in (0.0, 30.0)]
-    free, held = (scalars(run_dir)["loss/kl"][-1][1] for run_dir in runs)
+    free, held = (scalars(run_dir)["loss/pair_kl"][-1][1] for run_dir in runs)
     assert held < 0.7 * free
 
 

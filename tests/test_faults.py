@@ -454,8 +454,9 @@ def test_the_rows_to_blame_are_the_ones_written(tmp_path, monkeypatch, capsys):
 
 def test_signs_of_collapse_are_told_once(tmp_path, capsys):
     health = Health(tmp_path, None, 10)
-    good = {"loss/entropy": 0.2, "reward/std_within_group": 0.1, "rollout/finished": 0.9, "loss/kl": 0.01}
-    bad = {"loss/entropy": 0.001, "reward/std_within_group": 0.0, "rollout/finished": 0.0, "loss/kl": 7.0}
+    good = {"loss/entropy": 0.2, "reward/std_within_group": 0.1, "rollout/finished": 0.9, "loss/pair_kl": 0.01}
+    bad = {"loss/entropy": 0.001, "reward/std_within_group": 0.0, "rollout/finished": 0.0, "loss/pair_kl": 17.0}
+    good, bad = good | {"loss/anchor_kl": 0.05}, bad | {"loss/anchor_kl": 7.0}
     for tag in good:
         for value in [bad[tag]] * 4 + [good[tag]] + [bad[tag]] * 4:  # never five in a row
             health.watch(good | {tag: value})
@@ -473,6 +474,49 @@ def test_a_length_that_explodes_is_told(tmp_path, capsys):
         for finished in (first, 0.5, *[0.3] * 9):
             health.watch({"rollout/finished": finished})
         assert capsys.readouterr().err.count("warning: drop of rollout/finished 0.65 for 5 iterations") == told
+
+
+def test_a_kl_is_judged_in_nats_a_completion(tmp_path, capsys):
+    """Catches: one limit for a token's KL and a completion's; a KL of 0.9 a token, at 15 tokens, that is no sign; a
+    long completion that is one by its length."""
+    for kl, length, told in ((0.9, 15.0, 1), (0.1, 15.0, 0), (0.9, 3.0, 0), (0.04, 500.0, 0)):
+        health = Health(tmp_path, None, 10)
+        for _ in range(9):
+            health.watch({"loss/kl": kl, "rollout/length_mean": length})
+        assert capsys.readouterr().err.count(f"{kl * length:.3g} for 5 iterations: the policy is far from its") == told
+
+
+def test_evaluations_show_signs_at_once(tmp_path, capsys):
+    """Catches: a sign of an evaluation that has to last five of them; an evaluation that ends an iteration's streak."""
+    health = Health(tmp_path, None, 10)
+    health.watch({"eval/kl": 0.0, "eval/truncated": 0.0})
+    for _ in range(5):
+        health.watch({"loss/pair_kl": 20.0})
+        health.watch({"eval/kl": 1.0, "eval/truncated": 0.2})
+    assert capsys.readouterr().err.startswith("warning: loss/pair_kl 20 for 5 iterations")
+    health.watch({"eval/kl": 9.0, "eval/truncated": 0.6})
+    said = capsys.readouterr().err
+    assert "warning: eval/kl 9: " in said and "warning: rise of eval/truncated 0.6: " in said
+
+
+def test_a_template_that_all_completions_copy_is_told(tmp_path, capsys, monkeypatch):
+    """Catches: a policy that writes the same opening whatever the question, without a word; a share that counts a
+    group's completions, which are alike by right; a model that always began so."""
+    sample_groups = common.sample_groups
+    for always in (False, True):
+        calls = []
+
+        def sample(*args, copied=always, calls=calls, **options):
+            rollout = sample_groups(*args, **options)
+            calls.append(1)
+            if copied or len(calls) > 4:
+                rollout.completion_ids[:, :16] = 20
+            return rollout
+
+        monkeypatch.setattr(common, "sample_groups", sample)
+        run(train_grpo.main, rl_args(train_grpo, tmp_path, iterations=12, prompts_per_step=4, group_size=2))
+        said = capsys.readouterr().err
+        assert ("warning: rise of rollout/same_opening" in said) != always
 
 
 def test_a_run_that_truncates_everything_says_so(tmp_path, capsys):
@@ -530,7 +574,7 @@ def test_micro_batches_change_memory_only(script, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "script, tag, changes",
     [
-        (train_kimi, "loss/kl", {"learning_rate": 1e-3}),
+        (train_kimi, "loss/anchor_kl", {"learning_rate": 1e-3}),
         pytest.param(
             train_dpo, "eval/pair_margin", {"learning_rate": 1e-3, "pair_weight": "gap"}, marks=pytest.mark.slow
         ),

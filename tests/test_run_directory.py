@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,17 @@ def test_a_run_from_another_runs_result_is_not_called_final(saved_run, tmp_path)
 def test_a_runs_name_tells_the_flags_that_differ(flags, said):
     """Catches: two variants of a script whose runs only args.json tells apart."""
     assert plumbing.runs.changed_flags(parse_args(train_grpo.Args, flags.split()), 60) == ([said] if said else [])
+
+
+def test_a_flag_of_several_numbers_is_named():
+    """Catches: a fork's flag of numbers, such as ratio_bounds, which no file's name could be made of."""
+
+    @dataclass
+    class Args:
+        ratio_bounds: tuple[float, float] = (0.0, 1.0)
+        layers: tuple[int, ...] = ()
+
+    assert plumbing.runs.changed_flags(Args((0.0, 4.0), (1, 2)), 60) == ["ratio-bounds-0.0+4.0_layers-1+2"]
 
 
 def test_a_run_leaves_plain_files(saved_run):

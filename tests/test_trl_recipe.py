@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import EMBEDDED, few_problems, refusal, rl_args, run, scalars, slow_case, weights
+from conftest import EMBEDDED, few_problems, make_model, refusal, rl_args, run, scalars, slow_case, weights
 
 import common
 import train_grpo
@@ -182,6 +182,24 @@ def test_the_draws_are_those_of_our_run(mode, tmp_path, monkeypatch):
     ours = list(drawn)
     _, _, _, problems, _, order = trl_grpo.prepare(trl_grpo.Args(str(made)), 1, False)
     assert len(ours) == 12 and [problems[index] for index in order] == ours
+
+
+def test_a_model_that_trl_trains_at_wrong_positions_is_refused(capsys):
+    """Catches: learned positions, which count TRL's padding on the left: updates of another model, in silence."""
+    trl_grpo.check_positions(make_model("llama"))
+    assert "TRL would train it at wrong positions" in refusal(trl_grpo.check_positions, make_model("gpt2"), capsys)
+
+
+def test_a_problem_without_an_answer_has_the_other_rewards(embedded):
+    """Catches: a NaN that reaches TRL, or a completion left out because its problem has no answer."""
+    model, tokenizer = embedded
+    args = from_flat(train_grpo.Args(), {"group_size": 2, "prompts_per_step": 2})
+    problems = load_problems("arithmetic", "eval", 2)
+    problems[1] = dataclasses.replace(problems[1], answer="")
+    problems = encode_problems(tokenizer, problems, "", model.config, 40)
+    scores = trl_grpo.Scores(args, tokenizer, problems, [tokenizer.eos_token_id], "cpu", torch.float32)
+    found = scores.score([[5, tokenizer.eos_token_id]] * 4, [0, 0, 1, 1])
+    assert found["accuracy"] == [0.0, 0.0, None, None] and found["format"] == [0.0] * 4
 
 
 def test_rewards_are_ours_with_their_names_weights_and_schedule(embedded):

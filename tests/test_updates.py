@@ -90,7 +90,7 @@ def test_kimi_starts_every_iteration_with_a_fresh_optimizer(tmp_path, monkeypatc
     args = rl_args(train_kimi, tmp_path, learning_rate=1e-3, update_epochs=2)
     values = scalars(run(train_kimi.main, args))
     assert fresh == ([True] + [False] * 7) * 2
-    assert all(kl > 1e-4 for _, kl in values["loss/kl"])
+    assert all(kl > 1e-4 for _, kl in values["loss/anchor_kl"])
 
 
 @pytest.mark.parametrize(
